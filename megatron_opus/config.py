@@ -1,0 +1,436 @@
+"""Run configuration: frozen keyword-only dataclasses, YAML in, precise errors out.
+
+A recipe is one YAML file whose sections are the dataclasses below. `include: models/gpt2_xl.yaml` (relative to the
+recipe) is merged first, then the recipe's own keys, then `key=value` overrides with dotted paths. Every key is checked:
+an unknown one is an error that names the nearest valid key, an ill-typed one says what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: says what was expected, what was found and what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the GPT. Names are Megatron's `TransformerConfig` names."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None  # None: as many as attention heads (no grouped-query attention)
+    kv_channels: int | None = None  # None: hidden_size / num_attention_heads
+    ffn_hidden_size: int | None = None  # None: 4 * hidden_size
+    vocab_size: int | None = None  # None: the tokenizer's
+    make_vocab_size_divisible_by: int = 128  # the same at every tensor-parallel degree, so weights are comparable
+    max_position_embeddings: int | None = None  # None: data.seq_length
+    position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
+    rotary_base: int = 10000
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
+    swiglu: bool = False
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = True
+    qk_layernorm: bool = False
+    untie_embeddings_and_output_weights: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method_std: float = 0.02
+    attention_backend: Literal["auto", "sdpa", "transformer_engine"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from and how sequences are cut. `data=NAME` on the command line means `data.path=NAME`."""
+
+    path: str = "embedded"  # "embedded", or a directory made by tools/prepare_data.py
+    cache_dir: str = "data"  # where the embedded corpus is prepared
+    seq_length: int = 1024  # tokens per sequence of the update (L_train)
+    domain_weights: dict[str, float] | None = None  # None: proportional to tokens
+    unselected: Literal["discard", "return"] = "discard"
+    reset_attention_mask: bool = False  # True: no attention across document boundaries
+    reset_position_ids: bool = False  # True: positions restart at each document
+    eod_mask_loss: bool = False  # True: no loss on predicting the first token after an end-of-document
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    zero_stage: Literal[0, 1, 2] = 1
+    distributed_timeout_minutes: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; the learning rate of step s (from 0) is positive for every s."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 0
+    lr_decay_steps: int | None = None  # None: training.train_steps
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only; norms and biases are never decayed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    micro_batch_size: int = 1
+    global_batch_size: int = 16  # sequences per optimizer step: the K of the method
+    train_steps: int = 1000
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_clipping: float = 1.0
+    eval_interval: int = 100  # steps; 0: only at the end
+    eval_sequences: int = 32  # per validation domain
+    checkpoint_interval: int = 500  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+    log_interval: int = 1
+    tensorboard: bool = True
+    max_nonfinite_steps: int = 3  # consecutive steps with a NaN/Inf loss before the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedundancyConfig:
+    scale: Literal["matched", "paper", "off"] = "matched"
+    fraction: float = 0.1  # `matched`: mean |redundancy| of a half-filled batch / standard deviation of alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreconditionerConfig:
+    kind: Literal["auto", "adamw", "sgd"] = "auto"
+    form: Literal["separable", "exact"] = "separable"
+    refresh_every: int = 1  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig:
+    operator: Literal["two_sided", "count_sketch"] = "two_sided"
+    dim: int = 8192
+    seed: int = 42
+    scope: Literal["layer", "model"] = "layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    strategy: Literal["opus", "random"] = "opus"
+    rho: float = 0.5  # K / N: each step offers N = global_batch_size / rho candidates
+    sampling: Literal["boltzmann", "greedy"] = "boltzmann"
+    temperature: float = 0.9
+    temperature_unit: Literal["std", "absolute"] = "std"
+    redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
+    preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
+    layer_weights: Literal["none", "inverse_sqrt"] = "none"
+    score_length: int = 512  # tokens of each sequence that are scored (L_score); the first ones
+    score_micro_batch_size: int | None = None  # sequences per scoring forward on one rank; None: all at once
+    proxy_batch_size: int = 8  # K_p, over all ranks
+    proxy_momentum: float = 0.0  # exponential average of the proxy sketch
+    max_fallbacks: int = 10  # steps that may fall back to random selection before the run stops
+    debug_checks: bool = False  # compare the drawn ids across ranks at every step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str
+    output_dir: str = "runs"
+    seed: int = 42
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+
+    @property
+    def buffer_size(self) -> int:
+        """N, candidates offered per optimizer step."""
+        return round(self.training.global_batch_size / self.selection.rho)
+
+
+# --- building from plain data --------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, apply `key=value` overrides, check every key and every cross-field constraint.
+
+    Raises ConfigError naming the key, the expected and the found value.
+    """
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        key, sep, value = override.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, for example training.train_steps=100")
+        try:
+            parsed = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from error
+        _assign(raw, key.split("."), parsed)
+    return from_dict(raw)
+
+
+def from_dict(raw: Mapping[str, Any]) -> RunConfig:
+    """RunConfig from nested plain data, as YAML gives it. Raises ConfigError."""
+    config = _build(RunConfig, raw, "")
+    validate(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain data that `from_dict` turns back into an equal configuration."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML alone reads `1e-4` as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {path}: not found") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {path}: not valid YAML ({error})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"configuration file {path}: expected sections with keys, got {type(raw).__name__}")
+    include = raw.pop("include", None)
+    return raw if include is None else _merge(_read_yaml(path.parent / include), raw)
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _assign(raw: dict[str, Any], path: list[str], value: Any) -> None:
+    if path == ["data"] and isinstance(value, str):
+        path = ["data", "path"]
+    node = raw
+    for part in path[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {'.'.join(path)}: {part} is a value ({child!r}), not a section")
+        node = child
+    node[path[-1]] = value
+
+
+def _known_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            keys += [f"{prefix}{name}", *_known_keys(typing.cast(type, hint), f"{prefix}{name}.")]
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _build(cls: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where.rstrip('.') or 'configuration'}: expected a section with keys, got {raw!r}")
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {where}{key}{_nearest(cls, where, str(key))}")
+        hint = hints[key]
+        name = f"{where}{key}"
+        values[key] = (
+            _build(typing.cast(type, hint), value, f"{name}.")
+            if dataclasses.is_dataclass(hint)
+            else _check(hint, value, name)
+        )
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing required key {', '.join(where + m for m in missing)}")
+    return cls(**values)
+
+
+def _nearest(cls: type, where: str, key: str) -> str:
+    """The closest key of this section, or of the whole recipe when the key stands in the wrong section."""
+    local = difflib.get_close_matches(key, _known_keys(cls), n=1, cutoff=0.6)
+    if local:
+        return f"; did you mean {where}{local[0]}?"
+    everywhere = {k.rsplit(".", 1)[-1]: k for k in _known_keys(RunConfig)}
+    far = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(everywhere), n=1, cutoff=0.6)
+    if far:
+        return f"; did you mean {everywhere[far[0]]}?"
+    return (
+        f"; known keys of {where.rstrip('.') or 'the recipe'}: {', '.join(k for k in _known_keys(cls) if '.' not in k)}"
+    )
+
+
+def _check(hint: Any, value: Any, name: str) -> Any:
+    """`value` converted to `hint` where YAML is ambiguous (int for float), else ConfigError."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _check(next(o for o in options if o is not type(None)), value, name)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if isinstance(value, bool) or value not in allowed:
+            close = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+            hint_text = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}{hint_text}")
+        return value
+    if origin is dict:
+        key_type, value_type = typing.get_args(hint)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}: expected a mapping, got {value!r}")
+        return {_check(key_type, k, name): _check(value_type, v, f"{name}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+# --- constraints that need nothing but the configuration -----------------------------------------------------------
+
+
+def validate(config: RunConfig) -> None:
+    """Raise ConfigError for the first combination of values that cannot run, whatever the machine."""
+    m, d, p, o, t, s = (
+        config.model,
+        config.data,
+        config.parallel,
+        config.optimizer,
+        config.training,
+        config.selection,
+    )
+    for name, value in (
+        ("model.num_layers", m.num_layers),
+        ("model.hidden_size", m.hidden_size),
+        ("model.num_attention_heads", m.num_attention_heads),
+        ("model.make_vocab_size_divisible_by", m.make_vocab_size_divisible_by),
+        ("data.seq_length", d.seq_length),
+        ("parallel.tensor_model_parallel_size", p.tensor_model_parallel_size),
+        ("training.micro_batch_size", t.micro_batch_size),
+        ("training.global_batch_size", t.global_batch_size),
+        ("training.train_steps", t.train_steps),
+        ("training.eval_sequences", t.eval_sequences),
+        ("training.log_interval", t.log_interval),
+        ("training.keep_checkpoints", t.keep_checkpoints),
+        ("selection.score_length", s.score_length),
+        ("selection.proxy_batch_size", s.proxy_batch_size),
+        ("selection.preconditioner.refresh_every", s.preconditioner.refresh_every),
+        ("selection.sketch.dim", s.sketch.dim),
+    ):
+        _require(value > 0, f"{name}: expected a positive number, got {value}")
+    _require(
+        bool(re.fullmatch(r"[A-Za-z0-9._-]+", config.name)),
+        f"name: expected letters, digits, . _ -, got {config.name!r}",
+    )
+    _require(
+        m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0,
+        f"model.hidden_size: expected a multiple of num_attention_heads ({m.num_attention_heads}), got {m.hidden_size}",
+    )
+    groups = m.num_query_groups or m.num_attention_heads
+    _require(
+        m.num_attention_heads % groups == 0,
+        f"model.num_query_groups: expected a divisor of num_attention_heads ({m.num_attention_heads}), got {groups}",
+    )
+    tp = p.tensor_model_parallel_size
+    for name, value in (
+        ("model.num_attention_heads", m.num_attention_heads),
+        ("model.num_query_groups", groups),
+        ("model.ffn_hidden_size", m.ffn_hidden_size or 4 * m.hidden_size),
+        ("model.make_vocab_size_divisible_by", m.make_vocab_size_divisible_by),
+    ):
+        _require(value % tp == 0, f"{name}: expected a multiple of tensor_model_parallel_size ({tp}), got {value}")
+    _require(
+        p.pipeline_model_parallel_size == 1,
+        "parallel.pipeline_model_parallel_size: only 1 is supported by this version, "
+        f"got {p.pipeline_model_parallel_size}; raise tensor_model_parallel_size instead",
+    )
+    positions = m.max_position_embeddings
+    _require(
+        m.position_embedding_type != "learned_absolute" or positions is None or positions >= d.seq_length,
+        f"model.max_position_embeddings: expected at least data.seq_length ({d.seq_length}), got {positions}",
+    )
+    _require(0 < s.rho <= 1, f"selection.rho: expected 0 < rho <= 1, got {s.rho}")
+    offered = t.global_batch_size / s.rho
+    _require(
+        abs(offered - round(offered)) < 1e-6,
+        f"selection.rho: training.global_batch_size / rho must be whole, got {t.global_batch_size} / {s.rho} = {offered:g}",
+    )
+    _require(
+        s.temperature > 0, f"selection.temperature: expected > 0, got {s.temperature}; for argmax use sampling: greedy"
+    )
+    _require(0 <= s.proxy_momentum < 1, f"selection.proxy_momentum: expected 0 <= beta < 1, got {s.proxy_momentum}")
+    _require(
+        s.preconditioner.form == "separable" or s.sketch.operator == "count_sketch",
+        "selection.sketch.operator: preconditioner.form exact needs count_sketch (only it forms the full gradient), "
+        f"got {s.sketch.operator}",
+    )
+    _require(s.redundancy.fraction >= 0, f"selection.redundancy.fraction: expected >= 0, got {s.redundancy.fraction}")
+    _require(o.lr > 0 and 0 <= o.min_lr <= o.lr, f"optimizer.lr: expected 0 <= min_lr <= lr, got {o.min_lr}, {o.lr}")
+    for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2)):
+        _require(0 <= beta < 1, f"optimizer.{name}: expected 0 <= beta < 1, got {beta}")
+    if d.domain_weights is not None:
+        _require(
+            all(w >= 0 for w in d.domain_weights.values()) and sum(d.domain_weights.values()) > 0,
+            f"data.domain_weights: expected non-negative numbers with a positive sum, got {d.domain_weights}",
+        )
+
+
+def validate_world(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError when `world_size` processes cannot be laid out as the recipe asks."""
+    p, t, s = config.parallel, config.training, config.selection
+    tp = p.tensor_model_parallel_size
+    _require(
+        world_size % tp == 0,
+        f"parallel.tensor_model_parallel_size: {tp} does not divide the {world_size} processes started; "
+        f"start a multiple of {tp} (deepspeed --num_gpus {tp}) or set parallel.tensor_model_parallel_size=1",
+    )
+    dp = world_size // tp
+    for name, value, unit in (
+        ("training.global_batch_size", t.global_batch_size, dp * t.micro_batch_size),
+        ("training.global_batch_size / selection.rho", config.buffer_size, dp),
+        ("selection.proxy_batch_size", s.proxy_batch_size, dp),
+    ):
+        what = f"data-parallel size {dp}" + (f" x micro_batch_size {t.micro_batch_size}" if unit != dp else "")
+        _require(value % unit == 0, f"{name}: expected a multiple of {unit} ({what}), got {value}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,206 @@
+"""What the rooms say to each other: protocols and small records, no behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+SignalName = Literal["loss", "ghost"]
+Ranges = tuple[tuple[int, int], ...]  # (global start, length) pieces, in the order in which a shard stores them
+
+
+# --- where a process stands -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Process groups of one rank. A group of one process is None: no communication."""
+
+    tp: ProcessGroup | None = None
+    dp: ProcessGroup | None = None
+    tp_rank: int = 0
+    tp_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+
+
+# --- layers and optimizer state, as a backend describes them --------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredLayer:
+    """One linear layer y = x W^T whose weight gradient enters the score.
+
+    `rows` and `cols` say which part of the whole [d_out, d_in] matrix this rank holds; hashes and preconditioners are
+    taken on those global coordinates, so that partial results of the shards add up to the unsharded ones.
+    """
+
+    name: str  # the same on every rank and for every sharding
+    module: torch.nn.Module
+    weight: torch.nn.Parameter
+    d_out: int  # of the whole matrix
+    d_in: int
+    rows: Ranges
+    cols: Ranges
+    sequence_first: bool  # activations are [s, b, d] (Megatron) rather than [b, s, d]
+    replicated: bool = False  # every tensor-parallel rank holds the whole matrix: count it once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """The part of a flattened local weight shard whose optimizer state lives on this rank."""
+
+    start: int  # in the flattened local shard
+    values: Tensor  # [n], any float dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamHyper:
+    """Hyper-parameters of the **coming** step of one parameter's group, and the steps already completed."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int  # completed optimizer steps (the t of method Eq. 8-13); 0: no state yet
+
+
+class OptimizerState(Protocol):
+    """Reads, without communication, the optimizer state that this rank owns."""
+
+    sharded_over_dp: bool  # False: every data-parallel rank holds all of it
+
+    def hyper(self, weight: torch.nn.Parameter) -> AdamHyper: ...
+
+    def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        """Owned fragments of exp_avg_sq; empty where this rank owns nothing of `weight`."""
+        ...
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+class TokenDocuments(Protocol):
+    """A memory-mapped stream of documents stored one after the other."""
+
+    name: str  # domain
+    num_tokens: int
+
+    @property
+    def document_ends(self) -> np.ndarray:
+        """[documents], int64: exclusive end of each document in the token stream, ascending."""
+        ...
+
+    def tokens(self, start: int, length: int) -> np.ndarray:
+        """[length], int64: tokens of the stream at `start`, crossing document boundaries."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences ready for the model, labels already shifted: labels[b, t] is the token that follows tokens[b, t]."""
+
+    tokens: Tensor  # [B, L] int64
+    labels: Tensor  # [B, L] int64
+    loss_mask: Tensor  # [B, L] float32, 0 where the prediction does not count
+    position_ids: Tensor  # [B, L] int64
+    document_ids: Tensor | None = None  # [B, L] int32; attention stays within equal ids; None: plain causal
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Sequences start..stop-1 as a view."""
+        return self._map(lambda x: x[start:stop])
+
+    def window(self, length: int) -> Batch:
+        """The first `length` tokens of every sequence as a view."""
+        return self._map(lambda x: x[:, :length])
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def _map(self, f: Any) -> Batch:
+        documents = None if self.document_ids is None else f(self.document_ids)
+        return Batch(
+            tokens=f(self.tokens),
+            labels=f(self.labels),
+            loss_mask=f(self.loss_mask),
+            position_ids=f(self.position_ids),
+            document_ids=documents,
+        )
+
+    @staticmethod
+    def cat(batches: Sequence[Batch]) -> Batch:
+        documents = [b.document_ids for b in batches if b.document_ids is not None]
+        return Batch(
+            tokens=torch.cat([b.tokens for b in batches]),
+            labels=torch.cat([b.labels for b in batches]),
+            loss_mask=torch.cat([b.loss_mask for b in batches]),
+            position_ids=torch.cat([b.position_ids for b in batches]),
+            document_ids=torch.cat(documents) if documents else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The buffer of one optimizer step, the same on every rank: ids travel, tokens do not."""
+
+    step: int
+    sample_ids: np.ndarray  # [N] int64, global ids: any rank can look any of them up
+    domains: np.ndarray  # [N] int32, index into the buffer's domain names
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+# --- the strategy seam ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What the scoring pass found out about the N candidates; identical on every rank. float64, on the CPU."""
+
+    alignment: Tensor | None = None  # [N]    <P G(z), g_V>
+    interaction: Tensor | None = None  # [N, N] <P G(z), P G(j)>
+    loss: Tensor | None = None  # [N]    mean token loss
+    finite: Tensor | None = None  # [N] bool; False: the candidate gave NaN/Inf factors and must not be drawn
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    geometry: str = ""  # which preconditioner was in force: "adamw", "sgd", ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """K of N candidates."""
+
+    indices: Tensor  # [K] int64 positions in the buffer, in draw order
+    weights: Tensor | None = None  # [K] float32 loss weights; None: all 1
+    utility: Tensor | None = None  # [N] float64 at the first draw
+    redundancy: Tensor | None = None  # [N] float64: at the draw for drawn ones, at the end for the others
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    fallback: str = ""  # why selection fell back to random; empty: it did not
+
+
+class SelectionStrategy(Protocol):
+    """How K of N candidates are chosen. Pure tensor code: the same inputs and generator give the same choice."""
+
+    needs: frozenset[SignalName]  # what the scoring pass must produce; empty: no pass at all
+
+    def domain_weights(self, step: int) -> Tensor | None:
+        """[D] weights for filling the buffer, or None for the configured ones."""
+        ...
+
+    def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection: ...
+
+    def observe(self, step: int, domain_loss: Mapping[str, float]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

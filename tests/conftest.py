@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from distributed import DistributedPool  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world2() -> Iterator[DistributedPool]:
+    """Two gloo processes: `world2.run(function, *args)` gives the results in rank order."""
+    pool = DistributedPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def world4() -> Iterator[DistributedPool]:
+    pool = DistributedPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real text beside the checkout; tests that use it skip where it is absent."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no ../shared/data on this machine")
+    return path
