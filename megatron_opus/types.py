@@ -50,6 +50,8 @@ class ScoredLayer:
     cols: Ranges
     sequence_first: bool  # activations are [s, b, d] (Megatron) rather than [b, s, d]
     replicated: bool = False  # every tensor-parallel rank holds the whole matrix: count it once
+    input_scattered: bool = False  # sequence parallel: each rank holds its slice of the tokens of a
+    output_scattered: bool = False  # likewise of b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class AdamHyper:
 class OptimizerState(Protocol):
     """Reads, without communication, the optimizer state that this rank owns."""
 
+    kind: Literal["adamw", "sgd"]
     sharded_over_dp: bool  # False: every data-parallel rank holds all of it
 
     def hyper(self, weight: torch.nn.Parameter) -> AdamHyper: ...

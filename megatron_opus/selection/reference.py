@@ -1,0 +1,86 @@
+"""The oracle: utilities from materialised per-sequence gradients, in one process, in float64, without any sketch.
+
+Plain loops, to be read beside method.md line by line. Everything fast in this package is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_opus.selection.precondition import adam_kappa, exact_multiplier
+from megatron_opus.types import AdamHyper, Batch
+
+Gradients = dict[str, Tensor]
+
+
+def per_sequence_gradients(
+    token_losses: Callable[[Batch], Tensor], batch: Batch, weights: Mapping[str, Tensor]
+) -> list[Gradients]:
+    """G_r(z) for every sequence z of `batch`: the gradient of that sequence's **mean** token loss.
+
+    token_losses(batch) -> [B, T] unreduced losses; the mean runs over tokens with loss_mask = 1 (method.md section 1).
+    """
+    result = []
+    for z in range(len(batch)):
+        one = batch.rows(z, z + 1)
+        losses = token_losses(one)
+        mean = (losses * one.loss_mask).sum() / one.loss_mask.sum()
+        gradients = torch.autograd.grad(mean, list(weights.values()))
+        result.append({name: g.detach().double() for name, g in zip(weights, gradients, strict=True)})
+    return result
+
+
+def adamw_preconditioner(v: Mapping[str, Tensor], hyper: Mapping[str, AdamHyper]) -> Callable[[Gradients], Gradients]:
+    """P of Eq. 8-13 with the whole second moment `v` [d_out, d_in]; P = lr before the first step."""
+
+    def apply(gradients: Gradients) -> Gradients:
+        out = {}
+        for name, g in gradients.items():
+            h = hyper[name]
+            if h.step == 0:
+                out[name] = h.lr * g
+            else:
+                out[name] = adam_kappa(h) * exact_multiplier(v[name].double(), h) * g
+        return out
+
+    return apply
+
+
+def sgd_preconditioner(lr: float) -> Callable[[Gradients], Gradients]:
+    return lambda gradients: {name: lr * g for name, g in gradients.items()}
+
+
+def scores(
+    candidates: list[Gradients], proxy: list[Gradients], precondition: Callable[[Gradients], Gradients]
+) -> tuple[Tensor, Tensor]:
+    """(alignment [N], interaction [N, N]) float64 (Eq. 23 without the draws)."""
+    target = {name: sum(g[name] for g in proxy) / len(proxy) for name in proxy[0]}
+    updates = [precondition(g) for g in candidates]
+    n = len(candidates)
+    align = torch.zeros(n, dtype=torch.float64)
+    inter = torch.zeros(n, n, dtype=torch.float64)
+    for z in range(n):
+        for name, g_v in target.items():
+            align[z] += (updates[z][name] * g_v).sum()
+        for j in range(n):
+            for name in target:
+                inter[z, j] += (updates[z][name] * updates[j][name]).sum()
+    return align, inter
+
+
+def greedy(align: Tensor, inter: Tensor, k: int, scale: float = 1.0) -> list[int]:
+    """Indices drawn by argmax of alignment minus scaled redundancy with those already drawn."""
+    drawn: list[int] = []
+    for _ in range(k):
+        best, best_utility = -1, -float("inf")
+        for z in range(len(align)):
+            if z in drawn:
+                continue
+            value = float(align[z]) - scale * sum(float(inter[z, j]) for j in drawn)
+            if value > best_utility:
+                best, best_utility = z, value
+        drawn.append(best)
+    return drawn

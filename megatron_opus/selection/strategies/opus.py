@@ -1,0 +1,106 @@
+"""OPUS: Boltzmann draws by the utility of the coming optimizer update (arXiv 2602.05400, Alg. 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opus.config import SelectionConfig
+from megatron_opus.selection import sampling, utility
+from megatron_opus.selection.strategies.random import RandomStrategy
+from megatron_opus.types import Candidates, Selection, SignalName, Signals
+
+
+class OpusStrategy:
+    """Needs alignment [N] and, unless redundancy is off, interaction [N, N].
+
+    A candidate with non-finite factors is never drawn. If fewer than k finite ones remain, or all utilities are equal
+    (then they carry no information: usually a capture that saw nothing), the step is drawn at random and
+    `Selection.fallback` says why: the driver counts it.
+    """
+
+    needs: frozenset[SignalName] = frozenset({"ghost"})
+
+    def __init__(self, config: SelectionConfig) -> None:
+        self._config = config
+
+    def domain_weights(self, step: int) -> Tensor | None:
+        return None
+
+    def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection:
+        if signals.alignment is None:
+            raise ValueError("opus: expected signals with an alignment, got none; run the scoring pass first")
+        config, align = self._config, signals.alignment
+        n = len(align)
+        finite = torch.isfinite(align) if signals.finite is None else signals.finite & torch.isfinite(align)
+        inter = signals.interaction
+        if inter is not None:
+            finite = finite & torch.isfinite(inter.diagonal())
+        usable = int(finite.sum())
+        if usable < k:
+            return self._fallback(candidates, k, generator, f"{usable} of {n} candidates have finite scores, need {k}")
+        good = align[finite]
+        if k < n and (good.max() == good.min()):
+            return self._fallback(candidates, k, generator, f"all {usable} utilities are equal ({good[0]:g})")
+        scale = 0.0
+        if config.redundancy.scale != "off":
+            if inter is None:
+                raise ValueError("opus: redundancy is on but the scoring pass gave no interaction matrix")
+            scale = utility.redundancy_scale(good, inter[finite][:, finite], k, config.redundancy)
+        result = sampling.draw(
+            align,
+            inter,
+            k,
+            generator=generator,
+            temperature=config.temperature,
+            temperature_unit=config.temperature_unit,
+            greedy=config.sampling == "greedy",
+            redundancy_scale=scale,
+            eligible=finite,
+        )
+        return Selection(
+            indices=result.indices,
+            utility=result.utility,
+            redundancy=result.redundancy,
+            diagnostics=_diagnostics(result, good, scale, n - usable),
+        )
+
+    def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise ValueError(f"opus keeps no state of its own, got keys {sorted(state)}")
+
+    @staticmethod
+    def _fallback(candidates: Candidates, k: int, generator: torch.Generator, reason: str) -> Selection:
+        drawn = RandomStrategy().select(candidates, Signals(), k, generator)
+        return Selection(indices=drawn.indices, fallback=reason)
+
+
+def _diagnostics(result: sampling.Draw, good: Tensor, scale: float, excluded: int) -> dict[str, float]:
+    k = len(result.indices)
+    best = torch.topk(result.utility.nan_to_num(-math.inf), k).indices
+    drawn = result.indices
+    deviation = (result.utility[drawn] - good.mean()).abs().sum()
+    penalty = result.redundancy[drawn].abs().sum()
+    return {
+        "entropy_ratio": result.entropy_ratio,
+        "temperature": result.temperature,
+        # share of the k best by utility among those drawn
+        "top_k_share": torch.isin(drawn, best).double().mean().item(),
+        # how much of what decided the draws was redundancy: |redundancy| / (|alignment - mean| + |redundancy|)
+        "redundancy_share": (penalty / (deviation + penalty)).item() if deviation + penalty > 0 else 0.0,
+        "redundancy_scale": scale,
+        "utility_std": good.std().item() if len(good) > 1 else 0.0,
+        "utility_mean": good.mean().item(),
+        "utility_gain": (result.utility[drawn].mean() - good.mean()).item(),
+        "excluded": float(excluded),
+    }
