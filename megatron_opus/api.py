@@ -1,0 +1,105 @@
+"""`megatron_opus.score`: the scoring pass for users with a training loop of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_opus.backends.layers import ShardMap, is_megatron, megatron_layers, plain_layers
+from megatron_opus.backends.optimizer_state import optimizer_state
+from megatron_opus.config import ConfigError, SelectionConfig
+from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.types import Batch, Groups, Signals
+
+
+def build_scorer(
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    config: SelectionConfig | None = None,
+    token_losses: Callable[[nn.Module, Batch], Tensor] | None = None,
+    groups: Groups | None = None,
+    shard_map: ShardMap | None = None,
+    include_output_layer: bool = False,
+    device: torch.device | str | None = None,
+) -> ScoringPass:
+    """A reusable scoring pass: build it once, call it at every step with (candidates, proxy).
+
+    model: the bare module, not the DeepSpeed engine around it and not a compiled one. Megatron models (recognised by
+    their tensor-parallel layers) need `shard_map`, `groups` and `token_losses`; see `training/model.py` for those of a
+    GPTModel. Plain models are scored on their nn.Linear layers; `token_losses` defaults to the cross entropy of
+    `model(tokens)` (a tensor, or an object with `.logits`) [B, T, V] against the labels.
+    optimizer: torch Adam / AdamW / SGD, or a DeepSpeed engine at ZeRO 0-2.
+
+    Raises ConfigError, UnsupportedOptimizer.
+    """
+    config = config or SelectionConfig()
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError("model: hooks do not fire inside a torch.compile'd module; pass the uncompiled model")
+    if is_megatron(model):
+        if shard_map is None or groups is None or token_losses is None:
+            raise ConfigError("model: a Megatron model needs shard_map, groups and token_losses")
+        layers = megatron_layers(model, shard_map, include_output_layer=include_output_layer)
+    else:
+        layers = plain_layers(model, include_output_layer=include_output_layer)
+    if device is None:
+        device = next(model.parameters()).device
+    return ScoringPass(
+        model,
+        layers,
+        optimizer_state(optimizer),
+        config,
+        token_losses or _plain_token_losses,
+        groups=groups or Groups(),
+        device=torch.device(device),
+    )
+
+
+def score(
+    model: nn.Module,
+    candidates: Batch | Tensor,
+    proxy: Batch | Tensor,
+    optimizer: Any,
+    *,
+    interaction: bool = True,
+    **options: Any,
+) -> Signals:
+    """How far the coming optimizer update would move `model` toward `proxy`, for each candidate sequence.
+
+    candidates, proxy: `Batch`, or token ids [N, L + 1] int64 (inputs are the first L, labels the last L). Under data
+    parallelism each rank passes its own share of both. `options` are those of `build_scorer`; call that once instead
+    when scoring at every step.
+
+    Returns Signals with alignment [N] and interaction [N, N] (None when not asked for), float64 on the CPU, identical
+    on every rank: U = alignment - scale * interaction[:, drawn].sum(1). The model, the optimizer and the RNG are left
+    as they were.
+    """
+    scorer = build_scorer(model, optimizer, **options)
+    return scorer(as_batch(candidates), as_batch(proxy), interaction=interaction)
+
+
+def as_batch(tokens: Batch | Tensor) -> Batch:
+    """Token ids [B, L + 1] as a Batch of L inputs and L shifted labels; a Batch as it is."""
+    if isinstance(tokens, Batch):
+        return tokens
+    if tokens.dim() != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
+        raise ConfigError(f"tokens: expected ids [B, L + 1] with L >= 1, got {tokens.dtype} {list(tokens.shape)}")
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return Batch(
+        tokens=inputs,
+        labels=labels,
+        loss_mask=torch.ones(inputs.shape, dtype=torch.float32, device=tokens.device),
+        position_ids=torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs),
+    )
+
+
+def _plain_token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    if batch.document_ids is not None:
+        raise ConfigError("document_ids: a plain model cannot mask documents by itself; pass token_losses that does")
+    output = model(batch.tokens)
+    logits = getattr(output, "logits", output)
+    return functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction="none")

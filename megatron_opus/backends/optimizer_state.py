@@ -1,0 +1,160 @@
+"""Where Adam's second moment lives, for torch optimizers and DeepSpeed engines. No communication, matched by parameter.
+
+engine                      flat storage of exp_avg_sq on this rank
+torch / ZeRO 0 fp32         state[p], whole
+ZeRO 0 bf16, unfused        state[fp32_groups[g][k]], whole, one fp32 master per parameter
+ZeRO 0 bf16, FusedAdam      state[fp32_groups_flat[g]], whole, the group's parameters one after the other
+ZeRO 1 / 2, BF16_Optimizer  state[flat partition of g], the fragment that `p._hp_mapping` describes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_opus.types import AdamHyper, Fragment, OptimizerState
+
+SECOND_MOMENT = "exp_avg_sq"
+
+
+class UnsupportedOptimizer(TypeError):
+    """An optimizer whose update the selector cannot describe."""
+
+
+def optimizer_state(optimizer: Any) -> OptimizerState:
+    """Reader for a torch optimizer or a DeepSpeed engine. Raises UnsupportedOptimizer."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return TorchState(optimizer)
+    if hasattr(optimizer, "zero_optimization_stage") and hasattr(optimizer, "module"):
+        return DeepSpeedState(optimizer)
+    raise UnsupportedOptimizer(
+        f"optimizer: expected a torch.optim.Optimizer or a DeepSpeed engine, got {type(optimizer).__name__}"
+    )
+
+
+def _kind(optimizer: Any) -> Literal["adamw", "sgd"]:
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    if names & {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}:
+        return "adamw"
+    if "SGD" in names:
+        return "sgd"
+    raise UnsupportedOptimizer(
+        f"optimizer: expected Adam, AdamW, FusedAdam, DeepSpeedCPUAdam or SGD, got {type(optimizer).__name__}"
+    )
+
+
+class _Groups:
+    """Parameter -> its group, by identity: never by position in the model."""
+
+    def __init__(self, param_lists: Sequence[Sequence[Tensor]]) -> None:
+        self._where = {id(p): (g, k) for g, group in enumerate(param_lists) for k, p in enumerate(group)}
+
+    def __call__(self, weight: Tensor) -> tuple[int, int]:
+        try:
+            return self._where[id(weight)]
+        except KeyError:
+            raise UnsupportedOptimizer(
+                f"a scored weight of shape {list(weight.shape)} belongs to no parameter group of the optimizer; freeze "
+                "it (requires_grad=False) so that it is not scored, or give it to the optimizer"
+            ) from None
+
+
+def _hyper(group: dict[str, Any], kind: str, step: int) -> AdamHyper:
+    lr = group["lr"]
+    lr = lr.item() if isinstance(lr, Tensor) else float(lr)
+    if kind == "sgd":
+        return AdamHyper(lr=lr, beta1=0.0, beta2=0.0, eps=0.0, step=step)
+    beta1, beta2 = group["betas"]
+    return AdamHyper(lr=lr, beta1=float(beta1), beta2=float(beta2), eps=float(group["eps"]), step=step)
+
+
+def _steps(state: dict[str, Any], group: dict[str, Any]) -> int:
+    step = state.get("step", group.get("step", 0))  # FusedAdam counts in the group
+    return int(step.item()) if isinstance(step, Tensor) else int(step)
+
+
+class TorchState:
+    """A torch optimizer in one process, or replicated over data-parallel ranks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.kind = _kind(optimizer)
+        self.sharded_over_dp = False
+        self._optimizer = optimizer
+        self._groups = _Groups([group["params"] for group in optimizer.param_groups])
+
+    def hyper(self, weight: torch.nn.Parameter) -> AdamHyper:
+        group = self._optimizer.param_groups[self._groups(weight)[0]]
+        state = self._optimizer.state.get(weight, {})
+        step = _steps(state, group) if SECOND_MOMENT in state else 0
+        return _hyper(group, self.kind, step)
+
+    def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        return [Fragment(start=0, values=self._optimizer.state[weight][SECOND_MOMENT].flatten())]
+
+
+class DeepSpeedState:
+    """A DeepSpeed engine at ZeRO stage 0, 1 or 2."""
+
+    def __init__(self, engine: Any) -> None:
+        stage = engine.zero_optimization_stage()
+        if stage > 2:
+            raise UnsupportedOptimizer(f"zero_stage: expected 0, 1 or 2, got {stage}")
+        self._engine = engine
+        self._wrapper = engine.optimizer
+        self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
+        self.kind = _kind(self._optimizer)
+        self._flat: list[Tensor] | None = None  # one flat tensor per group
+        self._masters: list[list[Tensor]] | None = None  # one tensor per parameter
+        wrapper = self._wrapper
+        if hasattr(wrapper, "bit16_groups"):  # ZeRO 1 and 2
+            params, self._flat = wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups
+            self.sharded_over_dp = True
+        elif hasattr(wrapper, "bf16_groups"):  # BF16_Optimizer: ZeRO 1 with fp32 gradient accumulation
+            params, self._flat = wrapper.bf16_groups, wrapper.fp32_groups_flat_partition
+            self.sharded_over_dp = True
+        elif hasattr(wrapper, "fp32_groups_flat"):  # FP16_Optimizer around a fused Adam, also for bf16
+            params, self._flat = wrapper.fp16_groups, wrapper.fp32_groups_flat
+            self.sharded_over_dp = False
+        elif hasattr(wrapper, "fp32_groups"):  # FP16_UnfusedOptimizer, also for bf16
+            params, self._masters = wrapper.fp16_groups, wrapper.fp32_groups
+            self.sharded_over_dp = False
+        elif isinstance(wrapper, torch.optim.Optimizer):
+            params = [group["params"] for group in wrapper.param_groups]
+            self._masters = params
+            self.sharded_over_dp = False
+        else:
+            raise UnsupportedOptimizer(f"DeepSpeed optimizer wrapper {type(wrapper).__name__}: layout not known")
+        self._params = params
+        self._groups = _Groups(params)
+
+    def hyper(self, weight: torch.nn.Parameter) -> AdamHyper:
+        g, k = self._groups(weight)
+        state = self._optimizer.state.get(self._key(g, k), {})
+        # bf16 at stage 0 takes a dummy step on zero gradients when it starts: only the engine knows that none was real
+        started = self._engine.global_steps > 0 and (self.kind == "sgd" or SECOND_MOMENT in state)
+        group = self._optimizer.param_groups[g]
+        return _hyper(group, self.kind, _steps(state, group) if started else 0)
+
+    def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        g, k = self._groups(weight)
+        if self.sharded_over_dp:
+            mapping: Any = vars(weight)["_hp_mapping"]  # set by DeepSpeed on every parameter it partitions
+            if mapping is None:
+                return []  # another data-parallel rank owns all of it
+            values = self._optimizer.state[self._key(g, k)][SECOND_MOMENT]
+            owned = values.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+            return [Fragment(start=mapping.lp_fragment_address.start, values=owned)]
+        values = self._optimizer.state[self._key(g, k)][SECOND_MOMENT].flatten()
+        if self._flat is not None:
+            start = sum(p.numel() for p in self._params[g][:k])
+            values = values.narrow(0, start, weight.numel())
+        return [Fragment(start=0, values=values)]
+
+    def _key(self, group: int, index: int) -> Tensor:
+        if self._flat is not None:
+            return self._flat[group]
+        assert self._masters is not None
+        return self._masters[group][index]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_opus.config import SketchConfig
+from megatron_opus.selection import hashing
+from megatron_opus.selection.precondition import Exact, Identity, Separable
+from megatron_opus.selection.sketch import build_sketch, two_sided_shape
+from megatron_opus.types import Ranges
+
+OPERATORS = ["count_sketch", "two_sided"]
+
+
+def make(operator, seed=42, dim=256, d_out=24, d_in=40, rows=None, cols=None, name="layer"):
+    return build_sketch(
+        SketchConfig(operator=operator, dim=dim, seed=seed),
+        name=name,
+        d_out=d_out,
+        d_in=d_in,
+        rows=rows or ((0, d_out),),
+        cols=cols or ((0, d_in),),
+    )
+
+
+def apply(sketch, a, b, p):
+    return sketch.features(sketch.keep(a, p), sketch.project(b, p), p)
+
+
+def factors(size=3, tokens=7, d_out=24, d_in=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(size, tokens, d_in, generator=g), torch.randn(size, tokens, d_out, generator=g)
+
+
+def cut(ranges: Ranges) -> torch.Tensor:
+    return torch.cat([torch.arange(s, s + n) for s, n in ranges])
+
+
+@st.composite
+def sharding(draw, size):
+    """Pieces of 0..size-1 dealt to 2 to 4 shards, in a shuffled order: rows of a shard need not be contiguous."""
+    points = sorted(draw(st.sets(st.integers(1, size - 1), min_size=1, max_size=7)))
+    pieces = [(a, b - a) for a, b in zip([0, *points], [*points, size], strict=True)]
+    order = draw(st.permutations(pieces))
+    shards = draw(st.integers(2, 4))
+    return [tuple(order[i::shards]) for i in range(shards) if order[i::shards]]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_shards_add_up(operator, data):
+    """Fault: hashes by local size and layer order (defect 6 of the reference) make another sharding another sketch.
+
+    Tolerance: float32 sums in another order, 280 products of order 1 each.
+    """
+    a, b = factors()
+    p = Separable(kappa=0.5, row=torch.rand(24) + 0.5, col=torch.rand(40) + 0.5)
+    whole = apply(make(operator), a, b, p)
+    by_rows = data.draw(st.booleans())
+    total = torch.zeros_like(whole)
+    for ranges in data.draw(sharding(24 if by_rows else 40)):
+        index = cut(ranges)
+        if by_rows:
+            part = Separable(kappa=0.5, row=p.row[index], col=p.col)
+            total += apply(make(operator, rows=ranges), a, b[..., index], part)
+        else:
+            part = Separable(kappa=0.5, row=p.row, col=p.col[index])
+            total += apply(make(operator, cols=ranges), a[..., index], b, part)
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_unbiased_over_seeds(operator):
+    """Fault: a correlated sign or bucket hash biases every inner product; no single seed would show it.
+
+    The mean over 400 seeds must lie within 4 standard errors of the true value.
+    """
+    a, b = factors(size=2, seed=1)
+    g = torch.bmm(b.transpose(1, 2), a).flatten(1)
+    truth = float(g[0] @ g[1])
+    values = []
+    for seed in range(400):
+        features = apply(make(operator, seed=seed), a, b, Identity())
+        values.append(float(features[0] @ features[1]))
+    values = torch.tensor(values, dtype=torch.float64)
+    error = values.std() / len(values) ** 0.5
+    assert abs(values.mean() - truth) < 4 * error
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_variance_falls_as_one_over_m(operator):
+    """Fault: hash values that repeat with a short period waste buckets, and more of them do not help.
+
+    From m to 4m the variance over 300 seeds must fall by 4 within the band a ratio of two such estimates has (x 1.6).
+    For two_sided both factors double: its leading terms are 1/m1 + 1/m2, so on full-rank matrices it falls by 2 to 4.
+    """
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.randn(2, 60, 64, generator=g), torch.randn(2, 60, 64, generator=g)
+    variance = []
+    for dim in (64, 256):
+        values = []
+        for seed in range(300):
+            features = apply(make(operator, seed=seed, dim=dim, d_out=64, d_in=64), a, b, Identity())
+            values.append(float(features[0] @ features[1]))
+        variance.append(torch.tensor(values, dtype=torch.float64).var().item())
+    ratio = variance[0] / variance[1]
+    low, high = (4 / 1.6, 4 * 1.6) if operator == "count_sketch" else (2 / 1.6, 6 * 1.6)
+    assert low < ratio < high
+
+
+def test_two_sided_is_exact_with_room_for_all():
+    """Fault: collisions although there are more buckets than indices."""
+    a, b = factors(d_out=6, d_in=5)
+    features = apply(make("two_sided", dim=4096, d_out=6, d_in=5), a, b, Identity())
+    g = torch.bmm(b.transpose(1, 2), a).flatten(1)
+    torch.testing.assert_close(features @ features.T, g @ g.T, rtol=1e-5, atol=1e-4)
+
+
+def test_count_sketch_applies_an_exact_multiplier():
+    """Fault: the exact preconditioner applied to the wrong row chunk. Compared through a hash-free sum of squares."""
+    a, b = factors(size=1)
+    multiplier = torch.rand(24, 40) + 0.5
+    sketch = make("count_sketch", dim=2**20)  # so wide that 960 entries hardly collide
+    features = apply(sketch, a, b, Exact(kappa=2.0, multiplier=multiplier))
+    truth = 2.0 * multiplier * torch.bmm(b.transpose(1, 2), a)[0]
+    torch.testing.assert_close(features.square().sum(), truth.square().sum(), rtol=1e-3, atol=0)
+
+
+def test_row_chunks_do_not_change_the_sketch(monkeypatch):
+    """Fault: hashes indexed by the row inside a chunk instead of the global row."""
+    from megatron_opus.selection import sketch as module
+
+    a, b = factors()
+    whole = apply(make("count_sketch"), a, b, Identity())
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 3 * 40 * 5)  # five rows at a time
+    torch.testing.assert_close(apply(make("count_sketch"), a, b, Identity()), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_two_sided_refuses_an_exact_preconditioner():
+    """Fault: silently sketching with the identity where the preconditioner cannot be applied."""
+    a, _ = factors()
+    with pytest.raises(TypeError, match="count_sketch"):
+        make("two_sided").keep(a, Exact(kappa=1.0, multiplier=torch.ones(24, 40)))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(1, 2**14), st.integers(1, 5000), st.integers(1, 5000))
+def test_two_sided_shape_fits(dim, d_out, d_in):
+    """Fault: more numbers than asked for, or a side with more buckets than indices."""
+    m_out, m_in = two_sided_shape(dim, d_out, d_in)
+    assert 1 <= m_out <= d_out
+    assert 1 <= m_in <= d_in
+    assert m_out * m_in <= dim
+
+
+def test_hashes_are_stable_and_balanced():
+    """Fault: a hash that depends on the process (PYTHONHASHSEED) or the torch version breaks every stored sketch."""
+    assert hashing.layer_key(42, "decoder.layers.0.mlp.linear_fc1", "row") == -1399362562897004334
+    h = hashing.mix(0, torch.arange(3))
+    assert h.tolist() == [0, -2152535657050944081, 7960286522194355700]
+    assert torch.bincount(hashing.balanced_buckets(7, 100, 8), minlength=8).tolist() == [13] * 4 + [12] * 4
+    assert abs(hashing.signs(hashing.mix(1, torch.arange(10000))).mean()) < 0.05
