@@ -54,8 +54,9 @@ def test_separable_is_exact_on_rank_one_moments():
 
 @pytest.mark.parametrize("zero", ["row", "column", "all"])
 def test_separable_stays_finite_without_moments(zero):
-    """Fault: a dead unit (v = 0) makes D infinite and every utility NaN. Its true D is 1 / eps, the bound here."""
-    v = torch.rand(6, 8, dtype=torch.float64) * 1e-6
+    """Fault: a dead unit (v = 0) makes D infinite and every utility NaN. Its true D is 1 / eps; the separable
+    form gives 2 / eps times mean(x) / x_i, and x varies by less than 2 here."""
+    v = (0.3 + torch.rand(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)) * 1e-6
     if zero in {"row", "all"}:
         v[2 if zero == "row" else slice(None)] = 0
     if zero == "column":
@@ -63,7 +64,7 @@ def test_separable_stays_finite_without_moments(zero):
     r, c = separable_factors(v.sum(1), v.sum(0), HYPER)
     outer = torch.outer(r.double(), c.double())
     assert torch.isfinite(outer).all()
-    assert outer.max() <= 2.5 / HYPER.eps
+    assert outer.max() <= 4 / HYPER.eps
     if zero == "all":
         torch.testing.assert_close(outer, torch.full_like(outer, 1 / HYPER.eps), rtol=1e-5, atol=0)
 
