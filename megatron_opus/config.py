@@ -390,7 +390,7 @@ def validate(config: RunConfig) -> None:
     offered = t.global_batch_size / s.rho
     _require(
         abs(offered - round(offered)) < 1e-6,
-        f"selection.rho: training.global_batch_size / rho must be whole, got {t.global_batch_size} / {s.rho} = {offered:g}",
+        f"selection.rho: expected training.global_batch_size / rho to be whole, got {offered:g}",
     )
     _require(
         s.temperature > 0, f"selection.temperature: expected > 0, got {s.temperature}; for argmax use sampling: greedy"

@@ -79,7 +79,9 @@ class OptimizerState(Protocol):
     kind: Literal["adamw", "sgd"]
     sharded_over_dp: bool  # False: every data-parallel rank holds all of it
 
-    def hyper(self, weight: torch.nn.Parameter) -> AdamHyper: ...
+    def hypers(self, weights: Sequence[torch.nn.Parameter]) -> list[AdamHyper]:
+        """One for each weight, with at most one device synchronisation for all of them."""
+        ...
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         """Owned fragments of exp_avg_sq; empty where this rank owns nothing of `weight`."""

@@ -62,18 +62,27 @@ class _Groups:
             ) from None
 
 
-def _hyper(group: dict[str, Any], kind: str, step: int) -> AdamHyper:
-    lr = group["lr"]
-    lr = lr.item() if isinstance(lr, Tensor) else float(lr)
-    if kind == "sgd":
-        return AdamHyper(lr=lr, beta1=0.0, beta2=0.0, eps=0.0, step=step)
-    beta1, beta2 = group["betas"]
-    return AdamHyper(lr=lr, beta1=float(beta1), beta2=float(beta2), eps=float(group["eps"]), step=step)
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """Plain numbers; all tensors among them are read with one synchronisation, not one each."""
+    tensors = [v.detach().double().flatten() for v in values if isinstance(v, Tensor)]
+    if not tensors:
+        return [float(v) for v in values]
+    device = tensors[0].device
+    read = iter(torch.cat([t.to(device, non_blocking=True) for t in tensors]).tolist())
+    return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
 
 
-def _steps(state: dict[str, Any], group: dict[str, Any]) -> int:
-    step = state.get("step", group.get("step", 0))  # FusedAdam counts in the group
-    return int(step.item()) if isinstance(step, Tensor) else int(step)
+def _hypers(kind: str, found: Sequence[tuple[dict[str, Any], dict[str, Any], bool]]) -> list[AdamHyper]:
+    """AdamHyper for each (parameter group, state of the parameter, whether a real step was taken)."""
+    # FusedAdam counts its steps in the group, torch and DeepSpeedCPUAdam in the state
+    steps = _numbers([state.get("step", group.get("step", 0)) if started else 0 for group, state, started in found])
+    rates = _numbers([group["lr"] for group, _, _ in found])
+    result = []
+    for (group, _, _), step, lr in zip(found, steps, rates, strict=True):
+        beta1, beta2 = (float(b) for b in group["betas"]) if kind == "adamw" else (0.0, 0.0)
+        eps = float(group["eps"]) if kind == "adamw" else 0.0
+        result.append(AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=int(step)))
+    return result
 
 
 class TorchState:
@@ -85,11 +94,12 @@ class TorchState:
         self._optimizer = optimizer
         self._groups = _Groups([group["params"] for group in optimizer.param_groups])
 
-    def hyper(self, weight: torch.nn.Parameter) -> AdamHyper:
-        group = self._optimizer.param_groups[self._groups(weight)[0]]
-        state = self._optimizer.state.get(weight, {})
-        step = _steps(state, group) if SECOND_MOMENT in state else 0
-        return _hyper(group, self.kind, step)
+    def hypers(self, weights: Sequence[torch.nn.Parameter]) -> list[AdamHyper]:
+        found = []
+        for weight in weights:
+            state = self._optimizer.state.get(weight, {})
+            found.append((self._optimizer.param_groups[self._groups(weight)[0]], state, SECOND_MOMENT in state))
+        return _hypers(self.kind, found)
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         return [Fragment(start=0, values=self._optimizer.state[weight][SECOND_MOMENT].flatten())]
@@ -130,13 +140,15 @@ class DeepSpeedState:
         self._params = params
         self._groups = _Groups(params)
 
-    def hyper(self, weight: torch.nn.Parameter) -> AdamHyper:
-        g, k = self._groups(weight)
-        state = self._optimizer.state.get(self._key(g, k), {})
-        # bf16 at stage 0 takes a dummy step on zero gradients when it starts: only the engine knows that none was real
-        started = self._engine.global_steps > 0 and (self.kind == "sgd" or SECOND_MOMENT in state)
-        group = self._optimizer.param_groups[g]
-        return _hyper(group, self.kind, _steps(state, group) if started else 0)
+    def hypers(self, weights: Sequence[torch.nn.Parameter]) -> list[AdamHyper]:
+        found = []
+        for weight in weights:
+            g, k = self._groups(weight)
+            state = self._optimizer.state.get(self._key(g, k), {})
+            # bf16 at stage 0 takes a dummy step on zero gradients when it starts: only the engine knows it was none
+            started = self._engine.global_steps > 0 and SECOND_MOMENT in state
+            found.append((self._optimizer.param_groups[g], state, started))
+        return _hypers(self.kind, found)
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         g, k = self._groups(weight)

@@ -62,7 +62,7 @@ class Preconditioners:
             self._age += 1
             return
         self._age = 1
-        self._hypers = [self._state.hyper(layer.weight) for layer in self._layers]
+        self._hypers = self._state.hypers([layer.weight for layer in self._layers])
         if self._kind == "sgd" or any(h.step == 0 for h in self._hypers):
             # before the first optimizer step there is no second moment: the geometry is SGD's, and the log says so
             self.geometry = "sgd" if self._kind == "sgd" else "sgd (no optimizer state yet)"

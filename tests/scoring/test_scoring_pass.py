@@ -39,7 +39,9 @@ def oracle(model, opt, candidates, proxy):
         precondition = reference.sgd_preconditioner(opt.param_groups[0]["lr"])
     else:
         v = {n: opt.state[w].get("exp_avg_sq", torch.zeros(())) for n, w in weights.items()}
-        precondition = reference.adamw_preconditioner(v, {n: state.hyper(w) for n, w in weights.items()})
+        precondition = reference.adamw_preconditioner(
+            v, dict(zip(weights, state.hypers(list(weights.values())), strict=True))
+        )
     return reference.scores(*per_sequence, precondition)
 
 
@@ -275,3 +277,25 @@ def test_tied_output_layers_are_left_out():
     model.lm_head.weight = model.embed.weight
     assert not any("lm_head" in layer.name for layer in plain_layers(model, include_output_layer=True))
     assert any("lm_head" in layer.name for layer in plain_layers(TinyGPT(), include_output_layer=True))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_host_synchronisations_do_not_grow_with_layers(layers):
+    """Fault: one .item() per parameter (defect 9 of the reference) stalls a GPU hundreds of times a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                self.reads += 1
+            return func(*args, **(kwargs or {}))
+
+    model = TinyGPT(layers=layers)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, opt, 2)
+    scorer = megatron_opus.build_scorer(model, opt)
+    with Count() as count:
+        scorer(random_batch(N, seed=1), random_batch(K_P, seed=2))
+    assert count.reads <= 4

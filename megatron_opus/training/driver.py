@@ -1,0 +1,208 @@
+"""The driver: fill the buffer, score, select, hand the selection to the patched iterator, take the host's step.
+
+Every rank runs the same lines on the same candidates, signals and generator, so that all draw the same K ids without
+being told; `selection.debug_checks` compares a hash of them over all ranks at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_opus.config import ConfigError, RunConfig
+from megatron_opus.data.buffer import CandidateBuffer
+from megatron_opus.data.corpus import Corpus
+from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.types import Candidates, Groups, Selection, SelectionStrategy, Signals
+
+ENTROPY_WARNING = 0.99
+
+
+class TooManyFallbacks(RuntimeError):
+    """Selection fell back to random more often than `selection.max_fallbacks` allows."""
+
+
+@dataclass
+class Counters:
+    """What the run has done so far. Saved with every checkpoint, the same on every rank."""
+
+    step: int = 0  # completed optimizer steps
+    update_tokens: int = 0  # trained on
+    candidate_tokens: int = 0  # offered, at full sequence length
+    scored_tokens: int = 0  # candidates and proxy, at scoring length
+    fallbacks: int = 0
+    excluded: int = 0  # candidates with non-finite scores
+
+
+class SelectionDriver:
+    """One optimizer step's worth of choosing: buffer -> scoring pass -> strategy -> patched iterator."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: Groups,
+        corpus: Corpus,
+        buffer: CandidateBuffer,
+        strategy: SelectionStrategy,
+        scorer: ScoringPass | None,
+        iterator: SelectedBatchIterator,
+    ) -> None:
+        if strategy.needs and scorer is None:
+            raise ConfigError(f"selection.strategy {config.selection.strategy} needs a scoring pass, got none")
+        self.counters = Counters()
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self._config, self._groups, self._corpus = config, groups, corpus
+        self._buffer, self._strategy, self._scorer, self._iterator = buffer, strategy, scorer, iterator
+        self._entropy_warned = False
+        self.notices: list[str] = []  # for the terminal, in order; the trainer prints and clears them
+
+    def choose(self) -> tuple[Candidates, Signals, Selection]:
+        """Draw N candidates, select K and fill the iterator with this rank's share of them, in buffer order.
+
+        Buffer order, not draw order: with rho = 1 the step is then bit-identical to one without selection.
+        """
+        c, step, k = self._config, self.counters.step, self._config.training.global_batch_size
+        candidates = self._buffer.draw(step, self._strategy.domain_weights(step))
+        signals = self._score(candidates) if self._strategy.needs else Signals()
+        selection = self._strategy.select(candidates, signals, k, self.generator)
+        self._check(selection, k)
+        order = torch.argsort(selection.indices)
+        chosen = selection.indices[order]
+        self._iterator.fill_selection(
+            self._corpus,
+            candidates.sample_ids[chosen.numpy()],
+            c.training.micro_batch_size,
+            weights=None if selection.weights is None else selection.weights[order],
+        )
+        self._buffer.settle(candidates, chosen.numpy())
+        self.counters.candidate_tokens += len(candidates) * c.data.seq_length
+        self.counters.update_tokens += k * c.data.seq_length
+        return candidates, signals, selection
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides what is chosen next. The same on every rank."""
+        return {
+            "counters": vars(self.counters).copy(),
+            "generator": self.generator.get_state(),
+            "buffer": self._buffer.state_dict(),
+            "strategy": self._strategy.state_dict(),
+            "scorer": None if self._scorer is None else self._scorer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counters = Counters(**state["counters"])
+        self.generator.set_state(state["generator"])
+        self._buffer.load_state_dict(state["buffer"])
+        self._strategy.load_state_dict(state["strategy"])
+        if self._scorer is not None and state["scorer"] is not None:
+            self._scorer.load_state_dict(state["scorer"])
+
+    def after_checkpoint(self) -> None:
+        if self._scorer is not None:
+            self._scorer.preconditioners.invalidate()
+
+    def _score(self, candidates: Candidates) -> Signals:
+        assert self._scorer is not None
+        s, g = self._config.selection, self._groups
+        length = min(s.score_length, self._config.data.seq_length)
+        n = len(candidates) // g.dp_size
+        share = candidates.sample_ids[g.dp_rank * n : (g.dp_rank + 1) * n]
+        proxy_ids = self._corpus.proxy_ids(self.counters.step, s.proxy_batch_size)
+        p = len(proxy_ids) // g.dp_size
+        proxy = self._corpus.batch(proxy_ids[g.dp_rank * p : (g.dp_rank + 1) * p]).window(length)
+        signals = self._scorer(self._corpus.batch(share).window(length), proxy, interaction=s.redundancy.scale != "off")
+        self.counters.scored_tokens += (len(candidates) + len(proxy_ids)) * length
+        return signals
+
+    def _check(self, selection: Selection, k: int) -> None:
+        counters, limit = self.counters, self._config.selection.max_fallbacks
+        if selection.fallback:
+            counters.fallbacks += 1
+            self.notices.append(
+                f"step {counters.step}: selection fell back to random ({counters.fallbacks} of at most {limit}): "
+                f"{selection.fallback}"
+            )
+            if counters.fallbacks > limit:
+                raise TooManyFallbacks(
+                    f"selection fell back to random {counters.fallbacks} times, max_fallbacks allows {limit}; "
+                    f"the last reason: {selection.fallback}"
+                )
+        counters.excluded += int(selection.diagnostics.get("excluded", 0))
+        if selection.diagnostics.get("entropy_ratio", 0.0) > ENTROPY_WARNING and not self._entropy_warned:
+            self._entropy_warned = True
+            self.notices.append(
+                f"step {counters.step}: WARNING: entropy ratio {selection.diagnostics['entropy_ratio']:.4f} is above "
+                f"{ENTROPY_WARNING}: selection is almost uniform. Lower selection.temperature, or set "
+                "selection.temperature_unit=std"
+            )
+        if self._config.selection.debug_checks and dist.is_initialized() and dist.get_world_size() > 1:
+            drawn: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(drawn, selection.indices.tolist())
+            if any(other != drawn[0] for other in drawn):
+                different = [rank for rank, other in enumerate(drawn) if other != drawn[0]]
+                raise RuntimeError(f"step {counters.step}: ranks {different} drew other candidates than rank 0")
+
+
+def ledger_rows(corpus: Corpus, candidates: Candidates, signals: Signals, selection: Selection) -> dict[str, Any]:
+    """One row per candidate, as columns for `LedgerWriter.append`."""
+    n = len(candidates)
+    nan = np.full(n, np.nan)
+    draw_order = np.full(n, -1, dtype=np.int32)
+    draw_order[selection.indices.numpy()] = np.arange(len(selection.indices), dtype=np.int32)
+    return {
+        "sample_ids": candidates.sample_ids,
+        "domains": [corpus.candidate_domains[d] for d in candidates.domains],
+        "alignment": nan if signals.alignment is None else signals.alignment.numpy(),
+        "redundancy": nan if selection.redundancy is None else selection.redundancy.numpy(),
+        "utility": nan if selection.utility is None else selection.utility.numpy(),
+        "draw_order": draw_order,
+        "finite": np.ones(n, dtype=bool) if signals.finite is None else signals.finite.numpy(),
+    }
+
+
+def metrics_row(
+    driver: SelectionDriver,
+    corpus: Corpus,
+    candidates: Candidates,
+    signals: Signals,
+    selection: Selection,
+    *,
+    loss: float,
+    grad_norm: float,
+    lr: float,
+    step_seconds: float,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl (validation losses are added where they are measured)."""
+    counters = driver.counters
+    chosen = candidates.domains[selection.indices.numpy()]
+    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(corpus.candidate_domains)}
+    return {
+        "step": counters.step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "update_tokens": counters.update_tokens,
+        "candidate_tokens": counters.candidate_tokens,
+        "scored_tokens": counters.scored_tokens,
+        **selection.diagnostics,
+        "fallbacks": counters.fallbacks,
+        "geometry": signals.geometry,
+        "selected_share": share,
+        "score_seconds": signals.seconds,
+        "score_bytes_sent": signals.bytes_sent,
+        "step_seconds": step_seconds,
+        "memory_bytes": memory_bytes(),
+    }
+
+
+def memory_bytes() -> int:
+    """Peak device memory on a GPU, resident memory of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,133 @@
+"""What a run writes while it trains: `metrics.jsonl`, TensorBoard events of the same, one live line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """One JSON object per step. Rows of `first_step` and later, left by a killed run, are dropped when it is opened."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
+        self._path = run_dir / METRICS_FILE
+        _truncate(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """`row` has an int `step`; nested mappings (losses per domain) become dotted TensorBoard tags."""
+        self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for tag, value in _scalars(row):
+                self._events.add_scalar(tag, value, row["step"])
+
+    def sync(self) -> None:
+        """Everything written so far is on disk: called before a checkpoint counts."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All complete rows. A torn last line, from a killed process, is left out."""
+    rows = []
+    path = run_dir / METRICS_FILE
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _truncate(path: Path, first_step: int) -> None:
+    rows = [row for row in read_metrics(path.parent) if row["step"] < first_step]
+    replacement = path.with_suffix(".tmp")
+    with replacement.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(replacement, path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            yield f"{prefix}{key}", value
+
+
+class ProgressLine:
+    """A tqdm bar on a terminal; elsewhere (a Slurm log) a plain line at most every `seconds`."""
+
+    def __init__(self, total: int, initial: int, *, stream: TextIO | None = None, seconds: float = 10.0) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._total, self._seconds, self._last, self._started = total, seconds, 0.0, time.monotonic()
+        self._initial = initial
+        self._bar = (
+            tqdm(total=total, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
+            if self._live
+            else None
+        )
+
+    def update(self, done: int, values: Mapping[str, str]) -> None:
+        text = " ".join(f"{k} {v}" for k, v in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last >= self._seconds or done == self._total:
+            self._last = now
+            rate = (now - self._started) / max(1, done - self._initial)
+            left = (self._total - done) * rate
+            print(
+                f"step {done}/{self._total}  {text}  {rate:.2f} s/step  {left:.0f} s left",
+                file=self._stream,
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """A line of its own that the bar does not overwrite."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
