@@ -1,9 +1,9 @@
 """Where a tensor-parallel rank's piece of each parameter lies in the whole one. Pure functions of the configuration.
 
-Shapes of whole parameters (h hidden, f feed-forward, n heads, g query groups, c channels per head, V padded vocabulary):
+Whole parameters (h hidden, f feed-forward, n heads, g query groups, c channels per head, V padded vocabulary):
 
 parameter                     whole                      piece of rank r of t
-linear_qkv.weight             [g * (n/g + 2) * c, h]     rows, contiguous: whole query groups, each (queries.., key, value)
+linear_qkv.weight             [g * (n/g + 2) * c, h]     rows, contiguous: query groups of (queries.., key, value)
 linear_proj.weight            [h, n * c]                 columns, contiguous
 linear_fc1.weight             [f, h]                     rows, contiguous
 linear_fc1.weight (SwiGLU)    [2f, h] = cat(gate, up)    cat(gate_r, up_r): two ranges of rows
@@ -83,17 +83,15 @@ def weight_shard(name: str, config: ModelConfig, tp_rank: int, tp_size: int) -> 
     return whole, (_piece(0, whole[0], tp_rank, tp_size),), every_column
 
 
-def parameter_shard(
-    name: str, config: ModelConfig, tp_rank: int, tp_size: int
-) -> Ranges | tuple[Ranges, Ranges] | None:
-    """Ranges of one parameter: (rows, columns) of a sharded matrix, rows of a sharded bias, None when replicated."""
+def is_sharded(name: str) -> bool:
+    """True for the parameters that are cut over tensor-parallel ranks; a bias of rows has the rows of its weight."""
     module, leaf = _module_name(name), name.rsplit(".", 1)[-1]
-    if leaf == "weight" and module in (*_ROWS, *_COLUMNS):
-        _, rows, columns = weight_shard(name, config, tp_rank, tp_size)
-        return rows, columns
-    if leaf == "bias" and module in _ROWS:
-        return weight_shard(name, config, tp_rank, tp_size)[1]
-    return None
+    return module in _ROWS or (module in _COLUMNS and leaf == "weight")
+
+
+def is_column_cut(name: str) -> bool:
+    """True for matrices of which each rank holds columns: the layers that write to the residual stream."""
+    return _module_name(name) in _COLUMNS and name.endswith(".weight")
 
 
 def check_tensor_parallel(config: ModelConfig, tp_size: int) -> None:

@@ -1,0 +1,84 @@
+"""Everything that makes megatron-core and DeepSpeed run without an accelerator. Inert where there is one.
+
+megatron-core 0.15-0.17 asks `torch.cuda` for the current device and keeps its random states in CUDA generators;
+DeepSpeed compiles a shared-memory collective on its first use. Nothing else in the package knows about these three.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+
+_MARK = "_megatron_opus_cpu_shim"
+
+
+def active() -> bool:
+    """True when there is no accelerator, so that the shims apply."""
+    return not torch.cuda.is_available()
+
+
+def install() -> bool:
+    """Apply the process-wide shims once; False, and nothing changed, when there is an accelerator.
+
+    Call before `deepspeed.init_distributed` and before any Megatron layer is built.
+    """
+    if not active():
+        return False
+    if not hasattr(torch.cuda.current_device, _MARK):
+
+        def current_device() -> torch.device:
+            return torch.device("cpu")
+
+        setattr(current_device, _MARK, True)
+        torch.cuda.current_device = current_device  # type: ignore[assignment]
+    from deepspeed import ops
+
+    # Otherwise the first init_distributed spends more than a minute compiling a collective that gloo replaces.
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return True
+
+
+class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
+    """Megatron's tracker of named random states, on torch's CPU generator.
+
+    Megatron's own fallback for the CPU ignores the names, so that dropout inside tensor-parallel regions would draw
+    the same mask on every rank.
+    """
+
+    def add(self, name: str, seed: int) -> None:
+        """A new named state. Raises ValueError for a name that exists."""
+        if name in self.states_:
+            raise ValueError(f"random state {name!r}: expected a new name, got one that exists; call reset() first")
+        self._is_initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Draw from the named state inside the block and from the default one again after it."""
+        if name not in self.states_:
+            raise KeyError(
+                f"random state {name!r}: expected one of {', '.join(self.states_)}; call init_parallel first"
+            )
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+def install_rng_tracker(states: dict[str, int]) -> None:
+    """Replace Megatron's tracker by the CPU one with the states `name -> seed`. Only without an accelerator."""
+    if not active():
+        raise RuntimeError("install_rng_tracker: expected a machine without accelerator; use Megatron's own tracker")
+    tracker: Any = CpuRNGStatesTracker()
+    for name, seed in states.items():
+        tracker.add(name, seed)
+    megatron_random._CUDA_RNG_STATE_TRACKER = tracker
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
