@@ -113,7 +113,7 @@ class SelectionDriver:
         length = min(s.score_length, self._config.data.seq_length)
         n = len(candidates) // g.dp_size
         share = candidates.sample_ids[g.dp_rank * n : (g.dp_rank + 1) * n]
-        proxy_ids = self._corpus.proxy_ids(self.counters.step, s.proxy_batch_size)
+        proxy_ids = self._corpus.proxy_ids(self.counters.step, s.proxy_batch_size, self._config.seed)
         p = len(proxy_ids) // g.dp_size
         proxy = self._corpus.batch(proxy_ids[g.dp_rank * p : (g.dp_rank + 1) * p]).window(length)
         signals = self._scorer(self._corpus.batch(share).window(length), proxy, interaction=s.redundancy.scale != "off")
@@ -149,23 +149,6 @@ class SelectionDriver:
                 raise RuntimeError(f"step {counters.step}: ranks {different} drew other candidates than rank 0")
 
 
-def ledger_rows(corpus: Corpus, candidates: Candidates, signals: Signals, selection: Selection) -> dict[str, Any]:
-    """One row per candidate, as columns for `LedgerWriter.append`."""
-    n = len(candidates)
-    nan = np.full(n, np.nan)
-    draw_order = np.full(n, -1, dtype=np.int32)
-    draw_order[selection.indices.numpy()] = np.arange(len(selection.indices), dtype=np.int32)
-    return {
-        "sample_ids": candidates.sample_ids,
-        "domains": [corpus.candidate_domains[d] for d in candidates.domains],
-        "alignment": nan if signals.alignment is None else signals.alignment.numpy(),
-        "redundancy": nan if selection.redundancy is None else selection.redundancy.numpy(),
-        "utility": nan if selection.utility is None else selection.utility.numpy(),
-        "draw_order": draw_order,
-        "finite": np.ones(n, dtype=bool) if signals.finite is None else signals.finite.numpy(),
-    }
-
-
 def metrics_row(
     driver: SelectionDriver,
     corpus: Corpus,
@@ -181,7 +164,7 @@ def metrics_row(
     """One line of metrics.jsonl (validation losses are added where they are measured)."""
     counters = driver.counters
     chosen = candidates.domains[selection.indices.numpy()]
-    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(corpus.candidate_domains)}
+    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(corpus.domains["candidates"])}
     return {
         "step": counters.step,
         "loss": loss,
