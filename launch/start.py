@@ -1,0 +1,26 @@
+"""The Python half of launch/pretrain_*.sh: what has to happen before torch is imported, then the trainer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(recipe: str) -> int:
+    """Run configs/<recipe>.yaml with this process's arguments; the exit status."""
+    # The script's own folder is replaced: its files must not shadow installed modules, and the checkout's package
+    # comes before an installed one.
+    sys.path[0] = str(ROOT)
+    # Without this every rank spins on all cores; torch reads it once, when it is imported.
+    local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
+
+    from megatron_opus.training.main import main
+
+    argv = sys.argv[1:]
+    if os.environ.get("DRY_RUN", "0") not in ("", "0"):
+        argv.append("--dry-run")
+    return main(ROOT / "configs" / f"{recipe}.yaml", argv)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Style, types and the whole test suite, from a clean clone: tests/run.sh [pytest arguments]
+set -euo pipefail
+
+cd -- "$(dirname -- "$0")/.."
+bash launch/install.sh test
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff check .
+ruff format --check .
+mypy
+exec python3 -m pytest "$@"

@@ -1,0 +1,185 @@
+"""The import directions of the rooms, read off the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "megatron_opus"
+MAX_LINES = 400
+LONGER = {"megatron_opus/config.py": 440}  # known exceptions: a limit of their own, so that they do not grow
+MAX_TOOL_LINES = 200
+
+# room -> rooms of the package that it may import, itself included
+MAY_IMPORT = {
+    "config": {"config"},
+    "types": {"types"},
+    "selection": {"selection", "config", "types"},
+    "scoring": {"scoring", "selection", "config", "types"},
+    "data": {"data", "config", "types"},
+    "backends": {"backends", "config", "types"},
+    "api": {"api", "backends", "scoring", "selection", "config", "types"},
+    "__init__": {"api"},
+    "training": {"training", "api", "backends", "data", "scoring", "selection", "config", "types"},
+}
+HOSTS = ("megatron", "deepspeed")  # one room alone speaks to them, so that a new version of theirs is one room's work
+MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard"}
+CONTAINERS = {"list", "dict", "set", "defaultdict", "OrderedDict", "deque", "Counter", "Generator", "default_rng"}
+
+
+def imported(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports, inside functions too; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            if isinstance(node.args[0], ast.Constant):
+                yield node.lineno, str(node.args[0].value)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield node.lineno, "torch.distributed"
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def import_faults(room: str, tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
+    if room not in MAY_IMPORT:
+        yield 1, f"a new room `{room}`: say in MAY_IMPORT what it may import"
+        return
+    for line, name in imported(tree, package):
+        if any(under(name, host) for host in HOSTS) and room != "backends":
+            yield line, f"{room} imports {name}: only backends may"
+        if under(name, "torch.distributed") and room == "selection":
+            yield line, f"selection uses {name}: it is plain tensor code"
+        if any(under(name, other) for other in ("tools", "tests", "launch")):
+            yield line, f"{room} imports {name}: nothing in the package may"
+        parts = name.split(".")
+        if parts[0] == PACKAGE and len(parts) > 1 and parts[1] not in MAY_IMPORT[room]:
+            allowed = ", ".join(sorted(MAY_IMPORT[room] - {room})) or "nothing local"
+            yield line, f"{room} imports {name}: it may import {allowed}"
+
+
+def state_faults(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """`global`, and module-level containers that are lower case, start empty or are changed later (a heuristic)."""
+    held: dict[str, int] = {}
+    for node in tree.body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        call = ast.unparse(value.func).split(".")[-1] if isinstance(value, ast.Call) else ""
+        empty = isinstance(value, ast.Dict | ast.List) and not ast.unparse(value).strip("{}[]")
+        mutable = isinstance(value, ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp)
+        for target in targets:
+            if isinstance(target, ast.Name) and not target.id.startswith("__") and (mutable or call in CONTAINERS):
+                held[target.id] = node.lineno
+                if empty or call in CONTAINERS or not target.id.isupper():
+                    yield node.lineno, f"module-level mutable state `{target.id}`: pass it in, or make it a tuple"
+    for inner in ast.walk(tree):
+        name = None
+        if isinstance(inner, ast.Global):
+            yield inner.lineno, f"global {', '.join(inner.names)}: pass it in"
+        elif isinstance(inner, ast.Subscript) and isinstance(inner.ctx, ast.Store | ast.Del):
+            name = ast.unparse(inner.value)
+        elif isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr in MUTATORS:
+            name = ast.unparse(inner.func.value)
+        if name in held:
+            yield inner.lineno, f"module-level `{name}` is changed here: pass it in"
+
+
+def faults(root: Path) -> list[str]:
+    """Everything under `root` that breaks the house rules, as `file:line: what`."""
+    found = []
+
+    def note(path: Path, line: int, what: str) -> None:
+        found.append(f"{path.relative_to(root)}:{line}: {what}")
+
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        module = path.relative_to(root).with_suffix("").parts
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for fault in (*import_faults(module[1], tree, list(module[:-1])), *state_faults(tree)):
+            note(path, *fault)
+    for path in sorted((root / "tools").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > MAX_TOOL_LINES:
+            note(path, MAX_TOOL_LINES, f"a tool of more than {MAX_TOOL_LINES} lines: the work belongs in the package")
+        for line, name in imported(ast.parse(text), ["tools"]):
+            if any(under(name, other) for other in (*HOSTS, "torch.distributed")):
+                note(path, line, f"a tool imports {name}: tools are thin, the package does the work")
+    for folder in (PACKAGE, "tools", "tests", "launch"):
+        for path in sorted((root / folder).rglob("*")):
+            limit = LONGER.get(path.relative_to(root).as_posix(), MAX_LINES)
+            if path.suffix in (".py", ".sh") and len(path.read_text(encoding="utf-8").splitlines()) > limit:
+                note(path, limit, f"longer than {limit} lines: split it")
+    return found
+
+
+def test_the_checkout_keeps_the_rules() -> None:
+    """Guards against a short cut between rooms, which makes the method untestable without the host frameworks."""
+    assert not faults(ROOT), "\n" + "\n".join(faults(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("megatron_opus/selection/a.py", "import torch.distributed as dist", "selection uses torch.distributed"),
+        ("megatron_opus/selection/a.py", "from torch import distributed", "selection uses torch.distributed"),
+        ("megatron_opus/selection/a.py", "import torch\nx = torch.distributed.get_rank()", "a.py:2: selection uses"),
+        ("megatron_opus/selection/a.py", "def f():\n    import deepspeed", "a.py:2: selection imports deepspeed"),
+        ("megatron_opus/selection/s/a.py", "from ...scoring import capture", "imports megatron_opus.scoring.capture"),
+        ("megatron_opus/scoring/a.py", "from megatron_opus.data import buffer", "it may import config, selection"),
+        ("megatron_opus/data/a.py", "from megatron.core import datasets", "only backends may"),
+        ("megatron_opus/training/a.py", "from deepspeed import comm", "only backends may"),
+        ("megatron_opus/training/a.py", "importlib.import_module('megatron.core')", "only backends may"),
+        (
+            "megatron_opus/backends/a.py",
+            "from megatron_opus import training",
+            "backends imports megatron_opus.training",
+        ),
+        ("megatron_opus/config.py", "from megatron_opus import types", "it may import nothing local"),
+        ("megatron_opus/training/a.py", "import tools.report", "nothing in the package may"),
+        ("megatron_opus/attic/a.py", "", "a new room `attic`"),
+        ("megatron_opus/data/a.py", "CACHE = {}", "module-level mutable state `CACHE`"),
+        ("megatron_opus/data/a.py", "cache: dict = {'a': 1}", "module-level mutable state `cache`"),
+        ("megatron_opus/data/a.py", "RNG = torch.Generator()", "module-level mutable state `RNG`"),
+        ("megatron_opus/data/a.py", "T = {'a': 1}\ndef f():\n    T['b'] = 2", "a.py:3: module-level `T` is changed"),
+        ("megatron_opus/data/a.py", "T = [1]\ndef f():\n    T.append(2)", "a.py:3: module-level `T` is changed"),
+        ("megatron_opus/data/a.py", "N = 0\ndef f():\n    global N\n    N += 1", "a.py:3: global N"),
+        ("megatron_opus/data/a.py", "#\n" * 401, "longer than 400 lines"),
+        ("tests/a.py", "#\n" * 401, "longer than 400 lines"),
+        ("tools/a.py", "#\n" * 201, "the work belongs in the package"),
+        ("tools/a.py", "import deepspeed", "tools are thin"),
+    ],
+)
+def test_a_violation_is_caught(tmp_path: Path, path: str, source: str, expected: str) -> None:
+    """Guards against a checker that finds nothing because it looks at nothing."""
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert expected in "\n".join(faults(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("megatron_opus/selection/a.py", "import torch\nfrom megatron_opus.config import SelectionConfig"),
+        ("megatron_opus/scoring/a.py", "import torch.distributed as dist\nfrom megatron_opus.selection import sketch"),
+        ("megatron_opus/backends/a.py", "import deepspeed\nfrom megatron.core import parallel_state"),
+        ("megatron_opus/data/a.py", "NAMES = ('a', 'b')\nTABLE = {'a': 1}\ndef f(x):\n    x['b'] = TABLE['a']"),
+        ("megatron_opus/training/a.py", "from megatron_opus import api\nfrom megatron_opus.backends import layers"),
+        ("tools/a.py", "from megatron_opus.data.prepare import prepare"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str) -> None:
+    """Guards against rules so wide that they forbid what the house is built for."""
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert not faults(tmp_path)
