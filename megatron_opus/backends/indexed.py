@@ -1,0 +1,196 @@
+"""Megatron's IndexedDataset on disk: a token stream (`.bin`) and the lengths of its documents (`.idx`).
+
+Everything that knows the file format is here; `megatron_opus.data` gets these functions and objects passed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries (documents + 1)
+_CHUNK_ITEMS = 1 << 20
+
+
+class IndexedDataError(ValueError):
+    """A `.bin` / `.idx` pair that cannot be read as what it claims to be."""
+
+
+class IndexedDocuments:
+    """`TokenDocuments` over a memory-mapped IndexedDataset: the documents one after the other as one stream.
+
+    `num_tokens` counts every token of the stream, end-of-document tokens included.
+    """
+
+    def __init__(self, name: str, dataset: IndexedDataset) -> None:
+        self.name = name
+        self._dataset = dataset
+        self._dtype = np.dtype(dataset.index.dtype)
+        self.num_tokens = _stream_tokens(dataset.index.sequence_pointers, dataset.sequence_lengths, self._dtype)
+        self._document_ends: np.ndarray | None = None
+
+    @property
+    def document_ends(self) -> np.ndarray:
+        """[documents], int64, ascending, exclusive. Built at the first use: 8 bytes of memory per document."""
+        if self._document_ends is None:
+            starts = np.append(self._dataset.index.sequence_pointers // self._dtype.itemsize, self.num_tokens)
+            self._document_ends = starts[np.asarray(self._dataset.document_indices)[1:]]
+        return self._document_ends
+
+    def tokens(self, start: int, length: int) -> np.ndarray:
+        """[length], int64, tokens of the stream from `start`. Raises IndexError outside of the stream."""
+        if start < 0 or length < 0 or start + length > self.num_tokens:
+            raise IndexError(
+                f"{self.name}: tokens {start}..{start + length} asked for, the stream has {self.num_tokens}"
+            )
+        read = self._dataset.bin_reader.read(dtype=self._dtype.type, count=length, offset=start * self._dtype.itemsize)
+        return read.astype(np.int64)
+
+
+def open_documents(name: str, prefix: str | Path) -> IndexedDocuments:
+    """Open `prefix`.bin / `prefix`.idx, after checking that both have exactly the size that the index promises.
+
+    Raises IndexedDataError naming the file and the bytes expected and found.
+    """
+    idx, bin_ = Path(get_idx_path(str(prefix))), Path(get_bin_path(str(prefix)))
+    for path in (idx, bin_):
+        if not path.is_file():
+            raise IndexedDataError(
+                f"{name}: {path} is missing; prepare the data again (tools/prepare_data.py) or restore the file"
+            )
+    dtype, lengths, pointers = _check_index(name, idx)
+    expected = _stream_tokens(pointers, lengths, dtype) * dtype.itemsize
+    found = bin_.stat().st_size
+    if found != expected:
+        raise IndexedDataError(
+            f"{name}: {bin_} has {found} bytes, expected {expected} according to {idx.name}; the file is "
+            f"{'truncated' if found < expected else 'longer than its index'}: prepare the data again or restore it"
+        )
+    if expected == 0:
+        raise IndexedDataError(f"{name}: {bin_} holds no token; prepare the data again from documents with text")
+    return IndexedDocuments(name, IndexedDataset(str(prefix), mmap=True))
+
+
+def _check_index(name: str, idx: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """dtype of the tokens, memory-mapped lengths [sequences] int32 and byte offsets [sequences] int64."""
+    found = idx.stat().st_size
+    with idx.open("rb") as stream:
+        head = stream.read(_HEADER.size)
+    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        raise IndexedDataError(
+            f"{name}: {idx} ({found} bytes) does not start with the {_HEADER.size} bytes of an IndexedDataset header; "
+            "it is truncated or another kind of file"
+        )
+    _, version, code, sequences, boundaries = _HEADER.unpack(head)
+    if version != 1:
+        raise IndexedDataError(f"{name}: {idx}: expected IndexedDataset version 1, found {version}")
+    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    if found != expected:
+        raise IndexedDataError(
+            f"{name}: {idx} has {found} bytes, expected {expected} for {sequences} sequences; prepare the data again "
+            "or restore the file (multimodal indices are not supported)"
+        )
+    if sequences == 0:
+        raise IndexedDataError(f"{name}: {idx} lists no document; prepare the data again from documents with text")
+    lengths = np.memmap(idx, np.int32, "r", _HEADER.size, (sequences,))
+    pointers = np.memmap(idx, np.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
+    return np.dtype(DType.dtype_from_code(code)), lengths, pointers
+
+
+def _stream_tokens(pointers: np.ndarray, lengths: np.ndarray, dtype: np.dtype) -> int:
+    # The last pointer is enough and keeps opening a dataset of 10^8 documents instant.
+    return int(pointers[-1]) // dtype.itemsize + int(lengths[-1])
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenFiles:
+    """What `write_documents` left on disk."""
+
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where the vocabulary allows it, else int32: Megatron's own rule."""
+    return np.dtype(DType.optimal_dtype(vocab_size))
+
+
+def write_documents(
+    prefix: str | Path, dtype: np.dtype, streams: Iterable[Path], lengths: Sequence[np.ndarray]
+) -> WrittenFiles:
+    """Write `prefix`.bin / `prefix`.idx from raw token files and the document lengths in them.
+
+    streams: files of `dtype` tokens, concatenated in this order; lengths: int32 arrays, one per stream, whose sum is
+    the number of tokens in it. Byte for byte what IndexedDatasetBuilder writes for the same documents, but with arrays
+    in place of its Python lists (some 100 bytes per document). Both files appear complete or not at all, the index
+    last. Raises IndexedDataError where a stream and its lengths disagree.
+    """
+    idx, bin_ = Path(get_idx_path(str(prefix))), Path(get_bin_path(str(prefix)))
+    bin_.parent.mkdir(parents=True, exist_ok=True)
+    documents = sum(len(part) for part in lengths)
+    partial_bin, partial_idx = bin_.with_name(bin_.name + ".partial"), idx.with_name(idx.name + ".partial")
+    bin_hash, idx_hash = hashlib.sha256(), hashlib.sha256()
+    tokens = 0
+    with partial_bin.open("wb") as out:
+        for path, part in zip(streams, lengths, strict=True):
+            expected = int(part.sum(dtype=np.int64)) * dtype.itemsize
+            found = 0
+            with path.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    found += len(chunk)
+                    bin_hash.update(chunk)
+                    out.write(chunk)
+            if found != expected:
+                raise IndexedDataError(f"{path}: expected {expected} bytes by its document lengths, found {found}")
+            tokens += found // dtype.itemsize
+        _sync(out)
+    with partial_idx.open("wb") as out:
+        for piece in _index_pieces(dtype, lengths, documents):
+            idx_hash.update(piece)
+            out.write(piece)
+        idx_bytes = out.tell()
+        _sync(out)
+    os.replace(partial_bin, bin_)
+    os.replace(partial_idx, idx)
+    return WrittenFiles(
+        documents=documents,
+        tokens=tokens,
+        bin_bytes=tokens * dtype.itemsize,
+        idx_bytes=idx_bytes,
+        bin_sha256=bin_hash.hexdigest(),
+        idx_sha256=idx_hash.hexdigest(),
+    )
+
+
+def _index_pieces(dtype: np.dtype, lengths: Sequence[np.ndarray], documents: int) -> Iterator[bytes]:
+    yield _HEADER.pack(_MAGIC, 1, DType.code_from_dtype(dtype.type), documents, documents + 1)
+    for part in lengths:
+        yield np.ascontiguousarray(part, dtype="<i4").tobytes()
+    offset = 0
+    for part in lengths:
+        ends = offset + np.cumsum(part, dtype=np.int64) * dtype.itemsize
+        yield np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes() if len(part) else b""
+        offset = int(ends[-1]) if len(part) else offset
+    for start in range(0, documents + 1, _CHUNK_ITEMS):
+        yield np.arange(start, min(start + _CHUNK_ITEMS, documents + 1), dtype="<i8").tobytes()
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

@@ -1,0 +1,270 @@
+"""A prepared directory as sequences: fixed windows of L tokens, each with one global id, for every role.
+
+Sequence i of a domain is tokens [i L, i L + L] of its stream (L + 1 of them: the labels are the tokens one later), so
+any rank can read any sequence from the memory-mapped files when it knows the id. Ids run over the candidates, then the
+proxies, then the validation sets, each in the order of the manifest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_opus.config import DataConfig
+from megatron_opus.data import manifest as manifests
+from megatron_opus.data import tokenizers
+from megatron_opus.data.manifest import ROLES, Manifest, Role
+from megatron_opus.data.permutation import key, permute
+from megatron_opus.types import Batch, TokenDocuments
+
+OpenDocuments = Callable[[str, Path], TokenDocuments]
+
+
+class CorpusError(ValueError):
+    """Data that cannot serve the run: says what was expected, what was found and what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleInfo:
+    """Where a sequence comes from."""
+
+    sample_id: int
+    role: Role
+    domain: str
+    index: int  # of the sequence within its domain
+    start: int  # first token in the domain's stream
+    stop: int  # exclusive; the label of the last position is the token at `stop`
+    first_document: int  # of the domain, counting from 0
+    last_document: int  # inclusive
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Domain:
+    name: str
+    role: Role
+    documents: TokenDocuments
+    offset: int  # id of its first sequence
+    sequences: int
+
+
+class Corpus:
+    """Sequences of one prepared directory, cut at one length.
+
+    domains: role -> domain names, in id order. fingerprint: sha256 over the tokens, the length and the flags; equal
+    fingerprints mean that equal ids are equal sequences. Everything is read-only and thread-safe.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        documents: Mapping[tuple[Role, str], TokenDocuments],
+        tokenizer: tokenizers.Tokenizer,
+        config: DataConfig,
+    ) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.seq_length = config.seq_length
+        self._config = config
+        self._domains: list[_Domain] = []
+        offset = 0
+        for role in ROLES:
+            for entry in manifest.of_role(role):
+                stream = documents[role, entry.name]
+                if stream.num_tokens != entry.tokens:
+                    raise CorpusError(
+                        f"domain {entry.name} ({role}): expected {entry.tokens} tokens by the manifest, found "
+                        f"{stream.num_tokens}; prepare the data again"
+                    )
+                # The last token of a stream is only ever a label.
+                sequences = (stream.num_tokens - 1) // self.seq_length
+                if sequences < 1:
+                    raise CorpusError(
+                        f"domain {entry.name} ({role}): {stream.num_tokens} tokens give no sequence of "
+                        f"data.seq_length={self.seq_length} (one takes {self.seq_length + 1}); shorten it or give "
+                        "the domain more text"
+                    )
+                self._domains.append(
+                    _Domain(name=entry.name, role=role, documents=stream, offset=offset, sequences=sequences)
+                )
+                offset += sequences
+        self._offsets = np.array([d.offset for d in self._domains], dtype=np.int64)
+        self.num_sequences = offset
+        self.domains: dict[Role, tuple[str, ...]] = {
+            role: tuple(d.name for d in self._domains if d.role == role) for role in ROLES
+        }
+        flags = (config.reset_attention_mask, config.reset_position_ids, config.eod_mask_loss)
+        self.fingerprint = hashlib.sha256(f"{manifest.fingerprint()} {self.seq_length} {flags}".encode()).hexdigest()
+
+    @classmethod
+    def open(cls, directory: str | Path, config: DataConfig, open_documents: OpenDocuments) -> Corpus:
+        """Open a directory of tools/prepare_data.py. open_documents: (name, prefix) -> TokenDocuments.
+
+        Raises ManifestError, TokenizerError, CorpusError, and what `open_documents` raises for damaged files.
+        """
+        directory = Path(directory)
+        manifest = manifests.read(directory)
+        tokenizer = tokenizers.reopen(directory / manifests.TOKENIZER_DIRECTORY, manifest.tokenizer)
+        documents = {(e.role, e.name): open_documents(e.name, directory / e.prefix) for e in manifest.datasets}
+        return cls(manifest, documents, tokenizer, config)
+
+    # --- ids --------------------------------------------------------------------------------------------------------
+
+    def sequences(self, role: Role) -> np.ndarray:
+        """[domains of the role] int64: sequences in each."""
+        return np.array([d.sequences for d in self._domains if d.role == role], dtype=np.int64)
+
+    def first_ids(self, role: Role) -> np.ndarray:
+        """[domains of the role] int64: id of the first sequence of each; the others follow it."""
+        return np.array([d.offset for d in self._domains if d.role == role], dtype=np.int64)
+
+    def candidate_weights(self, weights: Mapping[str, float] | None) -> np.ndarray:
+        """[candidate domains] float64, sum 1: `data.domain_weights`, or the token shares where it is None.
+
+        Domains that are not named get 0. Raises CorpusError for an unknown domain.
+        """
+        names = self.domains["candidates"]
+        if weights is None:
+            values = self.sequences("candidates").astype(np.float64)
+        else:
+            for name in weights:
+                if name not in names:
+                    close = difflib.get_close_matches(name, names, n=1)
+                    hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+                    raise CorpusError(f"data.domain_weights: no candidate domain {name!r}{hint}")
+            values = np.array([float(weights.get(name, 0.0)) for name in names])
+        return normalised(values)
+
+    def proxy_ids(self, step: int, count: int, seed: int) -> np.ndarray:
+        """[count] int64: proxy sequences of a step, a function of (seed, step) alone.
+
+        The pool of all proxy domains is walked in a shuffled order, reshuffled when fewer than `count` are left: no
+        sequence comes twice within one draw or between two shuffles. Raises CorpusError for a pool that is too small.
+        """
+        # Proxy domains follow each other: the pool is one range of ids.
+        first, size = self.first_ids("proxy"), int(self.sequences("proxy").sum())
+        if count < 1 or count > size:
+            raise CorpusError(
+                f"selection.proxy_batch_size: expected 1..{size}, the proxy sequences of {self.seq_length} "
+                f"tokens in this data, got {count}; lower it or prepare more proxy text"
+            )
+        epoch, turn = divmod(step, size // count)
+        positions = np.arange(turn * count, (turn + 1) * count)
+        return first[0] + permute(positions, size, key("proxy", seed, epoch))
+
+    def validation_ids(self, domain: str, count: int) -> np.ndarray:
+        """[min(count, available)] int64: the first sequences of a validation domain, always the same."""
+        found = [d for d in self._domains if d.role == "validation" and d.name == domain]
+        if not found:
+            raise CorpusError(
+                f"no validation domain {domain!r}; there are {', '.join(self.domains['validation']) or 'none'}"
+            )
+        return np.arange(found[0].offset, found[0].offset + min(count, found[0].sequences), dtype=np.int64)
+
+    # --- sequences --------------------------------------------------------------------------------------------------
+
+    def batch(self, sample_ids: Sequence[int] | np.ndarray) -> Batch:
+        """The sequences of these ids, in this order, on the CPU. [B, L] each; see types.Batch.
+
+        Raises CorpusError for an id outside of 0..num_sequences-1.
+        """
+        ids = self._checked(sample_ids)
+        length = self.seq_length
+        tokens = np.empty((len(ids), length + 1), dtype=np.int64)
+        masked = self._config.reset_attention_mask
+        bounded = masked or self._config.reset_position_ids or self._config.eod_mask_loss
+        ends = np.zeros((len(ids), length), dtype=bool)
+        for row, (sample_id, number) in enumerate(zip(ids, self._domain_of(ids), strict=True)):
+            domain = self._domains[number]
+            start = int(sample_id - domain.offset) * length
+            tokens[row] = domain.documents.tokens(start, length + 1)
+            if bounded:
+                ends[row, self._ends_within(domain, start) - 1] = True
+        starts_after = np.zeros_like(ends)  # position opens a new document
+        starts_after[:, 1:] = ends[:, :-1]
+        positions = np.broadcast_to(np.arange(length), ends.shape)
+        if self._config.reset_position_ids:
+            positions = positions - np.maximum.accumulate(np.where(starts_after, positions, 0), axis=1)
+        loss_mask = ~ends if self._config.eod_mask_loss else np.ones_like(ends)
+        documents = torch.from_numpy(np.cumsum(starts_after, axis=1, dtype=np.int32)) if masked else None
+        stream = torch.from_numpy(tokens)
+        return Batch(
+            tokens=stream[:, :-1].contiguous(),
+            labels=stream[:, 1:].contiguous(),
+            loss_mask=torch.from_numpy(loss_mask.astype(np.float32)),
+            position_ids=torch.from_numpy(np.ascontiguousarray(positions)),
+            document_ids=documents,
+        )
+
+    def describe(self, sample_id: int) -> SampleInfo:
+        """Domain, place in its stream and documents of one sequence."""
+        (number,) = self._domain_of(self._checked([sample_id]))
+        domain = self._domains[number]
+        index = int(sample_id) - domain.offset
+        start, stop = index * self.seq_length, (index + 1) * self.seq_length
+        first, last = np.searchsorted(domain.documents.document_ends, [start, stop - 1], side="right")
+        return SampleInfo(
+            sample_id=int(sample_id),
+            role=domain.role,
+            domain=domain.name,
+            index=index,
+            start=start,
+            stop=stop,
+            first_document=int(first),
+            last_document=int(last),
+        )
+
+    def text(self, sample_id: int) -> str:
+        """The L tokens of a sequence as text; documents are separated by an empty line."""
+        (number,) = self._domain_of(self._checked([sample_id]))
+        domain = self._domains[number]
+        start = (int(sample_id) - domain.offset) * self.seq_length
+        ids = domain.documents.tokens(start, self.seq_length)
+        parts = np.split(ids, np.flatnonzero(ids == self.tokenizer.eod) + 1)
+        return "\n\n".join(self.tokenizer.decode(part.tolist()) for part in parts if len(part))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One record per domain: role, name, documents, tokens, sequences."""
+        entries = {(e.role, e.name): e for e in self.manifest.datasets}
+        return [
+            {
+                "role": d.role,
+                "name": d.name,
+                "documents": entries[d.role, d.name].documents,
+                "tokens": entries[d.role, d.name].tokens,
+                "sequences": d.sequences,
+            }
+            for d in self._domains
+        ]
+
+    def _ends_within(self, domain: _Domain, start: int) -> np.ndarray:
+        """Ends (1..L, exclusive) of the documents that end inside of the L tokens from `start`."""
+        ends = domain.documents.document_ends
+        first, last = np.searchsorted(ends, [start + 1, start + self.seq_length + 1])
+        return np.asarray(ends[first:last]) - start
+
+    def _domain_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._offsets, ids, side="right") - 1
+
+    def _checked(self, sample_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(sample_ids, dtype=np.int64).reshape(-1)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.num_sequences):
+            raise CorpusError(
+                f"sample ids: expected 0..{self.num_sequences - 1} in this corpus, got {ids.min()}..{ids.max()}; ids "
+                "belong to one data.path and one data.seq_length"
+            )
+        return ids
+
+
+def normalised(weights: np.ndarray) -> np.ndarray:
+    """Non-negative finite weights scaled to sum 1, float64. Raises CorpusError."""
+    weights = np.asarray(weights, dtype=np.float64)
+    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+        raise CorpusError(f"domain weights: expected non-negative numbers with a positive sum, got {weights.tolist()}")
+    return weights / weights.sum()

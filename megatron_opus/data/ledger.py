@@ -1,0 +1,143 @@
+"""The decision ledger: one Parquet row per candidate that was ever offered, and what became of it.
+
+Rows are kept in memory and written as parts, each named by the steps that it covers. A part appears complete or not at
+all; what was not written when a process dies is written again by the run that resumes from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_opus.data.files import PARTIAL, atomic_file
+from megatron_opus.types import Candidates, Selection, Signals
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("sample_id", pa.int64()),
+        ("domain", pa.dictionary(pa.int32(), pa.string())),
+        ("alignment", pa.float64()),  # null: the strategy did not need it
+        ("redundancy", pa.float64()),  # at the draw; at the end for those never drawn
+        ("utility", pa.float64()),
+        ("selected", pa.bool_()),
+        ("draw_order", pa.int32()),  # -1: not selected
+        ("finite", pa.bool_()),
+    ]
+)
+_PART = re.compile(r"steps-(\d+)-(\d+)\.parquet")
+
+
+class LedgerError(ValueError):
+    """A ledger with steps twice, out of order or missing."""
+
+
+class LedgerWriter:
+    """Appends the decisions of each step to `directory`. One process writes; the others keep none."""
+
+    def __init__(self, directory: str | Path, domains: Sequence[str]) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._domains = pa.array(list(domains), pa.string())
+        self._rows: list[pa.RecordBatch] = []
+        self._first: int | None = None
+        parts = _parts(self.directory)
+        self._last = parts[-1][1] if parts else -1
+
+    def append(self, candidates: Candidates, signals: Signals, selection: Selection) -> None:
+        """Keep the N rows of one step until `flush`.
+
+        Raises LedgerError unless the step comes after the ones that are already there (see `truncate`).
+        """
+        if candidates.step <= self._last:
+            raise LedgerError(
+                f"ledger {self.directory}: step {candidates.step} after step {self._last}; a resumed run must call "
+                "truncate(step) first"
+            )
+        n = len(candidates)
+        order = np.full(n, -1, dtype=np.int32)
+        chosen = selection.indices.detach().cpu().numpy()
+        order[chosen] = np.arange(len(chosen), dtype=np.int32)
+        finite = np.ones(n, dtype=bool) if signals.finite is None else signals.finite.detach().cpu().numpy()
+        columns = [
+            pa.array(np.full(n, candidates.step, dtype=np.int64)),
+            pa.array(np.asarray(candidates.sample_ids, dtype=np.int64)),
+            pa.DictionaryArray.from_arrays(pa.array(candidates.domains, pa.int32()), self._domains),
+            *(_floats(x, n) for x in (signals.alignment, selection.redundancy, selection.utility)),
+            pa.array(order >= 0),
+            pa.array(order),
+            pa.array(finite),
+        ]
+        self._rows.append(pa.record_batch(columns, schema=SCHEMA))
+        self._first = candidates.step if self._first is None else self._first
+        self._last = candidates.step
+
+    def flush(self) -> Path | None:
+        """Write the rows kept since the last flush as one part; None when there are none."""
+        if self._first is None:
+            return None
+        path = self.directory / f"steps-{self._first:08d}-{self._last:08d}.parquet"
+        with atomic_file(path) as stream:
+            pq.write_table(pa.Table.from_batches(self._rows, SCHEMA), stream, compression="zstd")
+        self._rows, self._first = [], None
+        return path
+
+    def truncate(self, step: int) -> None:
+        """Forget every row of `step` and later ones, on disk and in memory: the run continues at `step`."""
+        self._rows, self._first = [], None
+        for stale in self.directory.glob(f"*{PARTIAL}"):
+            stale.unlink()
+        self._last = -1
+        for first, last, path in _parts(self.directory):
+            if first >= step:
+                path.unlink()
+            elif last >= step:
+                table = pq.read_table(path, schema=SCHEMA)
+                kept = table.filter(pc.less(table["step"], step))
+                self._last = int(pc.max(kept["step"]).as_py())
+                # Both parts exist for a moment; a process that dies in it leaves an overlap, which the next truncate
+                # resolves as it resolved this one.
+                with atomic_file(self.directory / f"steps-{first:08d}-{self._last:08d}.parquet") as stream:
+                    pq.write_table(kept, stream, compression="zstd")
+                path.unlink()
+            else:
+                self._last = max(self._last, last)
+
+
+def read_ledger(directory: str | Path, complete: bool = True) -> pa.Table:
+    """All rows in order of steps. complete: raise LedgerError for a missing step, or rows of a step in two parts."""
+    parts = _parts(Path(directory))
+    if not parts:
+        return SCHEMA.empty_table()
+    for (_, last, path), (first, _, after) in itertools.pairwise(parts):
+        if first <= last:
+            raise LedgerError(f"ledger: {path.name} and {after.name} cover the same steps; call truncate when resuming")
+    table = pa.concat_tables([pq.read_table(path, schema=SCHEMA) for _, _, path in parts]).unify_dictionaries()
+    steps = np.unique(table["step"].to_numpy())
+    pairs = table.group_by(["step", "sample_id"]).aggregate([([], "count_all")])
+    if pairs.num_rows != table.num_rows:
+        raise LedgerError(f"ledger {directory}: {table.num_rows - pairs.num_rows} rows name a sample twice in one step")
+    if complete and len(steps) != steps[-1] - steps[0] + 1:
+        missing = sorted(set(range(int(steps[0]), int(steps[-1]) + 1)) - set(steps.tolist()))
+        raise LedgerError(f"ledger {directory}: {len(missing)} steps are missing, the first is {missing[0]}")
+    return table
+
+
+def _parts(directory: Path) -> list[tuple[int, int, Path]]:
+    """(first step, last step, path) of the parts, in order."""
+    found = [(m, path) for path in directory.glob("steps-*.parquet") if (m := _PART.fullmatch(path.name))]
+    return sorted((int(m[1]), int(m[2]), path) for m, path in found)
+
+
+def _floats(values: Any, n: int) -> pa.Array:
+    if values is None:
+        return pa.nulls(n, pa.float64())
+    return pa.array(values.detach().cpu().double().numpy())

@@ -1,0 +1,97 @@
+"""`manifest.json` of a prepared directory: what the token files are, where they came from, how to check them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_opus.data.files import write_json
+
+FORMAT = "megatron_opus.data"
+VERSION = 1
+FILE_NAME = "manifest.json"
+TOKENIZER_DIRECTORY = "tokenizer"
+
+Role = Literal["candidates", "proxy", "validation"]
+ROLES: tuple[Role, ...] = ("candidates", "proxy", "validation")
+
+
+class ManifestError(ValueError):
+    """A prepared directory whose manifest is missing, unreadable or of another version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetEntry:
+    """One token stream: the documents of one domain in one role."""
+
+    name: str
+    role: Role
+    prefix: str  # of the .bin / .idx files, relative to the manifest
+    dtype: str  # of the tokens on disk
+    documents: int
+    tokens: int  # end-of-document tokens included
+    bin_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+    sources: list[dict[str, Any]]  # path, bytes, sha256 (or the fingerprint of a Hugging Face dataset)
+    held_out: int = 0  # documents dropped because a higher role (validation > proxy > candidates) has the same text
+    empty: int = 0  # documents without text
+    skipped: int = 0  # malformed records left out by on_error skip
+    skipped_records: list[dict[str, Any]] = field(default_factory=list)  # file, line, problem: the first MAX_LISTED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    tokenizer: dict[str, Any]
+    datasets: list[DatasetEntry]
+    settings: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)  # free: the embedded corpus records its Python version
+
+    def of_role(self, role: Role) -> list[DatasetEntry]:
+        return [entry for entry in self.datasets if entry.role == role]
+
+    def fingerprint(self) -> str:
+        """sha256 over roles, names, token files and tokenizer: what the tokens are, wherever they came from."""
+        what = [[e.role, e.name, e.dtype, e.bin_sha256, e.idx_sha256] for e in self.datasets]
+        text = json.dumps([VERSION, self.tokenizer["fingerprint"], what])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def entry_dict(entry: DatasetEntry) -> dict[str, Any]:
+    """Plain data that `DatasetEntry(**...)` turns back into the entry."""
+    return asdict(entry)
+
+
+def write(directory: Path, manifest: Manifest) -> None:
+    """Atomically; the same manifest gives the same bytes."""
+    data = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    write_json(directory / FILE_NAME, data)
+
+
+def read(directory: Path) -> Manifest:
+    """Raises ManifestError when there is none in `directory` or it is of another format or version."""
+    path = directory / FILE_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{path}: not found; expected a directory made by tools/prepare_data.py (data.path=embedded needs none)"
+        ) from None
+    except ValueError as error:
+        raise ManifestError(f"{path}: not valid JSON ({error}); prepare the data again") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ManifestError(f"{path}: expected format {FORMAT!r}; this is another kind of file")
+    if data.get("version") != VERSION:
+        raise ManifestError(
+            f"{path}: expected version {VERSION}, found {data.get('version')!r}; prepare the data again"
+        )
+    try:
+        entries = [DatasetEntry(**entry) for entry in data["datasets"]]
+        return Manifest(
+            tokenizer=data["tokenizer"], datasets=entries, settings=data["settings"], provenance=data["provenance"]
+        )
+    except (KeyError, TypeError) as error:
+        raise ManifestError(f"{path}: damaged ({error}); prepare the data again") from error
