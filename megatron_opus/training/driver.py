@@ -159,6 +159,7 @@ def metrics_row(
     loss: float,
     grad_norm: float,
     lr: float,
+    skipped: bool,
     step_seconds: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl (validation losses are added where they are measured)."""
@@ -170,6 +171,7 @@ def metrics_row(
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
+        "skipped": skipped,
         "update_tokens": counters.update_tokens,
         "candidate_tokens": counters.candidate_tokens,
         "scored_tokens": counters.scored_tokens,

@@ -1,0 +1,149 @@
+"""The training loop: choose, step, record, evaluate, checkpoint. DeepSpeed does not know that data is chosen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_opus.config import RunConfig
+from megatron_opus.data.corpus import Corpus
+from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.data.ledger import LedgerWriter
+from megatron_opus.training.driver import SelectionDriver, metrics_row
+from megatron_opus.training.engine import evaluate, train_step
+from megatron_opus.training.metrics import MetricsWriter, ProgressLine
+from megatron_opus.types import Groups
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many consecutive steps had NaN or Inf gradients; the weights are those of the last good step."""
+
+
+class TrainingLoop:
+    """Runs from wherever `driver.counters.step` stands to `training.train_steps`. Collective.
+
+    Rank 0 alone writes metrics, ledger and the terminal. `save(step)` writes a checkpoint of everything else.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        groups: Groups,
+        engine: Any,
+        corpus: Corpus,
+        driver: SelectionDriver,
+        iterator: SelectedBatchIterator,
+        save: Callable[[int], None],
+    ) -> None:
+        self._config, self._run_dir, self._groups = config, run_dir, groups
+        self._engine, self._corpus = engine, corpus
+        self._driver, self._iterator, self._save_checkpoint = driver, iterator, save
+        self._writes = groups.tp_rank == 0 and groups.dp_rank == 0
+        self._nonfinite = 0
+        self._validation = {
+            name: corpus.batch(corpus.validation_ids(name, config.training.eval_sequences))
+            for name in corpus.domains["validation"]
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; the last row of metrics. Raises NonFiniteLoss, TooManyFallbacks, CaptureError."""
+        t, driver = self._config.training, self._driver
+        record = _Record(self._config, self._run_dir, self._corpus, driver) if self._writes else None
+        row: dict[str, Any] = {}
+        try:
+            while driver.counters.step < t.train_steps:
+                row, decided = self._step()
+                completed = driver.counters.step
+                if self._due(completed, t.eval_interval):
+                    row["validation_loss"] = self._evaluate()
+                if record is not None:
+                    record.write(row, decided, driver.notices)
+                driver.notices.clear()
+                self._check_nonfinite(row, decided)
+                if self._due(completed, t.checkpoint_interval):
+                    if record is not None:
+                        record.sync()  # what a checkpoint stands for is on disk before it counts
+                    self._save_checkpoint(completed)
+                    driver.after_checkpoint()
+        finally:
+            if record is not None:
+                record.close()  # a failing step must not take the record of the steps before it along
+        return row
+
+    def _step(self) -> tuple[dict[str, Any], Any]:
+        started = time.perf_counter()
+        decided = self._driver.choose()
+        result = train_step(self._engine, self._iterator)
+        row = metrics_row(
+            self._driver,
+            self._corpus,
+            *decided,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            skipped=result.skipped,
+            step_seconds=time.perf_counter() - started,
+        )
+        self._driver.counters.step += 1
+        return row, decided
+
+    def _due(self, completed: int, interval: int) -> bool:
+        return completed == self._config.training.train_steps or (interval > 0 and completed % interval == 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        return evaluate(self._engine, self._validation, self._groups, self._config.training.micro_batch_size)
+
+    def _check_nonfinite(self, row: dict[str, Any], decided: Any) -> None:
+        """Steps with a non-finite gradient were not applied; a run of them will not mend itself."""
+        limit = self._config.training.max_nonfinite_steps
+        self._nonfinite = self._nonfinite + 1 if row["skipped"] else 0
+        if self._nonfinite >= limit:
+            candidates, _, selection = decided
+            ids = candidates.sample_ids[selection.indices.numpy()].tolist()
+            raise NonFiniteLoss(
+                f"step {row['step']}: {self._nonfinite} consecutive steps had NaN or Inf gradients and were not applied "
+                f"(loss {row['loss']}); training.max_nonfinite_steps is {limit}. The last checkpoint is intact. Sample ids "
+                f"of this step: {ids}. Lower optimizer.lr or look at these samples"
+            )
+
+
+class _Record:
+    """Metrics, ledger and the terminal of rank 0. What a killed run wrote after its last checkpoint is dropped."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, corpus: Corpus, driver: SelectionDriver) -> None:
+        first, t = driver.counters.step, config.training
+        self._log_interval, self._total = t.log_interval, t.train_steps
+        self._metrics = MetricsWriter(run_dir, first_step=first, tensorboard=t.tensorboard)
+        self._ledger = LedgerWriter(run_dir / "ledger", corpus.domains["candidates"])
+        self._ledger.truncate(first)
+        self._line = ProgressLine(t.train_steps, first)
+
+    def write(self, row: dict[str, Any], decided: Any, notices: list[str]) -> None:
+        self._ledger.append(*decided)
+        self._metrics.write(row)
+        completed = row["step"] + 1
+        for notice in notices:
+            self._line.say(notice)
+        if row["skipped"]:
+            self._line.say(f"step {row['step']}: NaN or Inf gradient, the update was skipped")
+        if "validation_loss" in row:
+            losses = "  ".join(f"{name} {loss:.3f}" for name, loss in row["validation_loss"].items())
+            self._line.say(f"step {completed}/{self._total}  validation loss  {losses}")
+        if completed % self._log_interval == 0 or completed == self._total:
+            values = {"loss": f"{row['loss']:.3f}"}
+            if "entropy_ratio" in row:
+                values["entropy"] = f"{row['entropy_ratio']:.2f}"
+                values["scoring"] = f"{row['score_seconds'] / row['step_seconds']:.0%}"
+            self._line.update(completed, values)
+
+    def sync(self) -> None:
+        self._ledger.flush()
+        self._metrics.sync()
+
+    def close(self) -> None:
+        self._ledger.flush()
+        self._metrics.close()
+        self._line.close()

@@ -1,0 +1,107 @@
+"""What `launch/pretrain_*.sh` starts on every rank: read the recipe, check it, build everything, train or resume."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_opus import __version__
+from megatron_opus import config as configs
+from megatron_opus.config import ConfigError, RunConfig
+
+VERSIONED = ("torch", "deepspeed", "megatron-core", "numpy")
+
+
+def main(config: Path, argv: Sequence[str]) -> int:
+    """Run one recipe. `argv`: key=value overrides, --resume, --dry-run, and the launcher's --local_rank.
+
+    Returns the exit status: 0 done, 1 failed while running, 2 refused before anything was built.
+    """
+    arguments, overrides = _parse(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        recipe = configs.load(config, overrides)
+        configs.validate_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.dry_run:
+        if rank == 0:
+            print(configs.dump(recipe), end="")
+        return 0
+    return _run(recipe, resume=arguments.resume, rank=rank)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [key=value ...] [--resume] [--dry-run]")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    arguments = parser.parse_intermixed_args(list(argv))
+    return arguments, list(arguments.overrides)
+
+
+def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
+    # imported late: a mistyped key should not take the seconds that torch, megatron-core and deepspeed need
+    from megatron_opus.backends.indexed import IndexedDataError
+    from megatron_opus.backends.optimizer_state import UnsupportedOptimizer
+    from megatron_opus.data.buffer import DrawError
+    from megatron_opus.data.corpus import CorpusError
+    from megatron_opus.data.manifest import ManifestError
+    from megatron_opus.data.tokenizers import TokenizerError
+    from megatron_opus.training.agreement import RankMismatch
+    from megatron_opus.training.checkpoint import CheckpointError
+    from megatron_opus.training.preflight import NotEnoughMemory
+    from megatron_opus.training.session import RunDirectoryError, Session
+
+    refusals = (
+        ConfigError,
+        CorpusError,
+        ManifestError,
+        TokenizerError,
+        IndexedDataError,
+        DrawError,
+        UnsupportedOptimizer,
+        RankMismatch,
+        CheckpointError,
+        NotEnoughMemory,
+        RunDirectoryError,
+    )
+    try:
+        session = Session(recipe, resume=resume, versions=versions(), say=_say(rank))
+    except refusals as error:
+        # ranks find the same fault; the others speak only when theirs may be another one
+        if rank == 0 or isinstance(error, IndexedDataError | CheckpointError | NotEnoughMemory):
+            print(f"error: {'' if rank == 0 else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        session.train()
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what is computed; all ranks must have the same."""
+    found = {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {"megatron_opus": __version__, **found}
+
+
+def _say(rank: int) -> Callable[[str], Any]:
+    return functools.partial(print, file=sys.stderr, flush=True) if rank == 0 else lambda text: None

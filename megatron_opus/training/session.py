@@ -1,0 +1,156 @@
+"""One run on this rank: its folder, its parts wired together, and how it starts anew or resumes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_opus import config as configs
+from megatron_opus.backends import extras, indexed
+from megatron_opus.backends.deepspeed import init_distributed
+from megatron_opus.backends.layers import megatron_layers
+from megatron_opus.backends.megatron import forward_loss, init_parallel
+from megatron_opus.backends.optimizer_state import optimizer_state
+from megatron_opus.backends.sharding import weight_shard
+from megatron_opus.config import RunConfig
+from megatron_opus.data.buffer import CandidateBuffer
+from megatron_opus.data.corpus import Corpus
+from megatron_opus.data.embedded import prepare_embedded
+from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.selection.strategies import build_strategy
+from megatron_opus.training import checkpoint, preflight
+from megatron_opus.training.agreement import check_agreement
+from megatron_opus.training.driver import SelectionDriver
+from megatron_opus.training.engine import build_engine
+from megatron_opus.training.loop import TrainingLoop
+from megatron_opus.training.model import build_model, count_parameters, resolve
+
+Say = Callable[[str], object]
+CONFIG_FILE = "config.yaml"
+
+
+class RunDirectoryError(RuntimeError):
+    """The run folder holds another run, or none to resume."""
+
+
+class Session:
+    """Builds everything for one run. Collective. Refuses, before allocating, what cannot run."""
+
+    def __init__(self, recipe: RunConfig, *, resume: bool, versions: Mapping[str, str], say: Say) -> None:
+        self._say = say
+        self.run_dir = Path(recipe.output_dir) / recipe.name
+        device = init_distributed(recipe.parallel)
+        corpus = open_corpus(recipe, say)
+        config = resolve(recipe, corpus.tokenizer.vocab_size)
+        fingerprints = {"data": corpus.fingerprint, **versions}
+        check_agreement({"configuration": configs.dump(config), **fingerprints})
+        preflight.check(config, device)
+        groups = init_parallel(config.parallel, seed=config.seed)
+        self._check_run_dir(resume)
+        for name, status, used in extras.report(config.model.attention_backend):
+            say(f"{name}: {status}; {used}")
+        model = build_model(config)
+        engine, optimizer_name = build_engine(model, config, groups)
+        say(
+            f"model: {count_parameters(config.model) / 1e6:.1f}M parameters; {config.training.precision}, ZeRO "
+            f"{config.parallel.zero_stage}, tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, "
+            f"{optimizer_name}, on {device}"
+        )
+        strategy = build_strategy(config.selection)
+        scorer = None
+        if strategy.needs:
+            shards = functools.partial(
+                weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size
+            )
+            scorer = ScoringPass(
+                engine.module,
+                megatron_layers(engine.module, shards),
+                optimizer_state(engine),
+                config.selection,
+                forward_loss,
+                groups=groups,
+                device=device,
+            )
+        buffer = CandidateBuffer(
+            corpus, config.buffer_size, config.seed, config.data.domain_weights, config.data.unselected
+        )
+        iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator)
+        self.engine, self.corpus, self.config = engine, corpus, config
+        self._fingerprints = fingerprints
+        self.loop = TrainingLoop(config, self.run_dir, groups, engine, corpus, self.driver, iterator, self._save)
+        if resume:
+            self._resume()
+        self._write_config()
+
+    def train(self) -> None:
+        """Train to the last step and say where everything is."""
+        t, n, s = self.config.training, self.config.buffer_size, self.config.selection
+        self._say(
+            f"run: {self.run_dir}; {t.train_steps} steps, each: {s.strategy} takes {t.global_batch_size} of {n} "
+            f"candidates of {self.config.data.seq_length} tokens"
+        )
+        row = self.loop.run()
+        losses = row.get("validation_loss", {})
+        self._say("final validation loss: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        self._say(f"config, metrics.jsonl, tensorboard/, ledger/ and checkpoints/ are in {self.run_dir.resolve()}")
+
+    def _save(self, step: int) -> None:
+        checkpoint.save(
+            self.engine,
+            self.run_dir / "checkpoints",
+            step=step,
+            state=self.driver.state_dict(),
+            config=self.config,
+            fingerprints=self._fingerprints,
+        )
+
+    def _resume(self) -> None:
+        directory = checkpoint.latest(self.run_dir / "checkpoints")
+        if directory is None:
+            # killed before its first checkpoint: the run starts over in its own folder, with the same seed
+            self._say(f"no complete checkpoint in {self.run_dir}: starting from step 0")
+            return
+        state = checkpoint.load(self.engine, directory, config=self.config, fingerprints=self._fingerprints)
+        self.driver.load_state_dict(state)
+        self._say(f"resumed from {directory} at step {self.driver.counters.step}")
+
+    def _check_run_dir(self, resume: bool) -> None:
+        """Refuse to write over another run. Rank 0 looks, all ranks agree."""
+        problem = [""]
+        if dist.get_rank() == 0:
+            exists = (self.run_dir / CONFIG_FILE).exists()
+            if exists and not resume:
+                problem[0] = (
+                    f"{self.run_dir} already holds a run: continue it with --resume, or choose another name with "
+                    "name=<new name>"
+                )
+            elif resume and not exists:
+                problem[0] = f"--resume: expected a run in {self.run_dir}, found none; leave --resume out to start one"
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise RunDirectoryError(problem[0])
+
+    def _write_config(self) -> None:
+        """The resolved configuration, once everything is built: a refused start leaves no folder behind."""
+        if dist.get_rank() == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            partial = self.run_dir / f"{CONFIG_FILE}.partial"
+            partial.write_text(configs.dump(self.config), encoding="utf-8")
+            os.replace(partial, self.run_dir / CONFIG_FILE)
+
+
+def open_corpus(recipe: RunConfig, say: Say) -> Corpus:
+    """The recipe's data; the embedded corpus is made on first use."""
+    path = Path(recipe.data.path)
+    if recipe.data.path == "embedded":
+        path = prepare_embedded(recipe.data.cache_dir, indexed, progress=False, log=say)  # type: ignore[arg-type]
+    corpus = Corpus.open(path, recipe.data, indexed.open_documents)
+    for entry in corpus.summary():
+        say(f"data: {entry['role']} {entry['name']}: {entry['tokens']:,} tokens, {entry['sequences']:,} sequences")
+    return corpus
