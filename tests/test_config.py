@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +316,21 @@ def test_every_section_is_immutable_and_keyword_only() -> None:
     assert RunConfig in sections
     for section in sections:
         assert all(f.kw_only for f in dataclasses.fields(section)), section.__name__
+
+
+def test_every_key_that_the_readme_names_exists() -> None:
+    """Guards against a README that tells of keys which the program refuses."""
+    text = (CONFIGS.parent / "README.md").read_text()
+    sections = "model|data|parallel|optimizer|training|selection"
+    named = set(re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)(?=[`=,])", text))
+    known = {".".join(path) for path in leaves(to_dict(from_dict(SMALL)))}
+    assert len(named) > 20
+    assert named <= known, named - known
+
+
+def leaves(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from ((key, *rest) for rest in leaves(value))
+        else:
+            yield (key,)
