@@ -105,8 +105,8 @@ class TrainingLoop:
             ids = candidates.sample_ids[selection.indices.numpy()].tolist()
             raise NonFiniteLoss(
                 f"step {row['step']}: {self._nonfinite} consecutive steps had NaN or Inf gradients and were not "
-                f"applied (loss {row['loss']}); training.max_nonfinite_steps is {limit}. The last checkpoint is intact. "
-                f"Sample ids of this step: {ids}. Lower optimizer.lr or look at these samples"
+                f"applied (loss {row['loss']}); max_nonfinite_steps is {limit}. The last checkpoint is intact; "
+                f"sample ids of this step: {ids}. Lower optimizer.lr or look at these samples"
             )
 
 

@@ -28,6 +28,7 @@ def main(config: Path, argv: Sequence[str]) -> int:
     """
     arguments, overrides = _parse(argv)
     rank = int(os.environ.get("RANK", "0"))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; without a launcher this is the only process
     try:
         recipe = configs.load(config, overrides)
         configs.validate_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))

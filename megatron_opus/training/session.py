@@ -47,8 +47,8 @@ class Session:
         device = init_distributed(recipe.parallel)
         corpus = open_corpus(recipe, say)
         config = resolve(recipe, corpus.tokenizer.vocab_size)
-        fingerprints = {"data": corpus.fingerprint, **versions}
-        check_agreement({"configuration": configs.dump(config), **fingerprints})
+        fingerprints = {"data": corpus.fingerprint}
+        check_agreement({"configuration": configs.dump(config), **fingerprints, **versions})
         preflight.check(config, device)
         groups = init_parallel(config.parallel, seed=config.seed)
         self._check_run_dir(resume)
@@ -108,6 +108,7 @@ class Session:
             state=self.driver.state_dict(),
             config=self.config,
             fingerprints=self._fingerprints,
+            keep=self.config.training.keep_checkpoints,
         )
 
     def _resume(self) -> None:
