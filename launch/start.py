@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+REFUSED = 2  # the trainer's status for a run that it will not start
 
 
 def start(recipe: str) -> int:
@@ -23,4 +25,8 @@ def start(recipe: str) -> int:
     argv = sys.argv[1:]
     if os.environ.get("DRY_RUN", "0") not in ("", "0"):
         argv.append("--dry-run")
-    return main(ROOT / "configs" / f"{recipe}.yaml", argv)
+    status = main(ROOT / "configs" / f"{recipe}.yaml", argv)
+    if status == REFUSED and int(os.environ.get("RANK", "0")) > 0:
+        # The launcher ends all ranks as soon as one has failed, and only rank 0 says why: let it.
+        time.sleep(10)
+    return status

@@ -21,7 +21,7 @@ TOOLS = Path(sys.executable).parent  # deepspeed and shellcheck of the environme
 BARE_PATH = "/usr/bin:/bin"
 
 STAND_IN = """
-import json, multiprocessing, os, sys
+import json, multiprocessing, os, sys, time
 
 def square(x):
     return x * x
@@ -34,6 +34,9 @@ def main(config, argv):
     said = {k: os.environ.get(k) for k in keys}
     said.update(config=str(config), argv=list(argv), python=sys.executable, root=sys.path[0])
     print("SAID " + json.dumps(said), flush=True)
+    if "late" in argv and os.environ["RANK"] == "0":
+        time.sleep(3)
+        print("RANK 0 SAYS WHY", flush=True)
     return int(os.environ.get("STAND_IN_STATUS", "0"))
 """
 
@@ -206,4 +209,6 @@ def test_deepspeed_starts_two_ranks_and_reports_their_failure(checkout: Path, op
     assert {one["OMP_NUM_THREADS"] for one in ranks} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
     assert {Path(one["python"]).parent for one in ranks} == {TOOLS}
     if not option:
-        assert call(*command, cwd=checkout, path=path, STAND_IN_STATUS="7").returncode == 7
+        result = call(*command, "late", cwd=checkout, path=path, STAND_IN_STATUS="2")
+        assert result.returncode == 2
+        assert "RANK 0 SAYS WHY" in result.stdout  # although rank 1 was done long before
