@@ -23,6 +23,11 @@ print(hashlib.sha256(b"".join(pathlib.Path(p).read_bytes() for p in sys.argv[1:]
 
 supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; }
 
+stamp=$venv/.installed${extra:+-$extra}
+if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(checksum)" ]]; then
+  exit 0
+fi
+
 if [[ ! -x $venv/bin/python ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   command -v "$python" >/dev/null || fail "$python: not found. Install Python 3.10 or later, or set PYTHON to one."
   supported "$python" || fail "expected Python 3.10 or later, got $("$python" --version). Set PYTHON to a later one."
@@ -33,12 +38,6 @@ fi
 supported "$venv/bin/python" || fail "$PWD/$venv has $("$venv/bin/python" --version), expected 3.10 or later." \
   "Move it away and run this again."
 
-sum=$(checksum)
-stamp=$venv/.installed${extra:+-$extra}
-if [[ -f $stamp && $(<"$stamp") == "$sum" ]]; then
-  exit 0
-fi
-
 echo "Installing into $PWD/$venv (once; torch is the large part)"
 started=$SECONDS
 # torch comes first and alone: TORCH_INDEX_URL must hold for it only, and whatever is built from source afterwards
@@ -47,6 +46,6 @@ started=$SECONDS
   "$(grep -E '^torch==' constraints.txt)" || fail "torch could not be installed; pip says why above."
 "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}" ||
   fail "the dependencies could not be installed; pip says why above. What is installed is kept: run this again."
-echo "$sum" >"$stamp"
-[[ -z $extra ]] || echo "$sum" >"$venv/.installed"
+checksum >"$stamp"
+[[ -z $extra ]] || checksum >"$venv/.installed"
 echo "Installed in $((SECONDS - started)) s"
