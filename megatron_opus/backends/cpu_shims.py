@@ -7,6 +7,7 @@ DeepSpeed compiles a shared-memory collective on its first use. Nothing else in 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def install() -> bool:
 
         setattr(current_device, _MARK, True)
         torch.cuda.current_device = current_device  # type: ignore[assignment]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for one and warn that there is none
     from deepspeed import ops
 
     # Otherwise the first init_distributed spends more than a minute compiling a collective that gloo replaces.

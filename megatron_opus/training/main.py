@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
+    # megatron-core warns six times that Apex and Transformer Engine are absent; the run reports both in its own words
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # imported late: a mistyped key should not take the seconds that torch, megatron-core and deepspeed need
     from megatron_opus.backends.indexed import IndexedDataError
     from megatron_opus.backends.optimizer_state import UnsupportedOptimizer
