@@ -33,7 +33,7 @@ fi
 train() {
   local port command status=0
   port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  command=(deepspeed --num_gpus "$RANKS" --master_port "$port" launch/pretrain_gpt2_tiny.sh
+  command=(deepspeed --quiet --num_gpus "$RANKS" --master_port "$port" launch/pretrain_gpt2_tiny.sh
     "parallel.tensor_model_parallel_size=$RANKS" ${overrides[@]+"${overrides[@]}"} "name=$1" "${@:2}")
   printf '\n+'
   printf ' %q' "${command[@]}"
@@ -73,5 +73,6 @@ Everything of this run is in $runs/$name:
   tensorboard/    .venv/bin/tensorboard --logdir $runs
 END
 if $compare; then
+  echo
   python3 tools/compare_runs.py "$runs/$name" "$runs/$name-random"
 fi

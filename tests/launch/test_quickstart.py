@@ -141,8 +141,8 @@ def test_the_quickstart_trains_over_two_ranks_with_the_overrides_last(clone: Pat
     result = call(clone, "launch/quickstart.sh", "training.train_steps=3", "output_dir=out", "name=mine")
     assert result.returncode == 0, result.stderr
     (one,) = calls(clone, "deepspeed")
-    assert one.startswith("deepspeed --num_gpus 2 --master_port ")
-    script, *settings = one.split()[5:]
+    assert one.startswith("deepspeed --quiet --num_gpus 2 --master_port ")
+    script, *settings = one.split()[6:]
     assert script == "launch/pretrain_gpt2_tiny.sh"
     assert " ".join(settings) == "parallel.tensor_model_parallel_size=2 training.train_steps=3 output_dir=out name=mine"
     for file in ("out/mine", "metrics.jsonl", "ledger/", "config.yaml", "tensorboard --logdir out"):
@@ -163,7 +163,7 @@ def test_compare_trains_both_arms_alike(clone: Path) -> None:
     """Guards against a baseline with other settings than the run it is compared with."""
     result = call(clone, "launch/quickstart.sh", "--compare", "training.train_steps=3", "name=x")
     assert result.returncode == 0, result.stderr
-    opus, random = (line.split()[5:] for line in calls(clone, "deepspeed"))
+    opus, random = (line.split()[6:] for line in calls(clone, "deepspeed"))
     assert opus[-1] == "name=x"
     assert random == [*opus[:-1], "name=x-random", "selection.strategy=random"]
 
