@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -89,14 +90,18 @@ def table(manifest: Manifest) -> str:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        # After the arguments: importing megatron.core takes seconds, and a mistyped option should not.
-        from megatron_opus.backends import indexed
+        datasets = specs(arguments)
+        with warnings.catch_warnings():
+            # Here rather than above: importing megatron.core takes seconds, and a mistyped option should not. It
+            # warns of missing GPU libraries, which token files do not need.
+            warnings.simplefilter("ignore")
+            from megatron_opus.backends import indexed
 
         manifest = prepare(
             PrepareConfig(
                 output=arguments.output,
                 tokenizer=arguments.tokenizer,
-                datasets=specs(arguments),
+                datasets=datasets,
                 vocab_size=arguments.vocab_size,
                 eod=arguments.eod,
                 read=ReadOptions(text_key=arguments.text_key, txt_documents=arguments.txt_documents),
@@ -108,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; the same command resumes", file=sys.stderr)
+        return 130
     print(table(manifest))
     print(f"\n{arguments.output}: train on it with data={arguments.output}")
     return 0

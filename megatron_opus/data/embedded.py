@@ -65,18 +65,22 @@ def prepare_embedded(
     if (directory / manifests.FILE_NAME).exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with locked(directory.with_name(directory.name + ".lock")):
+    with locked(directory.with_name(directory.name + ".lock")) as held:
         if not (directory / manifests.FILE_NAME).exists():
-            _build(directory, storage, workers or min(2, os.cpu_count() or 1), progress, log or (lambda _: None))
+            _build(directory, storage, held, workers or min(2, os.cpu_count() or 1), progress, log or (lambda _: None))
     return directory
 
 
-def _build(directory: Path, storage: Storage, workers: int, progress: bool, log: Callable[[str], None]) -> Manifest:
-    # Whatever an interrupted build left is not worth resuming. Where a file system ignores locks, two processes do the
-    # same work in directories of their own, and the first to finish gives the name.
-    building = directory.with_name(f"{directory.name}.{os.getpid()}.partial")
-    for stale in directory.parent.glob(f"{directory.name}.*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
+def _build(
+    directory: Path, storage: Storage, held: bool, workers: int, progress: bool, log: Callable[[str], None]
+) -> Manifest:
+    # Where locks do not reach (other nodes, some file systems), processes do the same work in directories of their own,
+    # and the first to finish gives the name. What an interrupted build left is not worth resuming.
+    mine = f"{directory.name}.{platform.node()}."
+    building = directory.with_name(f"{mine}{os.getpid()}.partial")
+    for stale in directory.parent.glob(f"{mine}*.partial"):
+        if held or stale == building:
+            shutil.rmtree(stale, ignore_errors=True)
     (building / "text").mkdir(parents=True)
     specs = _write_text(building / "text")
     made = prepare(

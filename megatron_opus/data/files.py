@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -36,17 +37,22 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (made where it is missing) among the processes of this machine.
+def locked(path: Path, busy: str | None = None) -> Iterator[bool]:
+    """Hold an exclusive lock on `path` (made where it is missing); the system releases it however the process ends.
 
-    Waits for it, or raises BlockingIOError with `busy` where that is given. The system releases it when the process
-    ends, however it ends.
+    Waits for it, or raises BlockingIOError with `busy` where that is given. Gives False, without a lock, on file
+    systems that have none (Lustre mounted without `flock`): the caller must be correct, or say so, without it.
     """
     import fcntl
 
     with path.open("ab") as stream:
+        held = True
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError as error:
             raise BlockingIOError(busy) from error
-        yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            held = False
+        yield held

@@ -131,6 +131,13 @@ def read_ledger(directory: str | Path, complete: bool = True) -> pa.Table:
     return table
 
 
+def usage(table: pa.Table) -> pa.Table:
+    """sample_id, domain, offered, used: how often each sequence was a candidate and was trained on, by id."""
+    counted = table.append_column("used", pc.cast(table["selected"], pa.int64()))
+    counted = counted.group_by(["sample_id", "domain"]).aggregate([("used", "count"), ("used", "sum")])
+    return counted.rename_columns(["sample_id", "domain", "offered", "used"]).sort_by("sample_id")
+
+
 def _parts(directory: Path) -> list[tuple[int, int, Path]]:
     """(first step, last step, path) of the parts, in order."""
     found = [(m, path) for path in directory.glob("steps-*.parquet") if (m := _PART.fullmatch(path.name))]

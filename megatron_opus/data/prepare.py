@@ -40,7 +40,7 @@ from megatron_opus.data.records import (
     source_identity,
     text_digest,
 )
-from megatron_opus.data.shards import MAX_LISTED, Job, contains, kept
+from megatron_opus.data.shards import MAX_LISTED, Job, contains, kept, record_error
 from megatron_opus.data.worker import run_jobs
 
 
@@ -72,7 +72,10 @@ def prepare(config: PrepareConfig, storage: Storage, log: Callable[[str], None] 
     source = None if config.tokenizer == TRAIN_SENTENCEPIECE else tokenizers.load(config.tokenizer, config.eod)
     settings = describe_settings(config, datasets, source)
     config.output.mkdir(parents=True, exist_ok=True)
-    with locked(config.output / ".lock", f"{config.output}: another preparation is writing here; wait or stop it"):
+    busy = f"{config.output}: another preparation is writing here; wait or stop it"
+    with locked(config.output / ".lock", busy) as held:
+        if not held:
+            log(f"{config.output}: this file system has no locks; make sure that no other preparation writes here")
         for stale in config.output.glob(f"*{PARTIAL}"):
             stale.unlink()
         if (config.output / manifests.FILE_NAME).exists():
@@ -109,9 +112,11 @@ class _Work:
     def _run(self, title: str, jobs: Sequence[Job]) -> None:
         for job in jobs:
             Path(job.output).parent.mkdir(parents=True, exist_ok=True)
-        tokens = 0
+        results = [(job, job.result()) for job in jobs]
+        tokens = sum(int(result.get("tokens", 0)) for _, result in results if result is not None)
         with tqdm(
             total=sum(j.shard.bytes for j in jobs),
+            initial=sum(j.shard.bytes for j, result in results if result is not None),
             desc=title,
             unit="B",
             unit_scale=True,
@@ -126,7 +131,7 @@ class _Work:
                     bar.set_postfix_str(f"{tokens / 1e6:.2f}M tokens", refresh=False)
                 bar.update(read)
 
-            run_jobs(jobs, self.config.workers, report)
+            run_jobs([job for job, result in results if result is None], self.config.workers, report)
 
     def _job(self, kind: Literal["hashes", "tokens"], dataset: DatasetSpec, shard: Shard, number: int) -> Job:
         return Job(
@@ -188,6 +193,8 @@ class _Work:
                     break
                 left -= record.bytes
                 if record.text is None:
+                    if job.on_error == "stop":
+                        raise record_error(job.shard, record)
                     continue
                 identity, split = text_digest(record.text)
                 if kept(split, job.keep) and not contains(forbidden, identity):

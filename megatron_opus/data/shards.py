@@ -93,7 +93,7 @@ class JobRunner:
             read += record.bytes
             if record.text is None:
                 if job.on_error == "stop":
-                    raise _record_error(job.shard, record)
+                    raise record_error(job.shard, record)
                 continue
             identity, split = text_digest(record.text)
             if kept(split, job.keep):
@@ -129,7 +129,7 @@ class JobRunner:
                 read += record.bytes
                 if record.text is None:
                     if job.on_error == "stop":
-                        raise _record_error(job.shard, record)
+                        raise record_error(job.shard, record)
                     counts["skipped"] += 1
                     if len(problems) < MAX_LISTED:
                         problems.append({"line": record.line, "problem": record.problem})
@@ -182,7 +182,8 @@ def kept(split: int, keep: tuple[float, float]) -> bool:
     return keep[0] <= (split >> 11) / _SPLIT_RANGE < keep[1]
 
 
-def _record_error(shard: Shard, record: Record) -> RecordError:
+def record_error(shard: Shard, record: Record) -> RecordError:
+    """The error for a record without text, with its line in the whole file."""
     return RecordError(
         f"{shard.source}:{line_base(shard) + record.line}: {record.problem}; repair the record or leave such records "
         "out with --on-error skip"

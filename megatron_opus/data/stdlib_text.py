@@ -15,6 +15,7 @@ from pathlib import Path
 DOMAINS = ("prose", "docstrings", "source", "tables")
 # Some builds ship the tests and some do not; without them the corpus depends less on who packaged Python.
 _LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"})
+_LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize")  # written by who installed Python
 _PROSE_CHARACTERS = 1200  # per document, about; small ones make a split by documents even
 _CODE_CHARACTERS = 3000
 _REPEATED_CHARACTERS = 60  # from this length on a paragraph that came before is a copy, not a coincidence
@@ -37,7 +38,7 @@ def documents() -> dict[str, list[str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if _LEFT_OUT & set(parts) or parts[0].startswith("config-"):
+        if _LEFT_OUT & set(parts) or parts[0].startswith("config-") or parts[-1].startswith(_LOCAL):
             continue
         try:
             text = path.read_text(encoding="utf-8")

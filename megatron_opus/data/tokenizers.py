@@ -249,9 +249,19 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     import sentencepiece
 
     out = io.BytesIO()
+    raised: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        # The trainer turns an exception of its iterator into its own: keep it, it names the broken source.
+        try:
+            yield from _lines(texts)
+        except Exception as error:
+            raised.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=lines(),
             model_writer=out,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -271,7 +281,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             num_threads=1,  # the merges must not depend on the machine
             minloglevel=2,
         )
-    except (RuntimeError, StopIteration) as error:
+    except Exception as error:
+        if raised:
+            raise raised[0] from None
         raise TokenizerError(
             f"SentencePiece could not be trained with vocab_size {vocab_size}: {error}; "
             "give more text or a smaller vocabulary"

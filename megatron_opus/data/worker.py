@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -28,33 +29,26 @@ class WorkerError(RuntimeError):
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[int, int], None]) -> None:
-    """Run every job that is not finished yet, in `workers` processes (0 or 1: in this one).
+    """Run the jobs in `workers` processes (0 or 1: in this one).
 
-    report(bytes, tokens) is called from this thread as work advances, for jobs finished earlier too.
-    Raises RecordError for a malformed record, WorkerError when a process dies.
+    report(bytes, tokens) is called from this thread as work advances. Raises RecordError for a malformed record,
+    WorkerError when a process dies or fails for another reason.
     """
-    open_jobs = []
-    for job in jobs:
-        result = job.result()
-        if result is None:
-            open_jobs.append(job)
-        else:
-            report(job.shard.bytes, int(result.get("tokens", 0)))
-    if workers <= 1 or len(open_jobs) <= 1:
+    if workers <= 1 or len(jobs) <= 1:
         runner = JobRunner()
-        for job in open_jobs:
+        for job in jobs:
             runner.run(job, report)
         return
     todo: queue.Queue[Job] = queue.Queue()
-    for job in open_jobs:
+    for job in jobs:
         todo.put(job)
     answers: queue.Queue[tuple[str, Any]] = queue.Queue()
-    processes = [_start() for _ in range(min(workers, len(open_jobs)))]
+    processes = [_start() for _ in range(min(workers, len(jobs)))]
     threads = [threading.Thread(target=_serve, args=(p, todo, answers), daemon=True) for p in processes]
     try:
         for thread in threads:
             thread.start()
-        left = len(open_jobs)
+        left = len(jobs)
         while left:
             kind, value = answers.get()
             if kind == "progress":
@@ -121,6 +115,7 @@ def _serve(process: subprocess.Popen[str], todo: queue.Queue[Job], answers: queu
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its workers
     # Libraries that print must not spoil the protocol: their stdout becomes stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_opus.data.ledger import SCHEMA, LedgerError, LedgerWriter, read_ledger
+from megatron_opus.data.ledger import SCHEMA, LedgerError, LedgerWriter, read_ledger, usage
 from megatron_opus.types import Candidates, Selection, Signals
 
 N, K = 6, 2
@@ -68,6 +68,20 @@ def test_strategies_without_scores(tmp_path: Path) -> None:
     row = read_ledger(tmp_path).to_pylist()[0]
     assert (row["alignment"], row["utility"], row["redundancy"]) == (None, None, None)
     assert row["finite"]
+
+
+def test_usage(tmp_path: Path) -> None:
+    """Guards against a count of offers or uses that is not the ledger's: it tells repeated data apart."""
+    ledger = LedgerWriter(tmp_path, ["a", "b"])
+    for step in range(3):
+        candidates, signals, selection = step_rows(0)
+        again = Candidates(step=step, sample_ids=candidates.sample_ids, domains=candidates.domains)
+        ledger.append(again, signals, Selection(indices=selection.indices[: 1 + step % 2]))
+    ledger.flush()
+    rows = usage(read_ledger(tmp_path)).to_pylist()
+    assert [r["sample_id"] for r in rows] == list(range(N))
+    assert [r["offered"] for r in rows] == [3] * N
+    assert [r["used"] for r in rows] == [0, 1, 0, 0, 3, 0]
 
 
 def test_nothing_to_flush(tmp_path: Path) -> None:
