@@ -66,7 +66,7 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     from megatron_opus.data.tokenizers import TokenizerError
     from megatron_opus.training.agreement import RankMismatch
     from megatron_opus.training.checkpoint import CheckpointError
-    from megatron_opus.training.preflight import NotEnoughMemory
+    from megatron_opus.training.preflight import PreflightError
     from megatron_opus.training.session import RunDirectoryError, Session
 
     refusals = (
@@ -79,14 +79,14 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
         UnsupportedOptimizer,
         RankMismatch,
         CheckpointError,
-        NotEnoughMemory,
+        PreflightError,
         RunDirectoryError,
     )
     try:
         session = Session(recipe, resume=resume, versions=versions(), say=_say(rank))
     except refusals as error:
         # ranks find the same fault; the others speak only when theirs may be another one
-        if rank == 0 or isinstance(error, IndexedDataError | CheckpointError | NotEnoughMemory):
+        if rank == 0 or isinstance(error, IndexedDataError | CheckpointError | PreflightError):
             print(f"error: {'' if rank == 0 else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         return 2
     try:

@@ -45,11 +45,15 @@ class Session:
         self._say = say
         self.run_dir = Path(recipe.output_dir) / recipe.name
         device = init_distributed(recipe.parallel)
+        # before the data where the vocabulary is known: preparing a corpus for a model that does not fit is a waste
+        if recipe.model.vocab_size is not None:
+            _check_memory(recipe, say)
         corpus = open_corpus(recipe, say)
         config = resolve(recipe, corpus.tokenizer.vocab_size)
+        if recipe.model.vocab_size is None:
+            _check_memory(config, say)
         fingerprints = {"data": corpus.fingerprint}
         check_agreement({"configuration": configs.dump(config), **fingerprints, **versions})
-        preflight.check(config, device)
         groups = init_parallel(config.parallel, seed=config.seed)
         self._check_run_dir(resume)
         for name, status, used in extras.report(config.model.attention_backend):
@@ -144,6 +148,11 @@ class Session:
             partial = self.run_dir / f"{CONFIG_FILE}.partial"
             partial.write_text(configs.dump(self.config), encoding="utf-8")
             os.replace(partial, self.run_dir / CONFIG_FILE)
+
+
+def _check_memory(config: RunConfig, say: Say) -> None:
+    for line in preflight.check_memory(config, dist.get_world_size()):
+        say(line)
 
 
 def open_corpus(recipe: RunConfig, say: Say) -> Corpus:
