@@ -79,7 +79,7 @@ def mixture(tmp_path: Path) -> tuple[DatasetSpec, ...]:
     pq.write_table(more, tmp_path / "b.parquet", row_group_size=9)
     (tmp_path / "c.txt").write_text("\n\n".join(make_text(4000 + i) for i in range(30)), encoding="utf-8")
     write_jsonl(tmp_path / "target.jsonl", target)
-    write_jsonl(tmp_path / "extra.jsonl", [*extra, target[0], target[1], target[2]])
+    write_jsonl(tmp_path / "extra.jsonl", [*extra, *target[:12]])
     return (
         spec("web", "candidates", tmp_path / "a.jsonl", tmp_path / "b.parquet"),
         spec("notes", "candidates", tmp_path / "c.txt"),
@@ -109,9 +109,9 @@ def test_held_out_documents_never_enter_a_lower_role(mixture: tuple[DatasetSpec,
     dropped = {(e.role, e.name): e.held_out for e in manifest.datasets}
     assert dropped["candidates", "web"] == 12
     assert dropped["candidates", "notes"] == 0
-    assert dropped["proxy", "extra"] == sum(" ".join(make_text(1000 + i).split()) in validation for i in range(3)), (
-        "a proxy keeps what another proxy has, and loses what validation has"
-    )
+    in_validation = sum(make_text(1000 + i) in validation for i in range(12))
+    assert dropped["proxy", "extra"] == in_validation > 0, "a proxy loses what validation has"
+    assert in_validation < 12, "and keeps what another proxy has"
     assert len(plain["candidates", "web"]) == 120
 
 
