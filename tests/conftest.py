@@ -35,6 +35,17 @@ def world4() -> Iterator[DistributedPool]:
 
 
 @pytest.fixture(scope="session")
+def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data.cache_dir` with the embedded corpus in it, made once for all tests that train."""
+    from megatron_opus.backends import indexed
+    from megatron_opus.data.embedded import prepare_embedded
+
+    cache = tmp_path_factory.mktemp("cache")
+    prepare_embedded(cache, indexed, progress=False)
+    return cache
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real text beside the checkout; tests that use it skip where it is absent."""
     path = ROOT.parent / "shared" / "data"
