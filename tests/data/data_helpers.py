@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from megatron_opus.backends import indexed
+from megatron_opus.data import manifest as manifests
+from megatron_opus.data import tokenizers
+from megatron_opus.data.manifest import Manifest
+from megatron_opus.data.plan import DatasetSpec, PrepareConfig
+from megatron_opus.data.prepare import prepare
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "with", "as", "his", "they")
 
@@ -34,3 +42,37 @@ class StreamOfNumbers:
         assert start >= 0
         assert start + length <= self.num_tokens
         return np.arange(start, start + length, dtype=np.int64)
+
+
+def spec(name: str, role: Any, *sources: Path | str) -> DatasetSpec:
+    return DatasetSpec(name=name, role=role, sources=tuple(map(str, sources)))
+
+
+def run(output: Path, *datasets: DatasetSpec, log: Callable[[str], None] = lambda _: None, **settings: Any) -> Manifest:
+    config = PrepareConfig(
+        **{
+            "output": output,
+            "tokenizer": "train-sentencepiece",
+            "vocab_size": 300,
+            "datasets": datasets,
+            "progress": False,
+            **settings,
+        }
+    )
+    return prepare(config, indexed, log)
+
+
+def texts_of(output: Path, role: str, name: str) -> list[str]:
+    """The documents of a prepared dataset, decoded."""
+    manifest = manifests.read(output)
+    tokenizer = tokenizers.reopen(output / "tokenizer", manifest.tokenizer)
+    documents = indexed.open_documents(name, output / role / name)
+    ends = documents.document_ends
+    starts = np.concatenate([[0], ends[:-1]])
+    found = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        ids = documents.tokens(start, end - start).tolist()
+        assert ids[-1] == tokenizer.eod
+        assert tokenizer.eod not in ids[:-1]
+        found.append(tokenizer.decode(ids))
+    return found
