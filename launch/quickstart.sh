@@ -47,8 +47,8 @@ train() {
   wait "$group" || status=$?
   if $interrupted; then
     while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
-    printf '\nInterrupted. To continue:\n  ./launch/quickstart.sh name=%q --resume' "$1" >&2
-    printf ' %q' ${overrides[@]+"${overrides[@]}"} "${@:2}" >&2
+    printf '\nInterrupted. To continue:\n  ' >&2
+    printf '%q ' ./launch/quickstart.sh "name=$1" ${overrides[@]+"${overrides[@]}"} "${@:2}" --resume >&2
     echo >&2
     exit 130
   fi

@@ -196,6 +196,6 @@ def test_an_interruption_ends_every_process_and_says_how_to_go_on(clone: Path, s
     os.kill(process.pid, sent)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "./launch/quickstart.sh name=x --resume seed=2" in said
+    assert "./launch/quickstart.sh name=x seed=2 --resume \n" in said
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)

@@ -74,3 +74,18 @@ def test_missing_data_is_said_with_the_way_to_make_it(tmp_path: Path) -> None:
     assert "tools/prepare_data.py" in said
     assert "Traceback" not in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_too_little_memory_is_said_before_anything_is_allocated(tmp_path: Path, embedded_cache: Path) -> None:
+    """Guards against an out-of-memory kill after minutes, which names no cause and no layout that would fit."""
+    script = str(ROOT / "launch/pretrain_gpt2_xl.sh")
+    command = ["deepspeed", "--num_gpus", "1", "--master_port", free_port(), script]
+    huge = ["model.num_layers=4800", "data=embedded", f"data.cache_dir={embedded_cache}"]  # terabytes, on any machine
+    result = call(*command, *huge, cwd=tmp_path)
+    said = result.stderr + result.stdout
+    assert result.returncode == 2, said
+    assert "GiB needed" in said
+    assert "GiB found" in said
+    assert "layout" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
