@@ -1,12 +1,13 @@
 """Everything that makes megatron-core and DeepSpeed run without an accelerator. Inert where there is one.
 
 megatron-core 0.15-0.17 asks `torch.cuda` for the current device and keeps its random states in CUDA generators;
-DeepSpeed compiles a shared-memory collective on its first use. Nothing else in the package knows about these three.
+DeepSpeed compiles a shared-memory collective on its first use. Nothing else in the package knows about these.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
 _MARK = "_megatron_opus_cpu_shim"
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_LARGE = 4 * 2**20  # bytes
 
 
 def active() -> bool:
@@ -36,12 +39,23 @@ def install() -> bool:
 
         setattr(current_device, _MARK, True)
         torch.cuda.current_device = current_device  # type: ignore[assignment]
+        _return_large_blocks()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for one and warn that there is none
     from deepspeed import ops
 
     # Otherwise the first init_distributed spends more than a minute compiling a collective that gloo replaces.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return True
+
+
+def _return_large_blocks() -> None:
+    """Make glibc give tensors of 4 MB and more back to the system when they are freed.
+
+    By itself it raises that limit to 32 MB and keeps activations in a heap that fragments: peaks nearly twice as high
+    were measured, at the same speed. Other C libraries have no mallopt, and keep their own ways.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):

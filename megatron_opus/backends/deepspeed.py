@@ -34,7 +34,7 @@ def init_distributed(parallel: ParallelConfig) -> torch.device:
     cpu_shims.install()
     import deepspeed
 
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it, even without a launcher
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
@@ -100,8 +100,16 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     ]
 
 
-def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. K = micro_batch_size x accumulation steps x data-parallel size, or ConfigError."""
+def gradient_bucket(parameters: int) -> int:
+    """Elements that ZeRO reduces at a time: DeepSpeed's default buffer of 500 million is larger than a small model."""
+    return min(200_000_000, max(1, parameters))
+
+
+def deepspeed_config(config: RunConfig, dp_size: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a rank with so many parameters.
+
+    Raises ConfigError unless K = micro_batch_size x accumulation steps x data-parallel size.
+    """
     t, stage = config.training, config.parallel.zero_stage
     steps, rest = divmod(t.global_batch_size, t.micro_batch_size * dp_size)
     if rest or not steps:
@@ -118,7 +126,11 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         # tensor-parallel rank but the first out of it.
         "gradient_clipping": 0.0 if stage == 0 else t.gradient_clipping,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": gradient_bucket(parameters),
+            "allgather_bucket_size": gradient_bucket(parameters),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -147,7 +159,7 @@ def initialize(
             optimizer=optimizer,
             lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, lambda step: lr_of_step(step) / o.lr),
             mpu=ModelParallelUnit(),
-            config=deepspeed_config(config, groups.dp_size),
+            config=deepspeed_config(config, groups.dp_size, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
     if hasattr(engine.optimizer, "check_grad_overflow"):

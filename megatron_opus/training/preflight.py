@@ -95,7 +95,12 @@ def check_memory(config: RunConfig, world_size: int, machine: Machine | None = N
         return [summary]
     raise PreflightError(
         "\n".join(
-            [f"the recipe does not fit this machine; {layout}", summary, *need.lines(), *_advice(config, machine)]
+            [
+                f"the recipe does not fit this machine; {layout}",
+                summary,
+                *need.lines(),
+                *_advice(config, machine, layout),
+            ]
         )
     )
 
@@ -139,40 +144,63 @@ def _possible(config: RunConfig, layout: Layout) -> bool:
     return True
 
 
-def _advice(config: RunConfig, machine: Machine) -> list[str]:
-    lines: list[str] = []
+def _advice(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
+    lines = _gentler_scoring(config, machine, layout)
+    layouts: list[str] = []
     shown: set[tuple[int, int]] = set()
-    for layout, need in fitting_layouts(config, machine):
-        if (layout.ranks, layout.tp) in shown:
+    for other, need in fitting_layouts(config, machine):
+        if (other.ranks, other.tp) in shown:
             continue  # a higher stage or a smaller microbatch of a layout that is listed
-        shown.add((layout.ranks, layout.tp))
-        lines.append(f"  {layout}  ({need.total / GIB:.2f} GiB per rank)")
-        if len(lines) == SUGGESTIONS:
+        shown.add((other.ranks, other.tp))
+        layouts.append(f"  {other}  ({need.total / GIB:.2f} GiB per rank)")
+        if len(layouts) == SUGGESTIONS:
             break
-    if not lines:
-        return [f"no layout of up to {MAX_RANKS} ranks like this one fits", *_smaller(config, machine)]
-    where = (
-        f"machines like this one, {machine.local_ranks} rank{'s' if machine.local_ranks > 1 else ''} each"
-        if machine.device == "cpu"
-        else "GPUs like this one"
-    )
-    return [f"layouts that would fit on {where}:", *lines, *_smaller(config, machine)]
+    if layouts:
+        plural = "s" if machine.local_ranks > 1 else ""
+        where = f"machines like this one, {machine.local_ranks} rank{plural} each"
+        if machine.device == "cuda":
+            where = "GPUs like this one"
+        lines += [f"layouts that would fit on {where}:", *layouts]
+    else:
+        lines.append(f"no layout of up to {MAX_RANKS} ranks like this one fits the recipe as it is")
+    return [*lines, *_smaller(config, machine, layout)]
 
 
-def _smaller(config: RunConfig, machine: Machine) -> list[str]:
+def _with_scoring(config: RunConfig, sequences: int) -> RunConfig:
+    return replace(config, selection=replace(config.selection, score_micro_batch_size=sequences))
+
+
+def _gentler_scoring(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
+    """The largest scoring micro-batch with which the recipe fits here, when that is all it takes."""
+    size = config.selection.score_micro_batch_size or config.buffer_size + config.selection.proxy_batch_size
+    while size > 1:
+        size //= 2
+        need = estimate(_with_scoring(config, size), layout, device=machine.device).total
+        if need <= machine.per_rank():
+            return [f"it fits with selection.score_micro_batch_size={size}  ({need / GIB:.2f} GiB per rank)"]
+    return []
+
+
+def _smaller(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
     """The largest recipe of the same width that fits the ranks at hand, shortening sequences before dropping layers."""
-    ranks = max(machine.local_ranks, config.parallel.tensor_model_parallel_size)
     layers = config.model.num_layers
     while layers >= 1:
         length = config.data.seq_length
         while length >= 128:
+            # as many tokens in a scoring forward as in a training microbatch
+            score_length = min(config.selection.score_length, length)
+            size = max(1, length * layout.micro_batch_size // score_length)
             asked = replace(
-                config,
+                _with_scoring(config, size),
                 model=replace(config.model, num_layers=layers),
                 data=replace(config.data, seq_length=length),
             )
-            if estimate(asked, layout_of(asked, ranks), device=machine.device).total <= machine.per_rank():
-                return [f"a smaller recipe that fits here: model.num_layers={layers} data.seq_length={length}"]
+            need = estimate(asked, layout, device=machine.device).total
+            if need <= machine.per_rank():
+                return [
+                    f"a smaller recipe that fits here: model.num_layers={layers} data.seq_length={length} "
+                    f"selection.score_micro_batch_size={size}  ({need / GIB:.2f} GiB per rank)"
+                ]
             length //= 2
         layers //= 2
     return []

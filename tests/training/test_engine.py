@@ -211,6 +211,6 @@ def test_unclipped_layout_is_the_recipes() -> None:
     from megatron_opus.backends.deepspeed import deepspeed_config
     from megatron_opus.config import ConfigError
 
-    assert deepspeed_config(recipe(), 2)["gradient_accumulation_steps"] == 2
+    assert deepspeed_config(recipe(), 2, 1000)["gradient_accumulation_steps"] == 2
     with pytest.raises(ConfigError, match="multiple of micro_batch_size x data-parallel size"):
-        deepspeed_config(recipe(micro_batch_size=3), 2)
+        deepspeed_config(recipe(micro_batch_size=3), 2, 1000)
