@@ -69,13 +69,14 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
     if tp > 1:
         # Overlapping tensor-parallel communication with matmuls relies on kernels starting in issue order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        create_gloo_process_groups=False,
-    )
+    if parallel_state.model_parallel_is_initialized() and parallel_state.get_tensor_model_parallel_world_size() != tp:
+        _leave_groups()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+            create_gloo_process_groups=False,
+        )
     groups = Groups(
         tp=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
         dp=parallel_state.get_data_parallel_group() if world > tp else None,
@@ -86,6 +87,16 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
     )
     seed_all(seed, groups)
     return groups
+
+
+def _leave_groups() -> None:
+    """Forget the groups of another tensor-parallel degree and end their threads, which Megatron alone would leave."""
+    values = [x for value in vars(parallel_state).values() for x in (value if isinstance(value, list) else [value])]
+    groups = {id(x): x for x in values if isinstance(x, torch.distributed.ProcessGroup)}
+    parallel_state.destroy_model_parallel()
+    for group in groups.values():
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
 
 
 def seed_all(seed: int, groups: Groups) -> None:
