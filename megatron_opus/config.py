@@ -8,10 +8,7 @@ an unknown one is an error that names the nearest valid key, an ill-typed one sa
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: says what was expected, what was found and what to change."""
+from megatron_opus import schema
+from megatron_opus.schema import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +79,7 @@ class OptimizerConfig:
     lr: float = 3e-4
     min_lr: float = 0.0
     lr_warmup_steps: int = 0
+    lr_warmup_fraction: float | None = None  # of the decay steps; instead of lr_warmup_steps
     lr_decay_steps: int | None = None  # None: training.train_steps
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -172,22 +169,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError naming the key, the expected and the found value.
     """
-    raw = _read_yaml(Path(path))
+    raw = schema.read_yaml(Path(path))
     for override in overrides:
         key, sep, value = override.partition("=")
         if not sep or not key:
             raise ConfigError(f"override {override!r}: expected key=value, for example training.train_steps=100")
         try:
-            parsed = yaml.load(value, _Loader)
+            parsed = yaml.load(value, schema.Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from error
-        _assign(raw, key.split("."), parsed)
+        schema.assign(raw, key.split("."), parsed)
     return from_dict(raw)
 
 
 def from_dict(raw: Mapping[str, Any]) -> RunConfig:
     """RunConfig from nested plain data, as YAML gives it. Raises ConfigError."""
-    config = _build(RunConfig, raw, "")
+    config = schema.build(RunConfig, raw)
     validate(config)
     return config
 
@@ -199,132 +196,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: PyYAML alone reads `1e-4` as a string, and `off` as False."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [r for r in resolvers if r[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"configuration file {path}: not found") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"configuration file {path}: not valid YAML ({error})") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"configuration file {path}: expected sections with keys, got {type(raw).__name__}")
-    include = raw.pop("include", None)
-    return raw if include is None else _merge(_read_yaml(path.parent / include), raw)
-
-
-def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _assign(raw: dict[str, Any], path: list[str], value: Any) -> None:
-    if path == ["data"] and isinstance(value, str):
-        path = ["data", "path"]
-    node = raw
-    for part in path[:-1]:
-        child = node.setdefault(part, {})
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {'.'.join(path)}: {part} is a value ({child!r}), not a section")
-        node = child
-    node[path[-1]] = value
-
-
-def _known_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            keys += [f"{prefix}{name}", *_known_keys(typing.cast(type, hint), f"{prefix}{name}.")]
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def _build(cls: type, raw: Any, where: str) -> Any:
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{where.rstrip('.') or 'configuration'}: expected a section with keys, got {raw!r}")
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in hints:
-            raise ConfigError(f"unknown key {where}{key}{_nearest(cls, where, str(key))}")
-        hint = hints[key]
-        name = f"{where}{key}"
-        values[key] = (
-            _build(typing.cast(type, hint), value, f"{name}.")
-            if dataclasses.is_dataclass(hint)
-            else _check(hint, value, name)
-        )
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing required key {', '.join(where + m for m in missing)}")
-    return cls(**values)
-
-
-def _nearest(cls: type, where: str, key: str) -> str:
-    """The closest key of this section, or of the whole recipe when the key stands in the wrong section."""
-    local = difflib.get_close_matches(key, _known_keys(cls), n=1, cutoff=0.6)
-    if local:
-        return f"; did you mean {where}{local[0]}?"
-    everywhere = {k.rsplit(".", 1)[-1]: k for k in _known_keys(RunConfig)}
-    far = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(everywhere), n=1, cutoff=0.6)
-    if far:
-        return f"; did you mean {everywhere[far[0]]}?"
-    return (
-        f"; known keys of {where.rstrip('.') or 'the recipe'}: {', '.join(k for k in _known_keys(cls) if '.' not in k)}"
-    )
-
-
-def _check(hint: Any, value: Any, name: str) -> Any:
-    """`value` converted to `hint` where YAML is ambiguous (int for float), else ConfigError."""
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _check(next(o for o in options if o is not type(None)), value, name)
-    if origin is Literal:
-        allowed = typing.get_args(hint)
-        if isinstance(value, bool) or value not in allowed:
-            close = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-            hint_text = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}{hint_text}")
-        return value
-    if origin is dict:
-        key_type, value_type = typing.get_args(hint)
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name}: expected a mapping, got {value!r}")
-        return {_check(key_type, k, name): _check(value_type, v, f"{name}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
-    return value
 
 
 # --- constraints that need nothing but the configuration -----------------------------------------------------------
@@ -407,6 +278,11 @@ def validate(config: RunConfig) -> None:
     )
     _require(s.redundancy.fraction >= 0, f"selection.redundancy.fraction: expected >= 0, got {s.redundancy.fraction}")
     _require(o.lr > 0 and 0 <= o.min_lr <= o.lr, f"optimizer.lr: expected 0 <= min_lr <= lr, got {o.min_lr}, {o.lr}")
+    _require(
+        o.lr_warmup_fraction is None or (o.lr_warmup_steps == 0 and 0 <= o.lr_warmup_fraction < 1),
+        "optimizer.lr_warmup_fraction: expected 0 <= fraction < 1, and lr_warmup_steps 0 beside it, got "
+        f"{o.lr_warmup_fraction} and {o.lr_warmup_steps}",
+    )
     for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2)):
         _require(0 <= beta < 1, f"optimizer.{name}: expected 0 <= beta < 1, got {beta}")
     if d.domain_weights is not None:

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_opus"
 MAX_LINES = 400
-LONGER = {"megatron_opus/config.py": 440}  # known exceptions: a limit of their own, so that they do not grow
+LONGER: dict[str, int] = {}  # known exceptions: a limit of their own, so that they do not grow
 MAX_TOOL_LINES = 200
 
 # room -> rooms of the package that it may import, itself included
 MAY_IMPORT = {
-    "config": {"config"},
+    "schema": {"schema"},
+    "config": {"config", "schema"},
     "types": {"types"},
     "selection": {"selection", "config", "types"},
     "scoring": {"scoring", "selection", "config", "types"},
@@ -143,7 +144,7 @@ def test_the_checkout_keeps_the_rules() -> None:
             "from megatron_opus import training",
             "backends imports megatron_opus.training",
         ),
-        ("megatron_opus/config.py", "from megatron_opus import types", "it may import nothing local"),
+        ("megatron_opus/config.py", "from megatron_opus import types", "it may import schema"),
         ("megatron_opus/training/a.py", "import tools.report", "nothing in the package may"),
         ("megatron_opus/attic/a.py", "", "a new room `attic`"),
         ("megatron_opus/data/a.py", "CACHE = {}", "module-level mutable state `CACHE`"),

@@ -32,7 +32,8 @@ def main(config: Path, argv: Sequence[str]) -> int:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; without a launcher this is the only process
     try:
         recipe = configs.load(config, overrides)
-        configs.validate_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        if "WORLD_SIZE" in os.environ or not arguments.dry_run:  # a dry run without a launcher cannot know
+            configs.validate_world(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

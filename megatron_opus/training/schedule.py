@@ -12,10 +12,12 @@ def learning_rate(optimizer: OptimizerConfig, train_steps: int) -> Callable[[int
     """Rate of optimizer step s, from 0; positive for every s < train_steps.
 
     lr (s + 1) / W during warm-up (s < W), then min_lr + (lr - min_lr) (1 + cos(pi (s - W) / (D - W))) / 2 until step
-    D = lr_decay_steps, min_lr afterwards. Raises ConfigError when W >= D or when steps after D would have no rate.
+    D = lr_decay_steps, min_lr afterwards. W is lr_warmup_steps, or lr_warmup_fraction of D rounded down. Raises
+    ConfigError when W >= D or when steps after D would have no rate.
     """
-    warmup = optimizer.lr_warmup_steps
     decay = optimizer.lr_decay_steps or train_steps
+    fraction = optimizer.lr_warmup_fraction
+    warmup = optimizer.lr_warmup_steps if fraction is None else int(fraction * decay)
     if not 0 <= warmup < decay:
         raise ConfigError(
             f"optimizer.lr_warmup_steps: expected at least 0 and less than the {decay} steps of the decay "

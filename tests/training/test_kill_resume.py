@@ -32,7 +32,10 @@ def command(cache: Path, runs: Path, name: str, *more: str) -> list[str]:
         *("model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4", "model.hidden_dropout=0.1"),
         *("data.seq_length=32", "data.unselected=return", "selection.score_length=32", "selection.proxy_momentum=0.9"),
         *("training.global_batch_size=4", "training.micro_batch_size=2", "selection.proxy_batch_size=4"),
-        *(f"training.train_steps={STEPS}", f"training.checkpoint_interval={INTERVAL}", "optimizer.lr_warmup_steps=3"),
+        *(
+            f"training.train_steps={STEPS}",
+            f"training.checkpoint_interval={INTERVAL}",
+        ),
         *("training.eval_interval=6", "training.eval_sequences=2", "selection.preconditioner.refresh_every=3"),
         *more,
     ]

@@ -27,3 +27,10 @@ def test_schedules_that_cannot_be() -> None:
         learning_rate(OptimizerConfig(lr=1.0, lr_warmup_steps=5), 5)
     with pytest.raises(ConfigError, match="last 4 would train at rate 0"):
         learning_rate(OptimizerConfig(lr=1.0, lr_decay_steps=6), 10)
+
+
+def test_a_fraction_scales_with_the_run() -> None:
+    """A recipe's 3,000 warm-up steps refuse a run of two steps; as a fraction they follow the length."""
+    rate = learning_rate(OptimizerConfig(lr=1.0, lr_warmup_fraction=0.25), 8)
+    assert [rate(s) for s in range(3)] == [0.5, 1.0, 1.0]
+    assert learning_rate(OptimizerConfig(lr=1.0, lr_warmup_fraction=0.01), 2)(0) == 1.0
