@@ -144,6 +144,8 @@ class Batch:
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
         documents = [b.document_ids for b in batches if b.document_ids is not None]
+        if documents and len(documents) != len(batches):
+            raise ValueError("Batch.cat: expected document_ids in all batches or in none, got both kinds")
         return Batch(
             tokens=torch.cat([b.tokens for b in batches]),
             labels=torch.cat([b.labels for b in batches]),

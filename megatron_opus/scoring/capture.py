@@ -121,13 +121,13 @@ class Capture:
                 self.leaves.append(out)
             self._forward_calls[index] += 1
             counted_here = not layer.replicated or self._groups.tp_rank == 0
-            kept_phi, kept_psi = None, None
+            kept: list[Tensor | None] = []
             if counted_here:
                 with torch.no_grad():
                     a_BTI = _batch_first(a.detach(), layer)
-                    kept_phi = self._keep(sketch, layer, a_BTI[: self._n], index) if self._n else None
-                    kept_psi = self._keep(sketch, layer, a_BTI[self._n :], None) if self._n < len(a_BTI) else None
-            out.register_hook(self._make_gradient_hook(index, kept_phi, kept_psi, counted_here))
+                    kept.append(self._keep(sketch, layer, a_BTI[: self._n], index) if self._n else None)
+                    kept.append(self._keep(sketch, layer, a_BTI[self._n :], None) if self._n < len(a_BTI) else None)
+            out.register_hook(self._make_gradient_hook(index, kept))
             if needs_leaf:
                 return (out, *output[1:]) if isinstance(output, tuple) else out
             return None
@@ -139,16 +139,17 @@ class Capture:
         kept = sketch.keep(a_BTI, precondition)
         return all_gather(kept, self._groups.tp, self._traffic, dim=1) if layer.input_scattered else kept
 
-    def _make_gradient_hook(
-        self, index: int, kept_phi: Tensor | None, kept_psi: Tensor | None, counted_here: bool
-    ) -> Callable[[Tensor], None]:
+    def _make_gradient_hook(self, index: int, factors: list[Tensor | None]) -> Callable[[Tensor], None]:
+        """`factors`: what was kept of a for candidates and proxy; empty on ranks that do not count this layer."""
         layer, sketch = self._layers[index], self._sketches[index]
 
         def hook(grad: Tensor) -> None:
             self._backward_calls[index] += 1
-            if not counted_here:
+            if not factors:
                 return
             with torch.no_grad():
+                # autograd keeps this hook until the whole graph is gone: what it closes over must not keep the factors
+                kept_psi, kept_phi = factors.pop(), factors.pop()
                 b_BTO = _batch_first(grad, layer)
                 phi = psi = None
                 if kept_phi is not None:

@@ -299,3 +299,32 @@ def test_host_synchronisations_do_not_grow_with_layers(layers):
     with Count() as count:
         scorer(random_batch(N, seed=1), random_batch(K_P, seed=2))
     assert count.reads <= 4
+
+
+def test_factors_are_freed_layer_by_layer(monkeypatch):
+    """Fault: every layer's input kept until the whole backward pass is over, which doubles the memory of scoring."""
+    import weakref
+
+    from megatron_opus.selection.sketch import CountSketch
+
+    kept, alive = [], []
+    keep, features = CountSketch.keep, CountSketch.features
+
+    def recording_keep(self, a, p):
+        out = keep(self, a, p).clone()
+        kept.append(weakref.ref(out))
+        return out
+
+    def counting_features(self, *args):
+        alive.append(sum(ref() is not None for ref in kept))
+        return features(self, *args)
+
+    monkeypatch.setattr(CountSketch, "keep", recording_keep)
+    monkeypatch.setattr(CountSketch, "features", counting_features)
+    model, opt, candidates, proxy = setup()
+    megatron_opus.score(model, candidates, proxy, opt, config=wide(dim=256))
+    layers = len(plain_layers(model))
+    assert len(kept) == 2 * layers
+    assert alive[0] == 2 * layers
+    assert alive[-1] <= 2
+    assert alive == sorted(alive, reverse=True)
