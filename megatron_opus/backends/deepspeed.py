@@ -163,7 +163,7 @@ def initialize(
             dist_init_required=False,
         )
     if hasattr(engine.optimizer, "check_grad_overflow"):
-        engine.optimizer.check_grad_overflow = True  # fp32 too: a NaN gradient must not reach the weights
+        engine.optimizer.check_grad_overflow = True  # in fp32 too, which not every version checks by itself
     if hasattr(engine.optimizer, "fp32_groups"):
         # Forget that step on zero gradients: Adam's bias correction would be one step ahead for the whole run.
         engine.optimizer.optimizer.state.clear()

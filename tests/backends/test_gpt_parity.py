@@ -141,10 +141,12 @@ def plain_gpt2(weights: dict[str, Tensor], batch: Batch, heads: int, layers: int
 @pytest.mark.parametrize("documents", [False, True])
 def test_against_gpt2_written_out(world2: Any, documents: bool) -> None:
     """Labels shifted a second time, the exact GELU, positions that do not restart: all train, none is GPT-2."""
-    result, *_ = world2.run(of_rank, GPT2, 1, documents=documents)
+    # Weights so large that activations leave the range in which both GELUs are the same to five digits.
+    model = dataclasses.replace(GPT2, init_method_std=0.3)
+    result, *_ = world2.run(of_rank, model, 1, documents=documents)
     weights = {n: torch.from_numpy(w).double() for n, (_, w, _) in result["pieces"].items()}
     want = plain_gpt2(weights, example(documents), GPT2.num_attention_heads, GPT2.num_layers)
-    np.testing.assert_allclose(result["losses"], want.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(result["losses"], want.numpy(), rtol=2e-5)
     assert weights["embedding.word_embeddings.weight"].shape == (VOCAB, GPT2.hidden_size)
 
 

@@ -105,6 +105,32 @@ def test_bf16(world2: Any, expected: list[tuple[float, float]], arguments: dict[
             assert norm == pytest.approx(want_norm, rel=2e-2)
 
 
+def masters_at_the_start(zero: int) -> bool:
+    """Whether the optimizer's float32 weights are the initial ones."""
+    config = recipe(zero=zero, precision="bf16")
+    engine, _ = start(config)
+    if zero == 0:
+        pairs = zip(engine.optimizer.fp32_groups, engine.optimizer.fp16_groups, strict=True)
+        return all(torch.equal(a, b.float()) for high, low in pairs for a, b in zip(high, low, strict=True))
+    mapped = [p for p in engine.module.parameters() if p._hp_mapping is not None]
+    return all(
+        torch.equal(
+            p._hp_mapping.get_hp_fragment(),
+            p.detach()
+            .float()
+            .flatten()
+            .narrow(0, p._hp_mapping.lp_fragment_address.start, p._hp_mapping.lp_fragment_address.numel),
+        )
+        for p in mapped
+    )
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_initial_weights_are_not_decayed(world2: Any, zero: int) -> None:
+    """DeepSpeed's bf16 optimizer of stage 0 takes a step on zero gradients at the start, with weight decay."""
+    assert world2.run(masters_at_the_start, zero) == [True, True]
+
+
 def skip_and_go_on(zero: int, precision: str) -> dict[str, Any]:
     from megatron_opus.training.engine import train_step
 
