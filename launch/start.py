@@ -20,6 +20,9 @@ def start(recipe: str) -> int:
     local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
 
+    # Overlapping tensor-parallel communication relies on kernels starting in issue order; CUDA reads this once, too.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
     from megatron_opus.training.main import main
 
     argv = sys.argv[1:]

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_opus.backends.layers import ShardMap, is_megatron, megatron_layers, plain_layers
+from megatron_opus.backends.layers import (
+    ShardMap,
+    is_megatron,
+    megatron_groups,
+    megatron_layers,
+    plain_layers,
+    standard_shard_map,
+)
+from megatron_opus.backends.megatron import forward_loss
 from megatron_opus.backends.optimizer_state import optimizer_state
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.scoring.scoring_pass import ScoringPass
@@ -29,11 +37,13 @@ def build_scorer(
 ) -> ScoringPass:
     """A reusable scoring pass: build it once, call it at every step with (candidates, proxy).
 
-    model: the bare module, not the DeepSpeed engine around it and not a compiled one. Megatron models (recognised by
-    their tensor-parallel layers) need `shard_map`, `groups` and `token_losses`; see `training/model.py` for those of a
-    GPTModel. Plain models are scored on their nn.Linear layers; `token_losses` defaults to the cross entropy of
-    `model(tokens)` (a tensor, or an object with `.logits`) [B, T, V] against the labels.
+    model: the bare module, not the DeepSpeed engine around it and not a compiled one. A Megatron GPTModel is scored on
+    its Column- and RowParallelLinear layers; `groups` default to megatron-core's parallel state, `shard_map` to the way
+    its own layers are cut, `token_losses` to the model's own loss. Any other model is scored on its nn.Linear layers in
+    one process; `token_losses` defaults to the cross entropy of `model(tokens)` (a tensor, or an object with
+    `.logits`) [B, T, V] against the labels. The output layer is left out unless `include_output_layer`.
     optimizer: torch Adam / AdamW / SGD, or a DeepSpeed engine at ZeRO 0-2.
+    config: its `score_length` (512) is the number of tokens of each sequence that are scored.
 
     Raises ConfigError, UnsupportedOptimizer.
     """
@@ -41,9 +51,10 @@ def build_scorer(
     if hasattr(model, "_orig_mod"):
         raise ConfigError("model: hooks do not fire inside a torch.compile'd module; pass the uncompiled model")
     if is_megatron(model):
-        if shard_map is None or groups is None or token_losses is None:
-            raise ConfigError("model: a Megatron model needs shard_map, groups and token_losses")
-        layers = megatron_layers(model, shard_map, include_output_layer=include_output_layer)
+        groups = groups or megatron_groups()
+        token_losses = token_losses or forward_loss
+        shards = shard_map or standard_shard_map(model)
+        layers = megatron_layers(model, shards, include_output_layer=include_output_layer)
     else:
         layers = plain_layers(model, include_output_layer=include_output_layer)
     if device is None:

@@ -294,7 +294,7 @@ def validate(config: RunConfig) -> None:
 
 def validate_world(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError when `world_size` processes cannot be laid out as the recipe asks."""
-    p, t, s = config.parallel, config.training, config.selection
+    p, t = config.parallel, config.training
     tp = p.tensor_model_parallel_size
     _require(
         world_size % tp == 0,
@@ -305,7 +305,6 @@ def validate_world(config: RunConfig, world_size: int) -> None:
     for name, value, unit in (
         ("training.global_batch_size", t.global_batch_size, dp * t.micro_batch_size),
         ("training.global_batch_size / selection.rho", config.buffer_size, dp),
-        ("selection.proxy_batch_size", s.proxy_batch_size, dp),
     ):
         what = f"data-parallel size {dp}" + (f" x micro_batch_size {t.micro_batch_size}" if unit != dp else "")
         _require(value % unit == 0, f"{name}: expected a multiple of {unit} ({what}), got {value}")

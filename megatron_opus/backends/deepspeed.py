@@ -164,9 +164,11 @@ def initialize(
         )
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True  # in fp32 too, which not every version checks by itself
-    if hasattr(engine.optimizer, "fp32_groups"):
+    if hasattr(engine.optimizer, "fp32_groups") or hasattr(engine.optimizer, "fp32_groups_flat"):
         # Forget that step on zero gradients: Adam's bias correction would be one step ahead for the whole run.
         engine.optimizer.optimizer.state.clear()
+        for group in engine.optimizer.optimizer.param_groups:
+            group.pop("step", None)  # where Apex counts
     engine.step_settings = StepSettings(groups=groups, gradient_clipping=config.training.gradient_clipping)
     return engine, taken
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
-from megatron_opus.types import Ranges, ScoredLayer
+from megatron_opus.types import Groups, Ranges, ScoredLayer
 
 # name -> (whole shape (d_out, d_in), rows of this rank, columns of this rank)
 ShardMap = Callable[[str], tuple[tuple[int, int], Ranges, Ranges]]
@@ -48,6 +50,40 @@ def megatron_layers(model: nn.Module, shard_map: ShardMap, *, include_output_lay
             )
         )
     return layers
+
+
+def standard_shard_map(model: nn.Module) -> ShardMap:
+    """The shard map of megatron-core's own layers: contiguous pieces, but gate and up apart in a gated linear_fc1."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+
+    def piece(start: int, length: int) -> Ranges:
+        return ((start + rank * (length // size), length // size),)
+
+    def shard(name: str) -> tuple[tuple[int, int], Ranges, Ranges]:
+        module = modules[name.removesuffix(".weight")]
+        d_out, d_in = module.output_size, module.input_size
+        if isinstance(module, RowParallelLinear):
+            return (d_out, d_in), ((0, d_out),), piece(0, d_in)
+        gated = name.endswith("linear_fc1.weight") and module.config.gated_linear_unit
+        half = d_out // 2
+        return (d_out, d_in), piece(0, half) + piece(half, half) if gated else piece(0, d_out), ((0, d_in),)
+
+    return shard
+
+
+def megatron_groups() -> Groups:
+    """This process's place in megatron-core's parallel state, which must be initialised."""
+    tp, dp = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_data_parallel_world_size()
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
+        dp=parallel_state.get_data_parallel_group() if dp > 1 else None,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=dp,
+    )
 
 
 def plain_layers(

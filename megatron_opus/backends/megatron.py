@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from megatron_opus.backends import cpu_shims, extras
 from megatron_opus.backends.attention import DocumentMask, SdpaCoreAttention, TransformerEngineCoreAttention
+from megatron_opus.backends.layers import megatron_groups
 from megatron_opus.backends.sharding import (
     check_tensor_parallel,
     ffn_size,
@@ -77,14 +78,7 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )
-    groups = Groups(
-        tp=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
-        dp=parallel_state.get_data_parallel_group() if world > tp else None,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=tp,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=world // tp,
-    )
+    groups = megatron_groups()
     seed_all(seed, groups)
     return groups
 
@@ -148,6 +142,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of this model on this device. Fusions only on CUDA, and only those without extras."""
     cuda = device == "cuda"
+    fused_gelu = cuda and config.add_bias_linear and not config.swiglu
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -161,7 +156,7 @@ def transformer_config(
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,
         gated_linear_unit=config.swiglu,
-        activation_func=nn.functional.silu if config.swiglu else (nn.functional.gelu if cuda else _GELU),
+        activation_func=nn.functional.silu if config.swiglu else (nn.functional.gelu if fused_gelu else _GELU),
         hidden_dropout=config.hidden_dropout,
         attention_dropout=config.attention_dropout,
         init_method_std=config.init_method_std,
@@ -178,7 +173,7 @@ def transformer_config(
         batch_p2p_sync=False,
         bias_dropout_fusion=cuda,
         # The fused GELU needs a bias to add; without one, PyTorch's kernel is already a single one.
-        bias_activation_fusion=cuda and (config.swiglu or config.add_bias_linear),
+        bias_activation_fusion=fused_gelu or (cuda and config.swiglu),
     )
 
 

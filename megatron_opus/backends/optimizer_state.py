@@ -78,7 +78,12 @@ def _hypers(kind: str, found: Sequence[tuple[dict[str, Any], dict[str, Any], boo
     steps = _numbers([state.get("step", group.get("step", 0)) if started else 0 for group, state, started in found])
     rates = _numbers([group["lr"] for group, _, _ in found])
     result = []
-    for (group, _, _), step, lr in zip(found, steps, rates, strict=True):
+    for (group, state, started), step, lr in zip(found, steps, rates, strict=True):
+        if kind == "adamw" and (group.get("amsgrad") or (state and not started and SECOND_MOMENT not in state)):
+            raise UnsupportedOptimizer(
+                f"optimizer: expected AdamW with its second moment under {SECOND_MOMENT!r} and without amsgrad, found "
+                f"state {sorted(map(str, state))}, amsgrad {bool(group.get('amsgrad'))}"
+            )
         beta1, beta2 = (float(b) for b in group["betas"]) if kind == "adamw" else (0.0, 0.0)
         eps = float(group["eps"]) if kind == "adamw" else 0.0
         result.append(AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=int(step)))

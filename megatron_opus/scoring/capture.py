@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_opus.scoring.collectives import Traffic, all_gather
+from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.selection.precondition import Identity, LayerPreconditioner
 from megatron_opus.selection.sketch import LayerSketch
 from megatron_opus.types import Groups, ScoredLayer
@@ -63,7 +64,7 @@ class Capture:
         self,
         layers: Sequence[ScoredLayer],
         sketches: Sequence[LayerSketch],
-        preconditioner: Callable[[int], LayerPreconditioner],
+        preconditioner: Preconditioners,
         buffers: FeatureBuffers,
         *,
         first: int,
@@ -117,8 +118,9 @@ class Capture:
             a = args[0] if args else next(iter(kwargs.values()))
             needs_leaf = not out.requires_grad
             if needs_leaf:
-                out = out.detach().requires_grad_()
-                self.leaves.append(out)
+                leaf = out.detach().requires_grad_()
+                self.leaves.append(leaf)
+                out = leaf.clone()  # an in-place activation may follow, which a leaf does not allow
             self._forward_calls[index] += 1
             counted_here = not layer.replicated or self._groups.tp_rank == 0
             kept: list[Tensor | None] = []
@@ -135,8 +137,7 @@ class Capture:
         return hook
 
     def _keep(self, sketch: LayerSketch, layer: ScoredLayer, a_BTI: Tensor, index: int | None) -> Tensor:
-        precondition = Identity() if index is None else self._preconditioner(index)
-        kept = sketch.keep(a_BTI, precondition)
+        kept = sketch.keep(a_BTI, Identity() if index is None else self._preconditioner.factors(index))
         return all_gather(kept, self._groups.tp, self._traffic, dim=1) if layer.input_scattered else kept
 
     def _make_gradient_hook(self, index: int, factors: list[Tensor | None]) -> Callable[[Tensor], None]:

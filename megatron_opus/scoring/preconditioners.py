@@ -74,6 +74,10 @@ class Preconditioners:
             return
         self._current = self._separable()
 
+    def factors(self, index: int) -> LayerPreconditioner:
+        """The part of P that applies to the layer's input alone: `Identity` in the exact form. No communication."""
+        return self._current[index]
+
     def __call__(self, index: int) -> LayerPreconditioner:
         """P of one layer. Form `exact`: gathers this layer's second moment over the data-parallel group."""
         if not self.geometry.endswith("-exact"):

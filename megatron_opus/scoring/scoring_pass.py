@@ -4,7 +4,7 @@ Under data parallelism every rank scores its own share of the candidates and of 
 
     phi [n, F], psi [F]     this rank's partial sketches (capture.py)
     phi, psi = sum over tp                       one all-reduce of (n + 1) F numbers
-    psi      = sum over dp, / K_p                one all-reduce of F numbers
+    psi      = sum over dp, / K_p                one all-reduce of F + 1 numbers
     align    = gather over dp (phi psi)          n numbers a rank
     inter    = Gram of gather over dp (phi)      n F numbers a rank; only when redundancy is on
 
@@ -67,25 +67,29 @@ class ScoringPass:
         self._psi_average: Tensor | None = None
         self._psi_updates = 0
 
-    def __call__(self, candidates: Batch, proxy: Batch, *, interaction: bool = True) -> Signals:
-        """Score this rank's candidates [n, L] against this rank's share of the proxy [K_p / dp, L].
+    def __call__(self, candidates: Batch, proxy: Batch, *, interaction: bool = True, proxy_padding: int = 0) -> Signals:
+        """Score this rank's candidates [n, L] against this rank's share of the proxy [p, L].
 
+        Only the first `config.score_length` tokens of each sequence are scored. Every rank passes equally many
+        sequences of both kinds; the last `proxy_padding` proxy sequences fill up a share and do not count.
         The result covers the candidates of all data-parallel ranks in rank order, N = n * dp, and is identical on
         every rank. A candidate with NaN/Inf scores, or without any token that counts in its window, is marked in
         `finite`. Raises CaptureError when a layer gives no factors, ConfigError for a proxy without counting tokens.
         """
         started = time.perf_counter()
         sent = self.traffic.bytes_sent
+        candidates, proxy = (x.window(self._config.score_length) for x in (candidates, proxy))
         _check_proxy(proxy)
         self.preconditioners.refresh()
-        buffers, losses = self._factors(candidates, proxy)
+        counted = len(proxy) - proxy_padding
+        buffers, losses = self._factors(candidates, proxy, counted)
         groups, traffic = self._groups, self.traffic
 
         packed = torch.cat([buffers.phi.flatten(), buffers.psi])
         all_reduce(packed, groups.tp, traffic)
         phi, psi = packed[: buffers.phi.numel()].view_as(buffers.phi), packed[buffers.phi.numel() :]
-        psi = all_reduce(psi.clone(), groups.dp, traffic) / (len(proxy) * groups.dp_size)
-        psi = self._average(psi)
+        summed = all_reduce(torch.cat([psi, psi.new_tensor([counted])]), groups.dp, traffic)
+        psi = self._average(summed[:-1] / summed[-1])
 
         align = all_gather(utility.alignment(phi, psi), groups.dp, traffic)
         losses = all_gather(losses, groups.dp, traffic)
@@ -127,13 +131,15 @@ class ScoringPass:
         self._psi_updates += 1
         return self._psi_average / (1 - beta**self._psi_updates)
 
-    def _factors(self, candidates: Batch, proxy: Batch) -> tuple[FeatureBuffers, Tensor]:
+    def _factors(self, candidates: Batch, proxy: Batch, counted: int) -> tuple[FeatureBuffers, Tensor]:
         """This rank's partial sketches and mean losses [n], in micro-batches of candidates followed by proxy."""
         n = len(candidates)
         dims = [sketch.dim for sketch in self._sketches]
         buffers = FeatureBuffers(dims, n, self._config.sketch.scope, self._device)
         joined = Batch.cat([candidates, proxy])
         size = self._config.score_micro_batch_size or len(joined)
+        weights = torch.ones(len(joined), device=self._device)
+        weights[n + counted :] = 0.0
         losses = []
         with undisturbed(self._model):
             for first in range(0, len(joined), size):
@@ -150,10 +156,10 @@ class ScoringPass:
                     traffic=self.traffic,
                 )
                 with capture:
-                    losses.append(self._run(capture, micro))
+                    losses.append(self._run(capture, micro, weights[first : first + size]))
         return buffers, torch.cat(losses)[:n]
 
-    def _run(self, capture: Capture, micro: Batch) -> Tensor:
+    def _run(self, capture: Capture, micro: Batch, weights: Tensor) -> Tensor:
         token_losses = self._token_losses(self._model, micro)
         if token_losses.shape != micro.loss_mask.shape:
             raise ConfigError(
@@ -167,7 +173,7 @@ class ScoringPass:
                 "uncompiled model"
             )
         # the gradient of the sum gives every sequence its own b, since sequences do not mix
-        torch.autograd.grad(means.sum(), capture.leaves)
+        torch.autograd.grad((means * weights).sum(), capture.leaves)
         capture.check()
         return means.detach()
 

@@ -58,16 +58,19 @@ def exact_multiplier(v: Tensor, hyper: AdamHyper) -> Tensor:
 def separable_factors(row_sum: Tensor, col_sum: Tensor, hyper: AdamHyper) -> tuple[Tensor, Tensor]:
     """(r [d_out], c [d_in]) with r_i c_j about 1 / (sqrt(v_hat_ij) + eps), from the sums of v over rows and columns.
 
-    With x_i y_j = sqrt(rank-1 v_hat): (x_i + eps/2/mean(y)) (y_j + eps/2/mean(x)) equals x_i y_j + eps at the mean
-    and stays of that order elsewhere, also where a whole row or column of v is zero.
+    With x_i y_j = sqrt(rank-1 v_hat), X and Y their means and (1 + s)^2 = 1 + eps / (X Y):
+    (x_i + s X) (y_j + s Y) is X Y + eps at the mean whatever the size of eps, and stays positive where a whole row or
+    column of v is zero.
     """
     row_sum, col_sum = row_sum.double(), col_sum.double()
     total = row_sum.sum()
     root = (total * (1 - hyper.beta2**hyper.step)).sqrt()
     x = (row_sum / root).sqrt()
     y = (col_sum / root).sqrt()
-    r = 1.0 / (x + hyper.eps / 2 / y.mean())
-    c = 1.0 / (y + hyper.eps / 2 / x.mean())
+    z = hyper.eps / (x.mean() * y.mean())
+    s = z / ((1 + z).sqrt() + 1)  # sqrt(1 + z) - 1 without cancellation
+    r = 1.0 / (x + s * x.mean())
+    c = 1.0 / (y + s * y.mean())
     # a layer without any second moment yet has D = 1 / eps everywhere; `where` keeps the device from waiting
     flat = torch.full_like(total, hyper.eps**-0.5)
     return torch.where(total > 0, r, flat).float(), torch.where(total > 0, c, flat).float()

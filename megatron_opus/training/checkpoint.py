@@ -74,8 +74,9 @@ def save(
 ) -> Path:
     """Write one checkpoint and drop all but the last `keep` complete ones. Collective; the path on every rank.
 
-    `state` must be the same on every rank: only rank 0's is written. Raises CheckpointError on every rank when a rank
-    could not write, and leaves earlier checkpoints as they were.
+    `state` must be the same on every rank: only rank 0's is written. Earlier checkpoints stay as they were when this
+    one fails. Raises CheckpointError on every rank when a rank could not write its part; a failure inside DeepSpeed's
+    own writing raises on that rank alone, whose process must then end so that the launcher ends the others.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     path = _shared(lambda: _new_directory(directory, step))
@@ -145,10 +146,12 @@ def check(
         lines = "\n".join(f"  {key}: saved {old!r}, now {new!r}" for key, old, new in differences)
         hint = ""
         if any(key == "optimizer.lr_decay_steps" for key, _, _ in differences):
-            hint = (
-                f"\nTo train longer on the old schedule: optimizer.lr_decay_steps={saved['optimizer.lr_decay_steps']}"
-                " (and optimizer.min_lr above 0)"
-            )
+            steps = saved["optimizer.lr_decay_steps"]
+            hint = f"\nThe schedule of this run ends at step {steps}"
+            if saved["optimizer.min_lr"] > 0:
+                hint += f"; to train on at optimizer.min_lr, set optimizer.lr_decay_steps={steps}"
+            else:
+                hint += " with rate 0; a run that is to go on longer needs optimizer.min_lr above 0 from its start"
         raise CheckpointError(f"checkpoint {path} belongs to another run; these must be equal:\n{lines}{hint}")
     versions = [f"{k} {v} (now {_versions().get(k)})" for k, v in marker["versions"].items() if _versions().get(k) != v]
     if versions:
@@ -173,6 +176,12 @@ def latest(directory: Path, *, skip_damaged: bool = False) -> Path | None:
                 continue
         return path
     return None
+
+
+def shared_latest(directory: Path) -> Path | None:
+    """`latest` as rank 0 sees it, on every rank: on a network file system each might see another one. Collective."""
+    found: Path | None = _shared(lambda: latest(directory))
+    return found
 
 
 def complete(directory: Path) -> list[Path]:
@@ -266,7 +275,14 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     walk("", config)
     if flat["optimizer.lr_decay_steps"] is None:
         flat["optimizer.lr_decay_steps"] = flat["training.train_steps"]
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    # a checkpoint makes the next step read the preconditioner anew: with a longer refresh, when matters
+    bound = {"training.checkpoint_interval"} if flat["selection.preconditioner.refresh_every"] > 1 else set()
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS - bound}
+
+
+def settings_that_differ(saved: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(key, saved, now) where a run recorded with `saved` (nested, as config.yaml has it) cannot be this one."""
+    return _differences("", _comparable(saved), _comparable(to_dict(config)))
 
 
 def _differences(prefix: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

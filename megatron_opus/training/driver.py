@@ -60,6 +60,7 @@ class SelectionDriver:
         self._config, self._groups, self._corpus = config, groups, corpus
         self._buffer, self._strategy, self._scorer, self._iterator = buffer, strategy, scorer, iterator
         self._entropy_warned = False
+        self._geometry = ""
         self.notices: list[str] = []  # for the terminal, in order; the trainer prints and clears them
 
     def choose(self) -> tuple[Candidates, Signals, Selection]:
@@ -110,14 +111,23 @@ class SelectionDriver:
     def _score(self, candidates: Candidates) -> Signals:
         assert self._scorer is not None
         s, g = self._config.selection, self._groups
-        length = min(s.score_length, self._config.data.seq_length)
         n = len(candidates) // g.dp_size
         share = candidates.sample_ids[g.dp_rank * n : (g.dp_rank + 1) * n]
         proxy_ids = self._corpus.proxy_ids(self.counters.step, s.proxy_batch_size, self._config.seed)
-        p = len(proxy_ids) // g.dp_size
-        proxy = self._corpus.batch(proxy_ids[g.dp_rank * p : (g.dp_rank + 1) * p]).window(length)
-        signals = self._scorer(self._corpus.batch(share).window(length), proxy, interaction=s.redundancy.scale != "off")
+        # equal shares, for collectives must be equally many on every rank; what fills up the last ones is not counted
+        p = -(-len(proxy_ids) // g.dp_size)
+        counted = min(p, max(0, len(proxy_ids) - g.dp_rank * p))
+        signals = self._scorer(
+            self._corpus.batch(share),
+            self._corpus.batch(np.resize(proxy_ids, p * g.dp_size)[g.dp_rank * p : (g.dp_rank + 1) * p]),
+            interaction=s.redundancy.scale != "off",
+            proxy_padding=p - counted,
+        )
+        length = min(s.score_length, self._config.data.seq_length)
         self.counters.scored_tokens += (len(candidates) + len(proxy_ids)) * length
+        if signals.geometry != self._geometry:
+            self._geometry = signals.geometry
+            self.notices.append(f"step {self.counters.step}: scoring in the geometry of {signals.geometry}")
         return signals
 
     def _check(self, selection: Selection, k: int) -> None:

@@ -95,10 +95,13 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     except Exception as error:
         traceback.print_exc()
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        if dist.get_world_size() > 1:
+            # the others wait in a collective, and leaving the groups in order may wait for them: end, so that the
+            # launcher ends them
+            sys.stdout.flush()
+            os._exit(1)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()
     return 0
 
 

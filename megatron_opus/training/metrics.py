@@ -51,15 +51,18 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All complete rows. A torn last line, from a killed process, is left out."""
+    """All complete rows. A torn last line, from a killed process, is left out; any other raises ValueError."""
     rows = []
     path = run_dir / METRICS_FILE
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number}: not a row of metrics ({error}); repair or remove it"
+                ) from None
     return rows
 
 

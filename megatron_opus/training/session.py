@@ -28,6 +28,7 @@ from megatron_opus.training.agreement import check_agreement
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.engine import build_engine
 from megatron_opus.training.loop import TrainingLoop
+from megatron_opus.training.metrics import read_metrics
 from megatron_opus.training.model import build_model, count_parameters, resolve
 
 Say = Callable[[str], object]
@@ -55,7 +56,7 @@ class Session:
         fingerprints = {"data": corpus.fingerprint}
         check_agreement({"configuration": configs.dump(config), **fingerprints, **versions})
         groups = init_parallel(config.parallel, seed=config.seed)
-        self._check_run_dir(resume)
+        self._check_run_dir(config, resume)
         for name, status, used in extras.report(config.model.attention_backend):
             say(f"{name}: {status}; {used}")
         model = build_model(config)
@@ -116,16 +117,16 @@ class Session:
         )
 
     def _resume(self) -> None:
-        directory = checkpoint.latest(self.run_dir / "checkpoints")
+        directory = checkpoint.shared_latest(self.run_dir / "checkpoints")
         if directory is None:
-            # killed before its first checkpoint: the run starts over in its own folder, with the same seed
-            self._say(f"no complete checkpoint in {self.run_dir}: starting from step 0")
+            self._say(f"no complete checkpoint in {self.run_dir}: killed before its first one, starting from step 0")
             return
         state = checkpoint.load(self.engine, directory, config=self.config, fingerprints=self._fingerprints)
         self.driver.load_state_dict(state)
+        check_agreement({"step resumed from": self.driver.counters.step})
         self._say(f"resumed from {directory} at step {self.driver.counters.step}")
 
-    def _check_run_dir(self, resume: bool) -> None:
+    def _check_run_dir(self, config: RunConfig, resume: bool) -> None:
         """Refuse to write over another run. Rank 0 looks, all ranks agree."""
         problem = [""]
         if dist.get_rank() == 0:
@@ -137,9 +138,25 @@ class Session:
                 )
             elif resume and not exists:
                 problem[0] = f"--resume: expected a run in {self.run_dir}, found none; leave --resume out to start one"
+            elif resume and checkpoint.latest(self.run_dir / "checkpoints") is None:
+                problem[0] = self._why_not_start_over(config)
         dist.broadcast_object_list(problem, src=0)
         if problem[0]:
             raise RunDirectoryError(problem[0])
+
+    def _why_not_start_over(self, config: RunConfig) -> str:
+        """A run without checkpoint may begin again only if it had reached none: its record would be lost otherwise."""
+        recorded = configs.to_dict(configs.load(self.run_dir / CONFIG_FILE))
+        if different := checkpoint.settings_that_differ(recorded, config):
+            lines = "; ".join(f"{key}: {saved!r}, now {now!r}" for key, saved, now in different[:10])
+            return f"--resume: {self.run_dir} is a run with other settings: {lines}"
+        steps, interval = len(read_metrics(self.run_dir)), recorded["training"]["checkpoint_interval"]
+        if interval and steps > interval:
+            return (
+                f"--resume: {self.run_dir} has recorded {steps} steps with a checkpoint every {interval}, but none is "
+                "complete in checkpoints/: is its disk mounted? To start over, choose another name"
+            )
+        return ""
 
     def _write_config(self) -> None:
         """The resolved configuration, once everything is built: a refused start leaves no folder behind."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_models import random_batch
 
+import megatron_opus
 from megatron_opus.config import ModelConfig, ParallelConfig, PreconditionerConfig, SelectionConfig, SketchConfig
 from megatron_opus.types import Batch
 
@@ -87,7 +88,13 @@ def scores_of_rank(
     n, p, r = N // groups.dp_size, K_P // groups.dp_size, groups.dp_rank
     signals = scorer(candidates.rows(r * n, (r + 1) * n), proxy.rows(r * p, (r + 1) * p))
     handle.remove()
+    own = megatron_opus.score(
+        model, candidates.rows(r * n, (r + 1) * n), proxy.rows(r * p, (r + 1) * p), optimizer, config=config
+    )
+    padded = scorer(candidates.rows(r * n, (r + 1) * n), Batch.cat([proxy, proxy.rows(0, 3)]), proxy_padding=3)
     result = {
+        "own": own.alignment,
+        "padded": padded.alignment,
         "align": signals.alignment,
         "inter": signals.interaction,
         "loss": signals.loss,
@@ -161,6 +168,21 @@ def test_sequence_parallel_scores_are_the_unsharded_ones(world2, name, operator)
     for result in world2.run(scores_of_rank, MODELS[name], 2, config, sp=True):
         assert relative(result["align"], truth["align"]) < 1e-4
         assert relative(result["inter"], truth["inter"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_public_function_needs_no_more_than_the_model(world2, name):
+    """Fault: `megatron_opus.score` on a tensor-parallel model asks for what Megatron already knows, or cuts SwiGLU's
+    gate and up rows contiguously."""
+    for result in world2.run(scores_of_rank, MODELS[name], 2, selection()):
+        assert torch.equal(result["own"], result["align"])
+
+
+def test_padding_of_the_proxy_does_not_count(world2):
+    """Fault: with more ranks than proxy sequences, repeated ones shift the target. Every rank adds three that do not
+    count, each passes the whole proxy: the mean is that of the shares."""
+    result = unsharded(world2, GPT2, selection())
+    assert relative(result["padded"], result["align"]) < 1e-5
 
 
 def test_tensor_and_data_parallel_together(world2, world4):

@@ -52,6 +52,17 @@ def test_separable_is_exact_on_rank_one_moments():
     torch.testing.assert_close(torch.outer(r, c).double(), exact_multiplier(v, HYPER), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("root", [1e-12, 1e-10, 1e-8, 1e-7, 1e-4, 1.0])
+@pytest.mark.parametrize("eps", [1e-8, 1e-5])
+def test_eps_counts_as_it_does_in_adamw(root, eps):
+    """Fault: an eps that is split over rows and columns correctly only where it does not matter: layers with small
+    second moments are then weighted down many times over."""
+    hyper = AdamHyper(lr=1.0, beta1=0.9, beta2=0.95, eps=eps, step=5)
+    v = torch.full((4, 6), root**2 * (1 - 0.95**5), dtype=torch.float64)
+    r, c = separable_factors(v.sum(1), v.sum(0), hyper)
+    torch.testing.assert_close(torch.outer(r, c).double(), exact_multiplier(v, hyper), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("zero", ["row", "column", "all"])
 def test_separable_stays_finite_without_moments(zero):
     """Fault: a dead unit (v = 0) makes D infinite and every utility NaN. Its true D is 1 / eps; the separable
