@@ -195,6 +195,21 @@ def test_resuming_nothing_is_refused(world2, embedded_cache, tmp_path):
     assert all("found none" in text for text in world2.run(fails, config, True))
 
 
+def test_a_record_is_not_lost_when_checkpoints_are_missing(world2, embedded_cache, tmp_path):
+    """Fault: --resume with checkpoints/ on an unmounted disk starts from step 0 and cuts the record to nothing."""
+    import shutil
+
+    config = recipe(embedded_cache, tmp_path, "lost", training={"train_steps": 4, "checkpoint_interval": 2})
+    world2.run(run, config)
+    shutil.rmtree(tmp_path / "lost/checkpoints")
+    assert all("disk mounted" in text for text in world2.run(fails, config, True))
+    assert len((tmp_path / "lost/metrics.jsonl").read_text().splitlines()) == 4
+    other = recipe(
+        embedded_cache, tmp_path, "lost", training={"train_steps": 4, "checkpoint_interval": 2}, optimizer={"lr": 1e-4}
+    )
+    assert all("other settings" in text and "optimizer.lr" in text for text in world2.run(fails, other, True))
+
+
 def test_ranks_with_other_settings_are_named(world2, embedded_cache, tmp_path):
     """Fault: one rank with another configuration ends in a hang, or in quietly different selections."""
     said = world2.run(other_settings, recipe(embedded_cache, tmp_path, "mixed"))
