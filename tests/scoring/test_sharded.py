@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpt_runs import GPT2, QWEN3
 from small_models import random_batch
 
 import megatron_opus
@@ -14,31 +15,6 @@ from megatron_opus.config import ModelConfig, ParallelConfig, PreconditionerConf
 from megatron_opus.types import Batch
 
 N, K_P, LENGTH = 8, 4, 16
-GPT2 = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    vocab_size=64,
-    make_vocab_size_divisible_by=64,
-    max_position_embeddings=LENGTH,
-)
-QWEN3 = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=8,
-    num_query_groups=4,
-    kv_channels=8,
-    ffn_hidden_size=48,
-    vocab_size=64,
-    make_vocab_size_divisible_by=64,
-    position_embedding_type="rope",
-    normalization="RMSNorm",
-    swiglu=True,
-    add_bias_linear=False,
-    add_qkv_bias=False,
-    qk_layernorm=True,
-    untie_embeddings_and_output_weights=True,
-)
 
 
 def selection(operator: str = "two_sided", form: str = "separable", dim: int = 256) -> SelectionConfig:

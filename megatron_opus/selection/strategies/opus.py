@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_opus.config import SelectionConfig
 from megatron_opus.selection import sampling, utility
+from megatron_opus.selection.strategies.base import Stateless
 from megatron_opus.selection.strategies.random import RandomStrategy
 from megatron_opus.types import Candidates, Selection, SignalName, Signals
 
 
-class OpusStrategy:
+class OpusStrategy(Stateless):
     """Needs alignment [N] and, unless redundancy is off, interaction [N, N].
 
     A candidate with non-finite factors is never drawn. If fewer than k finite ones remain, or all utilities are equal
@@ -27,9 +26,6 @@ class OpusStrategy:
 
     def __init__(self, config: SelectionConfig) -> None:
         self._config = config
-
-    def domain_weights(self, step: int) -> Tensor | None:
-        return None
 
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection:
         if signals.alignment is None:
@@ -68,16 +64,6 @@ class OpusStrategy:
             redundancy=result.redundancy,
             diagnostics=_diagnostics(result, good, scale, n - usable),
         )
-
-    def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"opus keeps no state of its own, got keys {sorted(state)}")
 
     @staticmethod
     def _fallback(candidates: Candidates, k: int, generator: torch.Generator, reason: str) -> Selection:
