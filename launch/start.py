@@ -32,4 +32,9 @@ def start(recipe: str) -> int:
     if status == REFUSED and int(os.environ.get("RANK", "0")) > 0:
         # The launcher ends all ranks as soon as one has failed, and only rank 0 says why: let it.
         time.sleep(10)
+    if status:
+        # At once: an orderly end would close process groups in which other ranks may still wait.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status

@@ -282,7 +282,6 @@ def test_values_that_cannot_run_together_are_refused(recipe: Path, overrides: li
             4,
             "expected a multiple of 32 (data-parallel size 4 x micro_batch_size 8), got 16",
         ),
-        (["selection.proxy_batch_size=6"], 4, "selection.proxy_batch_size: expected a multiple of 4"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused(

@@ -25,7 +25,8 @@ VERSIONED = ("torch", "deepspeed", "megatron-core", "numpy")
 def main(config: Path, argv: Sequence[str]) -> int:
     """Run one recipe. `argv`: key=value overrides, --resume, --dry-run, and the launcher's --local_rank.
 
-    Returns the exit status: 0 done, 1 failed while running, 2 refused before anything was built.
+    Returns the exit status: 0 done, 1 failed while running, 2 refused before anything was built. After a failure the
+    process groups are left as they are, for other ranks may wait in them: the caller must end the process.
     """
     arguments, overrides = _parse(argv)
     rank = int(os.environ.get("RANK", "0"))
@@ -95,11 +96,6 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     except Exception as error:
         traceback.print_exc()
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        if dist.get_world_size() > 1:
-            # the others wait in a collective, and leaving the groups in order may wait for them: end, so that the
-            # launcher ends them
-            sys.stdout.flush()
-            os._exit(1)
         return 1
     dist.destroy_process_group()
     return 0

@@ -153,7 +153,12 @@ def saved(world2: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"optimizer": {"lr": 0.5}, "model": {"rotary_base": 5}},
             ["optimizer.lr: saved 0.01, now 0.5", "model.rotary_base: saved 10000, now 5"],
         ),
-        ({}, PRINTS, {"training": {"train_steps": 40}}, ["optimizer.lr_decay_steps: saved 20, now 40", "To train lon"]),
+        (
+            {},
+            PRINTS,
+            {"training": {"train_steps": 40}},
+            ["optimizer.lr_decay_steps: saved 20, now 40", "to train on"],
+        ),
     ],
     ids=["layout", "data", "zero", "model and schedule", "length"],
 )
