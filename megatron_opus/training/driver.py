@@ -146,10 +146,11 @@ class SelectionDriver:
         counters.excluded += int(selection.diagnostics.get("excluded", 0))
         if selection.diagnostics.get("entropy_ratio", 0.0) > ENTROPY_WARNING and not self._entropy_warned:
             self._entropy_warned = True
+            absolute = self._config.selection.temperature_unit == "absolute"
+            hint = ", or set selection.temperature_unit=std" if absolute else ""
             self.notices.append(
                 f"step {counters.step}: WARNING: entropy ratio {selection.diagnostics['entropy_ratio']:.4f} is above "
-                f"{ENTROPY_WARNING}: selection is almost uniform. Lower selection.temperature, or set "
-                "selection.temperature_unit=std"
+                f"{ENTROPY_WARNING}: selection is almost uniform. Lower selection.temperature{hint}"
             )
         if self._config.selection.debug_checks and dist.is_initialized() and dist.get_world_size() > 1:
             drawn: list[Any] = [None] * dist.get_world_size()
