@@ -19,6 +19,8 @@ import yaml
 from megatron_opus import schema
 from megatron_opus.schema import ConfigError
 
+Geometry = Literal["auto", "adamw", "muon", "sgd"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -67,16 +69,23 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: Literal["none", "cpu"] = "none"  # where ZeRO keeps the optimizer state
     distributed_timeout_minutes: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay; the learning rate of step s (from 0) is positive for every s."""
+    """Linear warm-up and cosine decay of every rate together; the learning rate of step s (from 0) is always positive.
 
-    name: Literal["adamw"] = "adamw"
+    `muon` is the hybrid of the paper: Muon for the matrices of the transformer blocks, AdamW for everything else.
+    """
+
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 3e-4
+    muon_lr: float = 1e-2  # of the Muon matrices; follows the same schedule as lr
+    muon_momentum: float = 0.95
+    sgd_momentum: float = 0.0
     min_lr: float = 0.0
     lr_warmup_steps: int = 0
     lr_warmup_fraction: float | None = None  # of the decay steps; instead of lr_warmup_steps
@@ -84,7 +93,8 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
-    weight_decay: float = 0.1  # matrices only; norms and biases are never decayed
+    weight_decay: float = 0.1  # AdamW's and SGD's, matrices only; norms and biases are never decayed
+    muon_weight_decay: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +121,19 @@ class RedundancyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreconditionerConfig:
-    kind: Literal["auto", "adamw", "sgd"] = "auto"
-    form: Literal["separable", "exact"] = "separable"
+    kind: Geometry = "auto"  # auto: each weight's own optimizer; adamw under Muon keeps a second moment of its own
+    form: Literal["separable", "exact"] = "separable"  # of AdamW's second moment
+    muon_steps: int | None = None  # Newton-Schulz steps of the frozen multiplier; None: the optimizer's; 1: the paper's
     refresh_every: int = 1  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class SketchConfig:
-    operator: Literal["two_sided", "count_sketch"] = "two_sided"
+    operator: Literal["two_sided", "two_stage", "tensor_sketch", "materialise"] = "two_sided"
     dim: int = 8192
+    intermediate_dim: int = 65536  # two_stage: numbers of the two-sided sketch that is hashed down to `dim`
+    alignment: Literal["features", "one_sided", "direction"] = "features"  # where the alignment comes from
+    one_sided_dim: int = 128  # of the sketched side of each layer
     seed: int = 42
     scope: Literal["layer", "model"] = "layer"
 
@@ -127,6 +141,7 @@ class SketchConfig:
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
     strategy: Literal["opus", "random"] = "opus"
+    scope: Literal["global", "rank_local"] = "global"  # rank_local: each data-parallel rank selects among its own
     rho: float = 0.5  # K / N: each step offers N = global_batch_size / rho candidates
     sampling: Literal["boltzmann", "greedy"] = "boltzmann"
     temperature: float = 0.9
@@ -135,9 +150,16 @@ class SelectionConfig:
     preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
     sketch: SketchConfig = field(default_factory=SketchConfig)
     layer_weights: Literal["none", "inverse_sqrt"] = "none"
-    score_length: int = 512  # tokens of each sequence that are scored (L_score); the first ones
+    scored_layers: str = "all"  # all, last:K blocks, every:K blocks
+    score_output_layer: bool = False  # the output layer's weight is scored too
+    score_embedding: bool = False  # the token embedding's weight is scored too; tied: the same weight as the output's
+    score_length: int = 512  # tokens of each scoring window (L_score)
+    score_window: Literal["first", "random"] = "first"  # random: an offset per step, the same on every rank
+    score_windows: int = 1  # windows per sequence, averaged
+    score_precision: Literal["model", "bf16"] = "model"
     score_micro_batch_size: int | None = None  # sequences per scoring forward on one rank; None: all at once
     proxy_batch_size: int = 8  # K_p, over all ranks
+    proxy_refresh_every: int = 1  # steps for which one proxy batch is used
     proxy_momentum: float = 0.0  # exponential average of the proxy sketch
     max_fallbacks: int = 10  # steps that may fall back to random selection before the run stops
     debug_checks: bool = False  # compare the drawn ids across ranks at every step
@@ -272,8 +294,8 @@ def validate(config: RunConfig) -> None:
     )
     _require(0 <= s.proxy_momentum < 1, f"selection.proxy_momentum: expected 0 <= beta < 1, got {s.proxy_momentum}")
     _require(
-        s.preconditioner.form == "separable" or s.sketch.operator == "count_sketch",
-        "selection.sketch.operator: preconditioner.form exact needs count_sketch (only it forms the full gradient), "
+        s.preconditioner.form == "separable" or s.sketch.operator == "materialise",
+        "selection.sketch.operator: preconditioner.form exact needs materialise (only it forms the full gradient), "
         f"got {s.sketch.operator}",
     )
     _require(s.redundancy.fraction >= 0, f"selection.redundancy.fraction: expected >= 0, got {s.redundancy.fraction}")

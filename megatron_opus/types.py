@@ -64,7 +64,7 @@ class Fragment:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamHyper:
-    """Hyper-parameters of the **coming** step of one parameter's group, and the steps already completed."""
+    """Hyper-parameters of the **coming** AdamW step of one parameter's group, and the steps already completed."""
 
     lr: float
     beta1: float
@@ -73,18 +73,53 @@ class AdamHyper:
     step: int  # completed optimizer steps (the t of method Eq. 8-13); 0: no state yet
 
 
+@dataclass(frozen=True, kw_only=True)
+class MuonHyper:
+    """The **coming** Muon step of one matrix: W <- W - lr * scale * NewtonSchulz(q), q the (Nesterov) momentum.
+
+    Each Newton-Schulz step (a, b, c) is X <- a X + b (X X^T) X + c (X X^T)^2 X on the smaller side of the matrix,
+    started from q / ||q||_F. All of it is read from the optimizer in use.
+    """
+
+    lr: float
+    momentum: float  # mu of m <- mu m + (1 - mu) g
+    nesterov: bool
+    scale: float  # of this matrix: the optimizer's factor for its shape
+    coefficients: tuple[tuple[float, float, float], ...]  # one (a, b, c) for each Newton-Schulz step
+    step: int  # completed optimizer steps; 0: no momentum yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdHyper:
+    """The **coming** step of plain SGD: W <- W - lr g."""
+
+    lr: float
+
+
+Hyper = AdamHyper | MuonHyper | SgdHyper
+Geometry = Literal["auto", "adamw", "muon", "sgd"]
+
+
 class OptimizerState(Protocol):
     """Reads, without communication, the optimizer state that this rank owns."""
 
-    kind: Literal["adamw", "sgd"]
     sharded_over_dp: bool  # False: every data-parallel rank holds all of it
 
-    def hypers(self, weights: Sequence[torch.nn.Parameter]) -> list[AdamHyper]:
-        """One for each weight, with at most one device synchronisation for all of them."""
+    def hypers(self, weights: Sequence[torch.nn.Parameter], geometry: Geometry = "auto") -> list[Hyper]:
+        """One for each weight, with at most one device synchronisation for all of them.
+
+        `auto` is each weight's own optimizer (a Muon run has AdamW weights too); another geometry gives the
+        hyper-parameters under which that weight is scored instead. Raises UnsupportedOptimizer where the state for it
+        does not exist.
+        """
         ...
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
-        """Owned fragments of exp_avg_sq; empty where this rank owns nothing of `weight`."""
+        """Owned fragments of exp_avg_sq; empty where this rank owns nothing of `weight`. Disjoint over ranks."""
+        ...
+
+    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        """Muon's momentum held here; empty where there is none. Ranks may hold overlapping (equal) fragments."""
         ...
 
 

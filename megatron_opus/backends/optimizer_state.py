@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_opus.types import AdamHyper, Fragment, OptimizerState
+from megatron_opus.types import AdamHyper, Fragment, Geometry, Hyper, OptimizerState, SgdHyper
 
 SECOND_MOMENT = "exp_avg_sq"
 
@@ -72,21 +72,25 @@ def _numbers(values: Sequence[float | Tensor]) -> list[float]:
     return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
 
 
-def _hypers(kind: str, found: Sequence[tuple[dict[str, Any], dict[str, Any], bool]]) -> list[AdamHyper]:
-    """AdamHyper for each (parameter group, state of the parameter, whether a real step was taken)."""
+def _hypers(kind: str, geometry: Geometry, found: Sequence[tuple[dict[str, Any], dict[str, Any], bool]]) -> list[Hyper]:
+    """Hyper-parameters for each (parameter group, state of the parameter, whether a real step was taken)."""
+    wanted = kind if geometry == "auto" else geometry
+    if wanted not in (kind, "sgd"):
+        raise UnsupportedOptimizer(f"geometry {wanted}: the optimizer in use is {kind} and keeps no state for it")
     # FusedAdam counts its steps in the group, torch and DeepSpeedCPUAdam in the state
     steps = _numbers([state.get("step", group.get("step", 0)) if started else 0 for group, state, started in found])
     rates = _numbers([group["lr"] for group, _, _ in found])
-    result = []
+    if wanted == "sgd":
+        return [SgdHyper(lr=lr) for lr in rates]
+    result: list[Hyper] = []
     for (group, state, started), step, lr in zip(found, steps, rates, strict=True):
-        if kind == "adamw" and (group.get("amsgrad") or (state and not started and SECOND_MOMENT not in state)):
+        if group.get("amsgrad") or (state and not started and SECOND_MOMENT not in state):
             raise UnsupportedOptimizer(
                 f"optimizer: expected AdamW with its second moment under {SECOND_MOMENT!r} and without amsgrad, found "
                 f"state {sorted(map(str, state))}, amsgrad {bool(group.get('amsgrad'))}"
             )
-        beta1, beta2 = (float(b) for b in group["betas"]) if kind == "adamw" else (0.0, 0.0)
-        eps = float(group["eps"]) if kind == "adamw" else 0.0
-        result.append(AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=int(step)))
+        beta1, beta2 = (float(b) for b in group["betas"])
+        result.append(AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=float(group["eps"]), step=int(step)))
     return result
 
 
@@ -99,12 +103,15 @@ class TorchState:
         self._optimizer = optimizer
         self._groups = _Groups([group["params"] for group in optimizer.param_groups])
 
-    def hypers(self, weights: Sequence[torch.nn.Parameter]) -> list[AdamHyper]:
+    def hypers(self, weights: Sequence[torch.nn.Parameter], geometry: Geometry = "auto") -> list[Hyper]:
         found = []
         for weight in weights:
             state = self._optimizer.state.get(weight, {})
             found.append((self._optimizer.param_groups[self._groups(weight)[0]], state, SECOND_MOMENT in state))
-        return _hypers(self.kind, found)
+        return _hypers(self.kind, geometry, found)
+
+    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        return []
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         return [Fragment(start=0, values=self._optimizer.state[weight][SECOND_MOMENT].flatten())]
@@ -145,7 +152,7 @@ class DeepSpeedState:
         self._params = params
         self._groups = _Groups(params)
 
-    def hypers(self, weights: Sequence[torch.nn.Parameter]) -> list[AdamHyper]:
+    def hypers(self, weights: Sequence[torch.nn.Parameter], geometry: Geometry = "auto") -> list[Hyper]:
         found = []
         for weight in weights:
             g, k = self._groups(weight)
@@ -153,7 +160,10 @@ class DeepSpeedState:
             # bf16 at stage 0 takes a dummy step on zero gradients when it starts: only the engine knows it was none
             started = self._engine.global_steps > 0 and SECOND_MOMENT in state
             found.append((self._optimizer.param_groups[g], state, started))
-        return _hypers(self.kind, found)
+        return _hypers(self.kind, geometry, found)
+
+    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        return []
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         g, k = self._groups(weight)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opus.config import ConfigError, PreconditionerConfig
+from megatron_opus.config import PreconditionerConfig
 from megatron_opus.scoring.collectives import Traffic, all_reduce
 from megatron_opus.selection.precondition import (
     Exact,
@@ -26,7 +26,7 @@ from megatron_opus.selection.precondition import (
     separable_factors,
 )
 from megatron_opus.selection.sketch import indices
-from megatron_opus.types import AdamHyper, Groups, OptimizerState, ScoredLayer
+from megatron_opus.types import AdamHyper, Groups, OptimizerState, ScoredLayer, SgdHyper
 
 
 class Preconditioners:
@@ -41,12 +41,6 @@ class Preconditioners:
         traffic: Traffic,
         device: torch.device,
     ) -> None:
-        self._kind = state.kind if config.kind == "auto" else config.kind
-        if self._kind == "adamw" and state.kind != "adamw":
-            raise ConfigError(
-                f"selection.preconditioner.kind: adamw needs an Adam optimizer's second moment, got {state.kind}; "
-                "set it to auto or sgd"
-            )
         self.geometry = ""
         self._layers, self._state, self._config = layers, state, config
         self._groups, self._traffic, self._device = groups, traffic, device
@@ -58,17 +52,18 @@ class Preconditioners:
 
     def refresh(self) -> None:
         """Read the optimizer state for the coming step, unless the last reading is younger than `refresh_every`."""
-        if self._current and self.geometry == f"{self._kind}-separable" and self._age < self._config.refresh_every:
+        if self._current and self.geometry == "adamw-separable" and self._age < self._config.refresh_every:
             self._age += 1
             return
         self._age = 1
-        self._hypers = self._state.hypers([layer.weight for layer in self._layers])
-        if self._kind == "sgd" or any(h.step == 0 for h in self._hypers):
+        hypers = self._state.hypers([layer.weight for layer in self._layers], self._config.kind)
+        self._hypers = [h for h in hypers if isinstance(h, AdamHyper) and h.step > 0]
+        if len(self._hypers) < len(hypers):
             # before the first optimizer step there is no second moment: the geometry is SGD's, and the log says so
-            self.geometry = "sgd" if self._kind == "sgd" else "sgd (no optimizer state yet)"
-            self._current = [Identity(kappa=h.lr) for h in self._hypers]
+            self.geometry = "sgd" if isinstance(hypers[0], SgdHyper) else "sgd (no optimizer state yet)"
+            self._current = [Identity(kappa=h.lr) for h in hypers]
             return
-        self.geometry = f"{self._kind}-{self._config.form}"
+        self.geometry = f"adamw-{self._config.form}"
         if self._config.form == "exact":
             self._current = [Identity()] * len(self._layers)  # formed layer by layer, in `__call__`
             return

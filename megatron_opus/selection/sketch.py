@@ -3,7 +3,7 @@
 G(z) = sum_t b_t a_t^T is the [d_out, d_in] weight gradient of one sequence. Both operators below are linear in G and
 hash *global* rows and columns, so the sketches of weight shards add up to the sketch of the whole matrix:
 
-    count_sketch  every (row, col) has its own bucket of m and sign. The paper's operator. G is formed in row chunks,
+    materialise   every (row, col) has its own bucket of m and sign. The paper's operator. G is formed in row chunks,
                   which costs T d_out d_in and a scatter of d_out d_in per sequence.
                   Var <u, v> about (|u|^2 |v|^2 + <u, v>^2) / m.
     two_sided     bucket (h_row(i), h_col(j)) of m = m1 m2: B1^T A2 with B1 = b S1^T [T, m1], A2 = a S2^T [T, m2].
@@ -62,7 +62,7 @@ def build_sketch(
     device: torch.device | str = "cpu",
 ) -> LayerSketch:
     """The configured operator for one layer. State is O(d_out + d_in)."""
-    if config.operator == "count_sketch":
+    if config.operator == "materialise":
         return CountSketch(config, name, rows, cols, device)
     return TwoSided(config, name, d_out, d_in, rows, cols, device)
 
@@ -162,4 +162,4 @@ def _scaled(matrix: Tensor, precondition: LayerPreconditioner, side: str) -> Ten
         return matrix * (precondition.row if side == "row" else precondition.col)[:, None]
     if isinstance(precondition, Identity):
         return matrix
-    raise TypeError("two_sided cannot apply an exact preconditioner; use operator count_sketch or form separable")
+    raise TypeError("two_sided cannot apply an exact preconditioner; use operator materialise or form separable")

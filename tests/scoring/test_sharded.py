@@ -110,7 +110,7 @@ def test_unsharded_scores_agree_with_the_oracle(world2, name, masked):
     With 2^20 buckets per layer the exact preconditioner leaves a sketch error of (2 / m)^0.5 = 1.4e-3; two
     data-parallel ranks share the candidates.
     """
-    result = unsharded(world2, MODELS[name], selection("count_sketch", "exact", 2**20), masked)
+    result = unsharded(world2, MODELS[name], selection("materialise", "exact", 2**20), masked)
     align, inter = result["oracle"]
     assert relative(result["align"], align) < 1e-2
     assert relative(result["inter"], inter) < 1e-2
@@ -118,7 +118,7 @@ def test_unsharded_scores_agree_with_the_oracle(world2, name, masked):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("operator", "form"), [("two_sided", "separable"), ("count_sketch", "separable"), ("count_sketch", "exact")]
+    ("operator", "form"), [("two_sided", "separable"), ("materialise", "separable"), ("materialise", "exact")]
 )
 def test_tensor_parallel_scores_are_the_unsharded_ones(world2, world4, name, operator, form):
     """Fault: hashes by local index or layer order (defect 6), row-sharded moments taken for whole ones (defect 2), or
@@ -135,7 +135,7 @@ def test_tensor_parallel_scores_are_the_unsharded_ones(world2, world4, name, ope
             torch.testing.assert_close(result["loss"], truth["loss"], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("operator", ["two_sided", "count_sketch"])
+@pytest.mark.parametrize("operator", ["two_sided", "materialise"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sequence_parallel_scores_are_the_unsharded_ones(world2, name, operator):
     """Fault: without gathering the scattered factor, the cross terms between token slices are missing."""

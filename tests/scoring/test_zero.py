@@ -113,7 +113,7 @@ def test_partitioned_state_gives_the_replicated_scores(world2, stage, form):
 
     Tolerance: gradients are summed in another order, 1e-6; AdamW amplifies where v is small.
     """
-    config = selection("count_sketch" if form == "exact" else "two_sided", form)
+    config = selection("materialise" if form == "exact" else "two_sided", form)
     truth = replicated(world2, "gpt2", "fp32", config)
     assert truth["geometry"] == f"adamw-{form}"
     for result in world2.run(engine_scores, "gpt2", stage, 1, "fp32", config):

@@ -11,7 +11,7 @@ from megatron_opus.selection.precondition import Exact, Identity, Separable
 from megatron_opus.selection.sketch import build_sketch, two_sided_shape
 from megatron_opus.types import Ranges
 
-OPERATORS = ["count_sketch", "two_sided"]
+OPERATORS = ["materialise", "two_sided"]
 
 
 def make(operator, seed=42, dim=256, d_out=24, d_in=40, rows=None, cols=None, name="layer"):
@@ -107,7 +107,7 @@ def test_variance_falls_as_one_over_m(operator):
             values.append(float(features[0] @ features[1]))
         variance.append(torch.tensor(values, dtype=torch.float64).var().item())
     ratio = variance[0] / variance[1]
-    low, high = (4 / 1.6, 4 * 1.6) if operator == "count_sketch" else (2 / 1.6, 6 * 1.6)
+    low, high = (4 / 1.6, 4 * 1.6) if operator == "materialise" else (2 / 1.6, 6 * 1.6)
     assert low < ratio < high
 
 
@@ -123,7 +123,7 @@ def test_count_sketch_applies_an_exact_multiplier():
     """Fault: the exact preconditioner applied to the wrong row chunk. Compared through a hash-free sum of squares."""
     a, b = factors(size=1)
     multiplier = torch.rand(24, 40) + 0.5
-    sketch = make("count_sketch", dim=2**20)  # so wide that 960 entries hardly collide
+    sketch = make("materialise", dim=2**20)  # so wide that 960 entries hardly collide
     features = apply(sketch, a, b, Exact(kappa=2.0, multiplier=multiplier))
     truth = 2.0 * multiplier * torch.bmm(b.transpose(1, 2), a)[0]
     torch.testing.assert_close(features.square().sum(), truth.square().sum(), rtol=1e-3, atol=0)
@@ -134,15 +134,15 @@ def test_row_chunks_do_not_change_the_sketch(monkeypatch):
     from megatron_opus.selection import sketch as module
 
     a, b = factors()
-    whole = apply(make("count_sketch"), a, b, Identity())
+    whole = apply(make("materialise"), a, b, Identity())
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 3 * 40 * 5)  # five rows at a time
-    torch.testing.assert_close(apply(make("count_sketch"), a, b, Identity()), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(apply(make("materialise"), a, b, Identity()), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_two_sided_refuses_an_exact_preconditioner():
     """Fault: silently sketching with the identity where the preconditioner cannot be applied."""
     a, _ = factors()
-    with pytest.raises(TypeError, match="count_sketch"):
+    with pytest.raises(TypeError, match="materialise"):
         make("two_sided").keep(a, Exact(kappa=1.0, multiplier=torch.ones(24, 40)))
 
 
