@@ -32,7 +32,6 @@ def build_scorer(
     token_losses: Callable[[nn.Module, Batch], Tensor] | None = None,
     groups: Groups | None = None,
     shard_map: ShardMap | None = None,
-    include_output_layer: bool = False,
     device: torch.device | str | None = None,
 ) -> ScoringPass:
     """A reusable scoring pass: build it once, call it at every step with (candidates, proxy).
@@ -41,7 +40,8 @@ def build_scorer(
     its Column- and RowParallelLinear layers; `groups` default to megatron-core's parallel state, `shard_map` to the way
     its own layers are cut, `token_losses` to the model's own loss. Any other model is scored on its nn.Linear layers in
     one process; `token_losses` defaults to the cross entropy of `model(tokens)` (a tensor, or an object with
-    `.logits`) [B, T, V] against the labels. The output layer is left out unless `include_output_layer`.
+    `.logits`) [B, T, V] against the labels. `config` says whether the
+    output layer and the token embedding are scored (`score_output_layer`, `score_embedding`).
     optimizer: torch Adam / AdamW / SGD, or a DeepSpeed engine at ZeRO 0-2.
     config: its `score_length` (512) is the number of tokens of each sequence that are scored.
 
@@ -54,9 +54,9 @@ def build_scorer(
         groups = groups or megatron_groups()
         token_losses = token_losses or forward_loss
         shards = shard_map or standard_shard_map(model)
-        layers = megatron_layers(model, shards, include_output_layer=include_output_layer)
+        layers = megatron_layers(model, shards, config)
     else:
-        layers = plain_layers(model, include_output_layer=include_output_layer)
+        layers = plain_layers(model, config)
     if device is None:
         device = next(model.parameters()).device
     return ScoringPass(

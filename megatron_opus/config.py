@@ -249,9 +249,16 @@ def validate(config: RunConfig) -> None:
         ("selection.score_length", s.score_length),
         ("selection.proxy_batch_size", s.proxy_batch_size),
         ("selection.preconditioner.refresh_every", s.preconditioner.refresh_every),
+        (
+            "selection.preconditioner.muon_steps",
+            1 if s.preconditioner.muon_steps is None else s.preconditioner.muon_steps,
+        ),
         ("selection.sketch.dim", s.sketch.dim),
+        ("selection.sketch.one_sided_dim", s.sketch.one_sided_dim),
+        ("selection.score_windows", s.score_windows),
+        ("selection.proxy_refresh_every", s.proxy_refresh_every),
     ):
-        _require(value > 0, f"{name}: expected a positive number, got {value}")
+        _require(value is None or value > 0, f"{name}: expected a positive number, got {value}")
     _require(
         bool(re.fullmatch(r"[A-Za-z0-9._-]+", config.name)),
         f"name: expected letters, digits, . _ -, got {config.name!r}",
@@ -293,11 +300,7 @@ def validate(config: RunConfig) -> None:
         s.temperature > 0, f"selection.temperature: expected > 0, got {s.temperature}; for argmax use sampling: greedy"
     )
     _require(0 <= s.proxy_momentum < 1, f"selection.proxy_momentum: expected 0 <= beta < 1, got {s.proxy_momentum}")
-    _require(
-        s.preconditioner.form == "separable" or s.sketch.operator == "materialise",
-        "selection.sketch.operator: preconditioner.form exact needs materialise (only it forms the full gradient), "
-        f"got {s.sketch.operator}",
-    )
+    validate_estimator(s)
     _require(s.redundancy.fraction >= 0, f"selection.redundancy.fraction: expected >= 0, got {s.redundancy.fraction}")
     _require(o.lr > 0 and 0 <= o.min_lr <= o.lr, f"optimizer.lr: expected 0 <= min_lr <= lr, got {o.min_lr}, {o.lr}")
     _require(
@@ -312,6 +315,41 @@ def validate(config: RunConfig) -> None:
             all(w >= 0 for w in d.domain_weights.values()) and sum(d.domain_weights.values()) > 0,
             f"data.domain_weights: expected non-negative numbers with a positive sum, got {d.domain_weights}",
         )
+
+
+def validate_estimator(s: SelectionConfig) -> None:
+    """Raise ConfigError for estimators that cannot give what the rest of the selection asks of them."""
+    k = s.sketch
+    direct, features = k.alignment != "features", k.alignment == "features" or s.redundancy.scale != "off"
+    if s.preconditioner.form == "exact":
+        _require(
+            not features or k.operator == "materialise",
+            "selection.sketch.operator: preconditioner.form exact needs materialise (only it forms the full gradient), "
+            f"got {k.operator}; or alignment=direction with redundancy.scale=off",
+        )
+        _require(
+            k.alignment != "one_sided",
+            "selection.sketch.alignment: preconditioner.form exact cannot be applied to a one-sided sketch; expected "
+            "features (with operator materialise) or direction, got one_sided",
+        )
+    _require(
+        k.operator != "two_stage" or k.intermediate_dim >= k.dim,
+        f"selection.sketch.intermediate_dim: expected at least dim ({k.dim}), got {k.intermediate_dim}",
+    )
+    _require(
+        not (s.score_embedding and features) or k.operator in ("two_sided", "two_stage"),
+        "selection.sketch.operator: an embedding's one-hot rows need two_sided or two_stage (the others would form "
+        f"them), got {k.operator}; or set selection.score_embedding=false",
+    )
+    _require(
+        s.proxy_momentum == 0 or not direct,
+        "selection.proxy_momentum: an average needs the proxy in sketch space; expected sketch.alignment=features, got "
+        f"{k.alignment}",
+    )
+    _require(
+        bool(re.fullmatch(r"all|(last|every):[1-9]\d*", s.scored_layers)),
+        f"selection.scored_layers: expected all, last:K or every:K, got {s.scored_layers!r}",
+    )
 
 
 def validate_world(config: RunConfig, world_size: int) -> None:

@@ -35,20 +35,23 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredLayer:
-    """One linear layer y = x W^T whose weight gradient enters the score.
+    """One use of a matrix whose weight gradient enters the score: a linear layer y = x W^T, or an embedding y = W[ids].
 
     `rows` and `cols` say which part of the whole [d_out, d_in] matrix this rank holds; hashes and preconditioners are
-    taken on those global coordinates, so that partial results of the shards add up to the unsharded ones.
+    taken on those global coordinates, so that partial results of the shards add up to the unsharded ones. Layers with
+    equal names are uses of one matrix (a tied embedding and output layer): their gradients add up.
     """
 
-    name: str  # the same on every rank and for every sharding
+    name: str  # of the matrix; the same on every rank and for every sharding
     module: torch.nn.Module
     weight: torch.nn.Parameter
-    d_out: int  # of the whole matrix
+    d_out: int  # of the whole matrix; an embedding's vocabulary
     d_in: int
     rows: Ranges
     cols: Ranges
     sequence_first: bool  # activations are [s, b, d] (Megatron) rather than [b, s, d]
+    embedding: bool = False
+    cut: Literal["rows", "cols"] = "rows"  # the side that tensor parallelism cuts, at every degree, 1 included
     replicated: bool = False  # every tensor-parallel rank holds the whole matrix: count it once
     input_scattered: bool = False  # sequence parallel: each rank holds its slice of the tokens of a
     output_scattered: bool = False  # likewise of b
@@ -159,9 +162,9 @@ class Batch:
         """Sequences start..stop-1 as a view."""
         return self._map(lambda x: x[start:stop])
 
-    def window(self, length: int) -> Batch:
-        """The first `length` tokens of every sequence as a view."""
-        return self._map(lambda x: x[:, :length])
+    def window(self, length: int, start: int = 0) -> Batch:
+        """`length` tokens from `start` of every sequence as a view; they keep their positions and documents."""
+        return self._map(lambda x: x[:, start : start + length])
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
@@ -215,7 +218,8 @@ class Signals:
     finite: Tensor | None = None  # [N] bool; False: the candidate gave NaN/Inf factors and must not be drawn
     seconds: float = 0.0
     bytes_sent: int = 0
-    geometry: str = ""  # which preconditioner was in force: "adamw", "sgd", ...
+    geometry: str = ""  # which preconditioner was in force: "adamw-separable", "sgd", ...
+    proxy_read: bool = True  # False: the proxy gradient of an earlier step was used again
 
 
 @dataclass(frozen=True, kw_only=True)

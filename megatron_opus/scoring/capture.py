@@ -1,21 +1,27 @@
-"""Ghost factors: what each scored layer saw (a) and the gradient of its output (b), turned into sketches on the spot.
+"""Ghost factors: what each scored layer saw (a) and the gradient of its output (b), reduced on the spot.
 
 Per tensor-parallel rank, sequence parallel off (on: the token dimension of the scattered factor is s / tp, and the
-*kept* factor is gathered, which for a projecting sketch is m_in numbers per token instead of d_in):
+*projected* factor is gathered, a few numbers per token instead of d):
 
-    layer                  a              b               sketched part of G
-    ColumnParallelLinear   [s, B, in]     [s, B, out/tp]  rows of this rank, all columns
-    RowParallelLinear      [s, B, in/tp]  [s, B, out]     all rows, columns of this rank
-    nn.Linear              [B, s, in]     [B, s, out]     everything
+    layer                   a              b               part of G
+    ColumnParallelLinear    [s, B, in]     [s, B, out/tp]  rows of this rank, all columns
+    RowParallelLinear       [s, B, in/tp]  [s, B, out]     all rows, columns of this rank
+    nn.Linear               [B, s, in]     [B, s, out]     everything
+    VocabParallelEmbedding  ids [B, s]     [B, s, h]       rows of this rank, all columns
+    nn.Embedding            ids [B, s]     [B, s, h]       everything
 
-A forward hook projects a and puts a tensor hook on the output; the tensor hook projects b, adds the sketch to the
-pass's buffers and drops both factors. Weights are frozen during the pass, so no weight gradient is computed; the
+An embedding is the linear layer of one-hot rows turned round: its *row* factor is one-hot(ids), its column factor the
+gradient of its output. Plans call the column factor a and the row factor b.
+
+A forward hook projects a and puts a tensor hook on the output; the tensor hook projects b, adds what plan.py says to
+the pass's sums and drops both factors. Weights are frozen during the pass, so no weight gradient is computed; the
 output of a layer whose input needs no gradient becomes a leaf, which is where the backward pass stops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -24,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_opus.scoring.collectives import Traffic, all_gather
+from megatron_opus.scoring.plan import Part
 from megatron_opus.scoring.preconditioners import Preconditioners
-from megatron_opus.selection.precondition import Identity, LayerPreconditioner
-from megatron_opus.selection.sketch import LayerSketch
+from megatron_opus.selection.precondition import Projection, project
 from megatron_opus.types import Groups, ScoredLayer
 
 
@@ -34,55 +40,55 @@ class CaptureError(RuntimeError):
     """A scored layer did not give its factors: scores without it would be silently wrong."""
 
 
-class FeatureBuffers:
-    """phi [n, F] of this rank's candidates and psi [F], the sum over its proxy sequences. float32.
+class Sums:
+    """What a pass adds up on this rank; partial over tensor-parallel ranks.
 
-    F is the sum of the layers' sketch dimensions (scope `layer`) or their maximum (scope `model`: all layers share one
-    sketch, with independent hashes).
+    phi [n, F] float32, features of the candidates, and align [n] float64, their alignment; psi [F] float32, the sum
+    over the proxy's sequences, and gradients [rows, columns] float32 of each matrix, likewise. F is the sum of the
+    matrices' sketch dimensions (scope `layer`) or their maximum (scope `model`: all share one sketch, with independent
+    hashes).
     """
 
-    def __init__(self, dims: Sequence[int], n: int, scope: str, device: torch.device) -> None:
+    def __init__(self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True) -> None:
         self.offsets = [sum(dims[:i]) if scope == "layer" else 0 for i in range(len(dims))]
         self.dims = list(dims)
-        total = sum(dims) if scope == "layer" else max(dims)
+        total = (sum(dims) if scope == "layer" else max(dims)) if features else 0
         self.phi = torch.zeros(n, total, dtype=torch.float32, device=device)
         self.psi = torch.zeros(total, dtype=torch.float32, device=device)
+        self.align = torch.zeros(n, dtype=torch.float64, device=device)
+        self.gradients: list[Tensor | None] = [None] * len(dims)
 
-    def add(self, layer: int, first: int, phi: Tensor | None, psi: Tensor | None, weight: float) -> None:
-        """Add one layer's part for candidates first ... first + len(phi) - 1, and for the proxy."""
-        columns = slice(self.offsets[layer], self.offsets[layer] + self.dims[layer])
-        if phi is not None:
-            self.phi[first : first + len(phi), columns].add_(phi, alpha=weight)
-        if psi is not None:
-            self.psi[columns].add_(psi, alpha=weight)
+    def columns(self, matrix: int) -> slice:
+        return slice(self.offsets[matrix], self.offsets[matrix] + self.dims[matrix])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a micro-batch is read: as the proxy, or as candidates first, first + 1, ..."""
+
+    parts: Sequence[Sequence[Part]]  # of each matrix
+    candidate: bool
+    first: int = 0
 
 
 class Capture:
-    """Context manager: hooks on the scored layers for one micro-batch of `n_candidates` then `n_proxy` sequences."""
+    """Context manager: hooks on the scored layers for one micro-batch."""
 
     def __init__(
         self,
         layers: Sequence[ScoredLayer],
-        sketches: Sequence[LayerSketch],
-        preconditioner: Preconditioners,
-        buffers: FeatureBuffers,
-        *,
-        first: int,
-        n_candidates: int,
+        matrix_of: Sequence[int],
+        reading: Reading,
+        preconditioners: Preconditioners,
+        sums: Sums,
         layer_weights: Sequence[float],
         groups: Groups,
         traffic: Traffic,
     ) -> None:
         self.leaves: list[Tensor] = []
-        self._layers = layers
-        self._sketches = sketches
-        self._preconditioner = preconditioner
-        self._buffers = buffers
-        self._first = first
-        self._n = n_candidates
-        self._layer_weights = layer_weights
-        self._groups = groups
-        self._traffic = traffic
+        self._layers, self._matrix_of, self._reading = layers, matrix_of, reading
+        self._preconditioners, self._sums, self._layer_weights = preconditioners, sums, layer_weights
+        self._groups, self._traffic = groups, traffic
         self._forward_calls = [0] * len(layers)
         self._backward_calls = [0] * len(layers)
         self._handles: list[RemovableHandle] = []
@@ -109,26 +115,30 @@ class Capture:
                 )
 
     def _make_forward_hook(self, index: int) -> Callable[..., Any]:
-        layer, sketch = self._layers[index], self._sketches[index]
+        layer = self._layers[index]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None  # the first, gradient-free half of activation checkpointing: it runs again in backward
             out = output[0] if isinstance(output, tuple) else output
-            a = args[0] if args else next(iter(kwargs.values()))
+            given = args[0] if args else next(iter(kwargs.values()))
             needs_leaf = not out.requires_grad
             if needs_leaf:
                 leaf = out.detach().requires_grad_()
                 self.leaves.append(leaf)
                 out = leaf.clone()  # an in-place activation may follow, which a leaf does not allow
             self._forward_calls[index] += 1
-            counted_here = not layer.replicated or self._groups.tp_rank == 0
-            kept: list[Tensor | None] = []
-            if counted_here:
+            kept: list[Tensor] = []
+            if not layer.replicated or self._groups.tp_rank == 0:
                 with torch.no_grad():
-                    a_BTI = _batch_first(a.detach(), layer)
-                    kept.append(self._keep(sketch, layer, a_BTI[: self._n], index) if self._n else None)
-                    kept.append(self._keep(sketch, layer, a_BTI[self._n :], None) if self._n < len(a_BTI) else None)
+                    if layer.embedding:
+                        kept = [given.detach()]
+                    else:
+                        _check_shape(given, layer)
+                        kept = [
+                            self._projected(given.detach(), part, part.kept, layer, layer.input_scattered)
+                            for part in self._parts_of(index)
+                        ]
             out.register_hook(self._make_gradient_hook(index, kept))
             if needs_leaf:
                 return (out, *output[1:]) if isinstance(output, tuple) else out
@@ -136,47 +146,93 @@ class Capture:
 
         return hook
 
-    def _keep(self, sketch: LayerSketch, layer: ScoredLayer, a_BTI: Tensor, index: int | None) -> Tensor:
-        kept = sketch.keep(a_BTI, Identity() if index is None else self._preconditioner.factors(index))
-        return all_gather(kept, self._groups.tp, self._traffic, dim=1) if layer.input_scattered else kept
-
-    def _make_gradient_hook(self, index: int, factors: list[Tensor | None]) -> Callable[[Tensor], None]:
-        """`factors`: what was kept of a for candidates and proxy; empty on ranks that do not count this layer."""
-        layer, sketch = self._layers[index], self._sketches[index]
+    def _make_gradient_hook(self, index: int, kept: list[Tensor]) -> Callable[[Tensor], None]:
+        """`kept`: one tensor for each part, or an embedding's ids; empty on ranks that do not count this layer."""
+        layer = self._layers[index]
 
         def hook(grad: Tensor) -> None:
             self._backward_calls[index] += 1
-            if not factors:
+            if not kept:
                 return
             with torch.no_grad():
                 # autograd keeps this hook until the whole graph is gone: what it closes over must not keep the factors
-                kept_psi, kept_phi = factors.pop(), factors.pop()
-                b_BTO = _batch_first(grad, layer)
-                phi = psi = None
-                if kept_phi is not None:
-                    precondition = self._preconditioner(index)
-                    phi = self._features(sketch, layer, kept_phi, b_BTO[: self._n], precondition)
-                if kept_psi is not None:
-                    # the proxy gradient is a sum over sequences: one long sequence of all their tokens
-                    kept = kept_psi.reshape(1, -1, kept_psi.shape[-1])
-                    psi = self._features(sketch, layer, kept, b_BTO[self._n :], Identity())[0]
-                self._buffers.add(index, self._first, phi, psi, self._layer_weights[index] ** 0.5)
+                forward = list(kept)
+                kept.clear()
+                _check_shape(grad, layer)
+                if layer.embedding:
+                    self._read_embedding(index, forward[0], grad)
+                    return
+                forward.reverse()
+                for part in self._parts_of(index):
+                    projected = self._projected(grad, part, part.projected, layer, layer.output_scattered)
+                    self._reduce(index, part, forward.pop(), projected)
 
         return hook
 
-    def _features(
-        self, sketch: LayerSketch, layer: ScoredLayer, kept: Tensor, b_BTO: Tensor, precondition: LayerPreconditioner
-    ) -> Tensor:
-        projected = sketch.project(b_BTO, precondition)
-        if layer.output_scattered:
-            projected = all_gather(projected, self._groups.tp, self._traffic, dim=1)
-        return sketch.features(kept, projected.reshape(kept.shape[0], -1, projected.shape[-1]), precondition)
+    def _read_embedding(self, index: int, ids_BT: Tensor, grad: Tensor) -> None:
+        layer = self._layers[index]
+        start, rows = layer.rows[0]
+        local_BT = ids_BT - start
+        mine = ((local_BT >= 0) & (local_BT < rows))[..., None]
+        local_BT = local_BT.clamp(0, rows - 1)
+        for part in self._parts_of(index):
+            kept = self._projected(grad, part, part.kept, layer, layer.output_scattered)
+            if part.projected is not None:
+                projected = part.projected[local_BT]
+                self._reduce(index, part, kept, torch.where(mine, projected, 0.0).to(kept.dtype))
+            else:  # one-hot rows: add each token's factor to the row of its id
+                total = torch.zeros(rows, kept.shape[-1], dtype=torch.float32, device=kept.device)
+                masked = torch.where(mine, kept.float(), 0.0)
+                self._add_gradient(index, total.index_add_(0, local_BT.flatten(), masked.flatten(0, 1)))
+
+    def _parts_of(self, index: int) -> Sequence[Part]:
+        return self._reading.parts[self._matrix_of[index]]
+
+    def _projected(self, x: Tensor, part: Part, projection: Projection, layer: ScoredLayer, scattered: bool) -> Tensor:
+        """[B, T, w]. Projected in the order in which the activations lie, so that nothing large is copied.
+
+        Scattered tokens are gathered after the projection, which makes them small, unless it is this rank's own.
+        """
+        dim = 0 if layer.sequence_first else 1
+        if scattered and part.own:
+            x = all_gather(x, self._groups.tp, self._traffic, dim)
+        x = project(x, projection)
+        if scattered and not part.own:
+            x = all_gather(x, self._groups.tp, self._traffic, dim)
+        return x.transpose(0, 1) if layer.sequence_first else x
+
+    def _reduce(self, index: int, part: Part, kept: Tensor, projected: Tensor) -> None:
+        matrix, sums = self._matrix_of[index], self._sums
+        weight = self._layer_weights[matrix]
+        if part.gradient:
+            self._add_gradient(index, projected.flatten(0, 1).float().mT @ kept.flatten(0, 1).float())
+            return
+        if not self._reading.candidate:
+            # the proxy gradient is a sum over sequences: one long sequence of all their tokens
+            assert part.operator is not None
+            one = (x.reshape(1, -1, x.shape[-1]) for x in (kept, projected))
+            sums.psi[sums.columns(matrix)].add_(part.operator.features(*one)[0], alpha=weight**0.5)
+            return
+        rows = slice(self._reading.first, self._reading.first + len(kept))
+        kappa = self._preconditioners.kappa(matrix)
+        a, b = part.widths or ((0, 0) if part.operator is None else (kept.shape[-1], projected.shape[-1]))
+        if part.operator is not None:
+            multiplier = self._preconditioners.multiplier(matrix)
+            phi = part.operator.features(kept[..., :a], projected[..., :b], multiplier)
+            sums.phi[rows, sums.columns(matrix)].add_(phi, alpha=kappa * weight**0.5)
+        if part.aligned:
+            # sum over tokens and columns in float32, over layers in float64
+            dots = torch.linalg.vecdot(kept[..., a:].float(), projected[..., b:].float()).sum(1)
+            sums.align[rows].add_(dots, alpha=kappa * weight)
+
+    def _add_gradient(self, index: int, value: Tensor) -> None:
+        matrix = self._matrix_of[index]
+        previous = self._sums.gradients[matrix]
+        self._sums.gradients[matrix] = value if previous is None else previous.add_(value)
 
 
-def _batch_first(x: Tensor, layer: ScoredLayer) -> Tensor:
-    """[B, T, d] view."""
+def _check_shape(x: Tensor, layer: ScoredLayer) -> None:
     if x.dim() != 3:
         raise CaptureError(
             f"layer {layer.name}: expected activations [batch, tokens, features], got shape {list(x.shape)}"
         )
-    return x.transpose(0, 1) if layer.sequence_first else x

@@ -5,6 +5,7 @@ Every call is counted in `Traffic`, so that the bytes a scoring pass sends are m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,26 @@ def all_reduce(tensor: Tensor, group: ProcessGroup | None, traffic: Traffic) -> 
         dist.all_reduce(tensor, group=group)
         traffic.count(tensor)
     return tensor
+
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def all_reduce_many(tensors: Sequence[Tensor], group: ProcessGroup | None, traffic: Traffic) -> None:
+    """In-place sums of float32 tensors over the group, packed into buckets of at most BUCKET_BYTES (or one tensor)."""
+    if group is None:
+        return
+    start = 0
+    while start < len(tensors):
+        stop, size = start + 1, tensors[start].numel()
+        while stop < len(tensors) and 4 * (size + tensors[stop].numel()) <= BUCKET_BYTES:
+            size += tensors[stop].numel()
+            stop += 1
+        bucket = tensors[start:stop]
+        packed = all_reduce(torch.cat([x.flatten() for x in bucket]), group, traffic)
+        for x, part in zip(bucket, packed.split([x.numel() for x in bucket]), strict=True):
+            x.copy_(part.view_as(x))
+        start = stop
 
 
 def all_gather(tensor: Tensor, group: ProcessGroup | None, traffic: Traffic, dim: int = 0) -> Tensor:

@@ -1,40 +1,53 @@
-"""Preconditioners of all scored layers from optimizer state that is sharded over ranks.
+"""Preconditioners of all scored matrices from optimizer state that is sharded over ranks.
 
-Separable form, one all-reduce for all layers: per layer the row sums [d_out] and column sums [d_in] of the second
+AdamW, separable: one all-reduce for all matrices: per matrix the row sums [d_out] and column sums [d_in] of the second
 moments owned here, on global coordinates, float64. With the state partitioned over data-parallel ranks (ZeRO) the
-sums are taken over them; with the weight sharded over tensor-parallel ranks, over those too. Exact form: the whole
-local shard of one layer at a time, when that layer is reached in the backward pass.
+sums are taken over them; with the weight cut over tensor-parallel ranks, over those too. AdamW, exact: the whole local
+shard of one matrix at a time. Muon: the multiplier S is formed on one data-parallel rank that holds the momentum (where
+none holds all of it, as in ZeRO 3, it is gathered to one rank, a matrix at a time) and stays there; the others receive
+the sketched sides S X [d, m] that they need, never S.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opus.config import PreconditionerConfig
-from megatron_opus.scoring.collectives import Traffic, all_reduce
+from megatron_opus.config import ConfigError, PreconditionerConfig
+from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many
 from megatron_opus.selection.precondition import (
-    Exact,
-    Identity,
-    LayerPreconditioner,
-    Separable,
+    Projection,
+    Side,
     adam_kappa,
+    compose,
     exact_multiplier,
     fragment_sums,
+    muon_kappa,
+    muon_multiplier,
+    muon_side,
     separable_factors,
 )
 from megatron_opus.selection.sketch import indices
-from megatron_opus.types import AdamHyper, Groups, OptimizerState, ScoredLayer, SgdHyper
+from megatron_opus.types import AdamHyper, Groups, Hyper, MuonHyper, OptimizerState, ScoredLayer, SgdHyper
+
+
+@dataclass
+class _Muon:
+    side: Side
+    owner: bool  # this rank forms and keeps S
+    multiplier: Tensor | None = None  # S, on the owner
 
 
 class Preconditioners:
-    """`refresh` is collective over the tensor- and data-parallel groups; so is calling it with form `exact`."""
+    """`refresh` is collective over the tensor- and data-parallel groups; `compose` and `multiplier` over the latter."""
 
     def __init__(
         self,
-        layers: Sequence[ScoredLayer],
+        matrices: Sequence[ScoredLayer],
         state: OptimizerState,
         config: PreconditionerConfig,
         groups: Groups,
@@ -42,75 +55,167 @@ class Preconditioners:
         device: torch.device,
     ) -> None:
         self.geometry = ""
-        self._layers, self._state, self._config = layers, state, config
+        self._matrices, self._state, self._config = matrices, state, config
         self._groups, self._traffic, self._device = groups, traffic, device
-        self._rows = [indices(layer.rows, device) for layer in layers]
-        self._cols = [indices(layer.cols, device) for layer in layers]
-        self._current: list[LayerPreconditioner] = []
-        self._hypers: list[AdamHyper] = []
+        self._rows = [indices(x.rows, device) for x in matrices]
+        self._cols = [indices(x.cols, device) for x in matrices]
+        self._hypers: list[Hyper] = []
+        self._diagonals: dict[int, dict[Side, Tensor]] = {}
+        self._muon: dict[int, _Muon] = {}
         self._age = 0
+        self._cached = False  # there is state, and it was read
 
-    def refresh(self) -> None:
-        """Read the optimizer state for the coming step, unless the last reading is younger than `refresh_every`."""
-        if self._current and self.geometry == "adamw-separable" and self._age < self._config.refresh_every:
+    def refresh(self) -> bool:
+        """Read the optimizer state for the coming step; False: the last reading is younger than `refresh_every`."""
+        if self._cached and self._age < self._config.refresh_every:
             self._age += 1
-            return
+            return False
         self._age = 1
-        hypers = self._state.hypers([layer.weight for layer in self._layers], self._config.kind)
-        self._hypers = [h for h in hypers if isinstance(h, AdamHyper) and h.step > 0]
-        if len(self._hypers) < len(hypers):
+        self._hypers = self._state.hypers([x.weight for x in self._matrices], self._config.kind)
+        started = [isinstance(h, SgdHyper) or h.step > 0 for h in self._hypers]
+        self._diagonals, self._muon = {}, {}
+        self._cached = all(started)
+        if not self._cached:
             # before the first optimizer step there is no second moment: the geometry is SGD's, and the log says so
-            self.geometry = "sgd" if isinstance(hypers[0], SgdHyper) else "sgd (no optimizer state yet)"
-            self._current = [Identity(kappa=h.lr) for h in hypers]
-            return
-        self.geometry = f"adamw-{self._config.form}"
-        if self._config.form == "exact":
-            self._current = [Identity()] * len(self._layers)  # formed layer by layer, in `__call__`
-            return
-        self._current = self._separable()
+            self.geometry = "sgd (no optimizer state yet)"
+            return True
+        form = self._config.form
+        names = {f"adamw-{form}" if isinstance(h, AdamHyper) else _NAMES[type(h)] for h in self._hypers}
+        self.geometry = " + ".join(sorted(names, reverse=True))
+        if form == "separable":
+            self._read_second_moments()
+        self._read_momenta()
+        return True
 
-    def factors(self, index: int) -> LayerPreconditioner:
-        """The part of P that applies to the layer's input alone: `Identity` in the exact form. No communication."""
-        return self._current[index]
+    def kappa(self, index: int) -> float:
+        """The factor of P that is the same for all elements of one matrix."""
+        h = self._hypers[index]
+        if not self._cached or isinstance(h, SgdHyper):
+            return h.lr
+        return adam_kappa(h) if isinstance(h, AdamHyper) else muon_kappa(h)
 
-    def __call__(self, index: int) -> LayerPreconditioner:
-        """P of one layer. Form `exact`: gathers this layer's second moment over the data-parallel group."""
-        if not self.geometry.endswith("-exact"):
-            return self._current[index]
-        layer, hyper = self._layers[index], self._hypers[index]
-        v = torch.zeros(layer.weight.numel(), dtype=torch.float32, device=self._device)
-        for fragment in self._state.second_moment(layer.weight):
-            v[fragment.start : fragment.start + fragment.values.numel()] = fragment.values.float()
+    def of_shard(self, index: int) -> bool:
+        """Whether a side that tensor parallelism leaves whole is preconditioned by its own shard's state: Muon's S."""
+        return index in self._muon
+
+    def compose(self, requests: Sequence[tuple[int, Side, Projection]]) -> list[Projection]:
+        """For each (matrix, side, sketch): the projection that applies P's side of this rank's shard, then the sketch.
+
+        Matrices under Muon: one all-reduce over the data-parallel group for all requests (in pieces when large).
+        """
+        results: list[Projection] = []
+        sent: list[Tensor] = []
+        for index, side, sketch in requests:
+            diagonal = self._diagonals.get(index)
+            muon = self._muon.get(index)
+            if diagonal is not None:
+                results.append(compose(diagonal[side], sketch))
+            elif muon is not None and muon.side == side:
+                size = len(self._rows[index] if side == "rows" else self._cols[index])
+                if muon.owner:
+                    assert muon.multiplier is not None
+                    value = compose(muon.multiplier, sketch)
+                    assert value is not None
+                    value = value.clone() if value is muon.multiplier else value
+                else:
+                    value = torch.zeros(size, size if sketch is None else sketch.shape[1], device=self._device)
+                sent.append(value)
+                results.append(value)
+            else:
+                results.append(sketch)
+        all_reduce_many(sent, self._groups.dp, self._traffic)
+        return results
+
+    def multiplier(self, index: int) -> Tensor | None:
+        """Form `exact`: D of one AdamW matrix on this rank's shard, [O, I] float32, gathered over the ZeRO ranks."""
+        hyper = self._hypers[index]
+        if not self._cached or self._config.form != "exact" or not isinstance(hyper, AdamHyper):
+            return None
+        shard = self._assemble(index, self._state.second_moment(self._matrices[index].weight))
         if self._state.sharded_over_dp:
-            all_reduce(v, self._groups.dp, self._traffic)
-        shard = v.view(len(self._rows[index]), len(self._cols[index]))
-        return Exact(kappa=adam_kappa(hyper), multiplier=exact_multiplier(shard, hyper))
+            all_reduce(shard, self._groups.dp, self._traffic)
+        return exact_multiplier(shard, hyper)
 
     def invalidate(self) -> None:
         """Make the next `refresh` read anew. Called when a checkpoint is written: a resumed run has no cache either."""
-        self._current = []
+        self._cached = False
 
-    def _separable(self) -> list[LayerPreconditioner]:
-        sizes = [layer.d_out + layer.d_in for layer in self._layers]
+    def _assemble(self, index: int, fragments: Sequence) -> Tensor:
+        """[O, I] float32 with the fragments in their places and zeros elsewhere."""
+        rows, cols = len(self._rows[index]), len(self._cols[index])
+        flat = torch.zeros(rows * cols, dtype=torch.float32, device=self._device)
+        for fragment in fragments:
+            flat[fragment.start : fragment.start + fragment.values.numel()] = fragment.values.float()
+        return flat.view(rows, cols)
+
+    def _read_second_moments(self) -> None:
+        adam = [(i, x, h) for i, (x, h) in enumerate(zip(self._matrices, self._hypers, strict=True))
+                if isinstance(h, AdamHyper)]  # fmt: skip
+        if not adam:
+            return
+        sizes = [x.d_out + x.d_in for _, x, _ in adam]
         sums = torch.zeros(sum(sizes), dtype=torch.float64, device=self._device)
         views = sums.split(sizes)
-        for layer, view, rows, cols in zip(self._layers, views, self._rows, self._cols, strict=True):
-            if layer.replicated and self._groups.tp_rank != 0:
+        for (i, x, _), view in zip(adam, views, strict=True):
+            if x.replicated and self._groups.tp_rank != 0:
                 continue  # every tensor-parallel rank holds the same state: counted once
-            for fragment in self._state.second_moment(layer.weight):
+            rows, cols = self._rows[i], self._cols[i]
+            for fragment in self._state.second_moment(x.weight):
                 row_sum, col_sum = fragment_sums(fragment, len(rows), len(cols))
-                view[: layer.d_out].index_add_(0, rows, row_sum.to(self._device))
-                view[layer.d_out :].index_add_(0, cols, col_sum.to(self._device))
+                view[: x.d_out].index_add_(0, rows, row_sum.to(self._device))
+                view[x.d_out :].index_add_(0, cols, col_sum.to(self._device))
         if self._state.sharded_over_dp:
             all_reduce(sums, self._groups.dp, self._traffic)
         all_reduce(sums, self._groups.tp, self._traffic)
-        result: list[LayerPreconditioner] = []
-        for layer, view, rows, cols, hyper in zip(
-            self._layers, views, self._rows, self._cols, self._hypers, strict=True
-        ):
-            r, c = separable_factors(view[: layer.d_out], view[layer.d_out :], hyper)
-            result.append(Separable(kappa=adam_kappa(hyper), row=_take(r, rows), col=_take(c, cols)))
-        return result
+        for (i, x, hyper), view in zip(adam, views, strict=True):
+            r, c = separable_factors(view[: x.d_out], view[x.d_out :], hyper)
+            self._diagonals[i] = {"rows": _take(r, self._rows[i]), "cols": _take(c, self._cols[i])}
+
+    def _read_momenta(self) -> None:
+        chosen = [i for i, h in enumerate(self._hypers) if isinstance(h, MuonHyper)]
+        if not chosen:
+            return
+        fragments = [self._state.momentum(self._matrices[i].weight) for i in chosen]
+        held = torch.tensor([sum(f.values.numel() for f in found) for found in fragments], device=self._device)
+        everywhere = all_gather(held[None], self._groups.dp, self._traffic).tolist()  # [dp][matrices]
+        load = [0] * len(everywhere)
+        for k, (i, found) in enumerate(zip(chosen, fragments, strict=True)):
+            rows, cols = len(self._rows[i]), len(self._cols[i])
+            hyper = self._hypers[i]
+            assert isinstance(hyper, MuonHyper)
+            holders = [rank for rank, sizes in enumerate(everywhere) if sizes[k] == rows * cols]
+            owner = min(holders or range(len(load)), key=lambda rank: load[rank])
+            load[owner] += min(rows, cols) ** 2 * max(rows, cols)
+            muon = _Muon(side=muon_side(rows, cols), owner=owner == self._groups.dp_rank)
+            momentum = self._assemble(i, found) if muon.owner or not holders else None
+            if not holders:
+                if sum(sizes[k] for sizes in everywhere) != rows * cols:
+                    raise ConfigError(
+                        f"{self._matrices[i].name}: expected the data-parallel ranks to hold Muon's momentum of "
+                        f"{rows * cols} numbers between them, found {[sizes[k] for sizes in everywhere]}"
+                    )
+                assert momentum is not None
+                assert self._groups.dp is not None
+                dist.reduce(momentum, dist.get_global_rank(self._groups.dp, owner), group=self._groups.dp)
+                self._traffic.count(momentum)
+            if muon.owner:
+                assert momentum is not None
+                muon.multiplier = muon_multiplier(momentum, self._steps(hyper))
+            self._muon[i] = muon
+
+    def _steps(self, hyper: MuonHyper) -> tuple[tuple[float, float, float], ...]:
+        wanted = self._config.muon_steps
+        if wanted is None:
+            return hyper.coefficients
+        if wanted > len(hyper.coefficients):
+            raise ConfigError(
+                f"selection.preconditioner.muon_steps: expected at most the {len(hyper.coefficients)} steps of the "
+                f"optimizer, got {wanted}"
+            )
+        return hyper.coefficients[:wanted]
+
+
+_NAMES = {MuonHyper: "muon", SgdHyper: "sgd"}
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 Under data parallelism every rank scores its own share of the candidates and of the proxy (global selection):
 
-    phi [n, F], psi [F]     this rank's partial sketches (capture.py)
-    phi, psi = sum over tp                       one all-reduce of (n + 1) F numbers
-    psi      = sum over dp, / K_p                one all-reduce of F + 1 numbers
-    align    = gather over dp (phi psi)          n numbers a rank
-    inter    = Gram of gather over dp (phi)      n F numbers a rank; only when redundancy is on
+    proxy       psi [F], this rank's partial features (capture.py): all-reduce over tp and dp
+                or, when the alignment is one_sided or direct, the gradients themselves: all-reduce over dp
+    candidates  phi [n, F]: one all-reduce over tp
+    align [n]   from phi and psi, or one all-reduce over tp; gathered over dp
+    inter       Gram of gather over dp (phi), n F numbers a rank; only when redundancy is on
+
+The proxy is read before the candidates, in micro-batches of its own.
 
 Nothing else is disturbed: parameters, .grad, optimizer state, training mode and RNG states are as before.
 """
@@ -22,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_opus.config import ConfigError, SelectionConfig
-from megatron_opus.scoring.capture import Capture, CaptureError, FeatureBuffers
-from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, broadcast
+from megatron_opus.scoring.capture import Capture, CaptureError, Reading, Sums
+from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
+from megatron_opus.scoring.plan import Part, Plan
 from megatron_opus.scoring.preconditioners import Preconditioners
+from megatron_opus.scoring.windows import window_starts
 from megatron_opus.selection import utility
-from megatron_opus.selection.sketch import build_sketch
 from megatron_opus.types import Batch, Groups, OptimizerState, ScoredLayer, Signals
 
 TokenLosses = Callable[[nn.Module, Batch], Tensor]  # -> [B, T] unreduced float32 losses
@@ -55,49 +58,74 @@ class ScoringPass:
         self.layers = list(layers)
         self._model, self._config, self._token_losses = model, config, token_losses
         self._groups, self._device = groups, device
-        self._sketches = [
-            build_sketch(
-                config.sketch, name=x.name, d_out=x.d_out, d_in=x.d_in, rows=x.rows, cols=x.cols, device=device
-            )
-            for x in layers
-        ]
+        slots: dict[str, int] = {}
+        self._matrix_of = [slots.setdefault(x.name, len(slots)) for x in layers]
+        matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
         power = {"none": 0.0, "inverse_sqrt": -0.5}[config.layer_weights]
-        self._layer_weights = [float(x.d_out * x.d_in) ** power for x in layers]
-        self.preconditioners = Preconditioners(layers, state, config.preconditioner, groups, self.traffic, device)
+        self._layer_weights = [float(x.d_out * x.d_in) ** power for x in matrices]
+        self._plan = Plan(matrices, config.sketch, device)
+        self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
+        self._psi: Tensor | None = None  # of the last proxy batch, averaged over it
+        self._gradients: list[Tensor] | None = None
+        self._proxy_age = 0
+        self._parts: tuple[bool, list[list[Part]]] | None = None
         self._psi_average: Tensor | None = None
         self._psi_updates = 0
 
-    def __call__(self, candidates: Batch, proxy: Batch, *, interaction: bool = True, proxy_padding: int = 0) -> Signals:
+    @property
+    def proxy_due(self) -> bool:
+        """Whether the next pass reads its proxy batch; it is ignored otherwise (`proxy_refresh_every`)."""
+        known = self._psi is not None or self._gradients is not None
+        return not known or self._proxy_age >= self._config.proxy_refresh_every
+
+    def __call__(
+        self,
+        candidates: Batch,
+        proxy: Batch,
+        *,
+        interaction: bool = True,
+        proxy_padding: int = 0,
+        window_seed: int = 0,
+    ) -> Signals:
         """Score this rank's candidates [n, L] against this rank's share of the proxy [p, L].
 
-        Only the first `config.score_length` tokens of each sequence are scored. Every rank passes equally many
-        sequences of both kinds; the last `proxy_padding` proxy sequences fill up a share and do not count.
-        The result covers the candidates of all data-parallel ranks in rank order, N = n * dp, and is identical on
-        every rank. A candidate with NaN/Inf scores, or without any token that counts in its window, is marked in
-        `finite`. Raises CaptureError when a layer gives no factors, ConfigError for a proxy without counting tokens.
+        `config.score_windows` windows of `config.score_length` tokens of each sequence are scored; `window_seed`, the
+        same on every rank, places them when they are random. Every rank passes equally many sequences of both kinds;
+        the last `proxy_padding` proxy sequences fill up a share and do not count.
+        With scope `global` the result covers the candidates of all data-parallel ranks in rank order, N = n * dp, and
+        is identical on every rank; with `rank_local` it covers this rank's n. A candidate with NaN/Inf scores, or
+        without any token that counts in its windows, is marked in `finite`. Raises CaptureError when a layer gives no
+        factors, ConfigError for a proxy without counting tokens.
         """
-        started = time.perf_counter()
-        sent = self.traffic.bytes_sent
-        candidates, proxy = (x.window(self._config.score_length) for x in (candidates, proxy))
-        _check_proxy(proxy)
-        self.preconditioners.refresh()
-        counted = len(proxy) - proxy_padding
-        buffers, losses = self._factors(candidates, proxy, counted)
-        groups, traffic = self._groups, self.traffic
-
-        packed = torch.cat([buffers.phi.flatten(), buffers.psi])
-        all_reduce(packed, groups.tp, traffic)
-        phi, psi = packed[: buffers.phi.numel()].view_as(buffers.phi), packed[buffers.phi.numel() :]
-        summed = all_reduce(torch.cat([psi, psi.new_tensor([counted])]), groups.dp, traffic)
-        psi = self._average(summed[:-1] / summed[-1])
-
-        align = all_gather(utility.alignment(phi, psi), groups.dp, traffic)
-        losses = all_gather(losses, groups.dp, traffic)
-        inter = utility.interaction(all_gather(phi, groups.dp, traffic)) if interaction else None
+        started, traffic, groups = time.perf_counter(), self.traffic, self._groups
+        sent = traffic.bytes_sent
+        starts = window_starts(self._config, candidates.tokens.shape[1], window_seed)
+        length = min(self._config.score_length, candidates.tokens.shape[1])
+        windows, proxies = ([x.window(length, start) for start in starts] for x in (candidates, proxy))
+        refreshed = self.preconditioners.refresh()
+        due, direct = self.proxy_due, self._plan.direct
+        if due:
+            self._parts = None
+            self._read_proxy(proxies, len(proxy) - proxy_padding)
+        self._proxy_age += 1
+        features = interaction or not direct
+        if refreshed or self._parts is None or self._parts[0] != features:
+            self._parts = (features, self._plan.candidates(self.preconditioners, self._gradients, features))
+        sums = self._sums(len(candidates), features)
+        losses = self._read(windows, self._parts[1], sums, candidate=True)
+        phi = all_reduce(sums.phi, groups.tp, traffic)
+        if direct:
+            align = all_reduce(sums.align, groups.tp, traffic)
+        else:
+            assert self._psi is not None
+            align = utility.alignment(phi, self._psi)
+        over = groups.dp if self._config.scope == "global" else None
+        align, losses = (all_gather(x, over, traffic) for x in (align, losses))
+        inter = utility.interaction(all_gather(phi, over, traffic)) if interaction else None
         # ranks must draw from the same numbers to the last bit, whatever their kernels: the first rank's count
         for value in (align, losses, inter):
             if value is not None:
-                broadcast(broadcast(value, groups.dp, traffic), groups.tp, traffic)
+                broadcast(broadcast(value, over, traffic), groups.tp, traffic)
         finite = torch.isfinite(align) & torch.isfinite(losses)
         if inter is not None:
             finite &= torch.isfinite(inter.diagonal())
@@ -109,10 +137,16 @@ class ScoringPass:
             seconds=time.perf_counter() - started,
             bytes_sent=traffic.bytes_sent - sent,
             geometry=self.preconditioners.geometry,
+            proxy_read=due,
         )
 
+    def invalidate(self) -> None:
+        """Forget what may be older than this step. Called when a checkpoint is written: a resumed run has no cache."""
+        self.preconditioners.invalidate()
+        self._psi, self._gradients, self._parts = None, None, None
+
     def state_dict(self) -> dict[str, Any]:
-        """The proxy average, the only thing that outlives a pass. Identical on every rank."""
+        """The proxy average, the only thing that outlives `invalidate`. Identical on every rank."""
         average = None if self._psi_average is None else self._psi_average.cpu()
         return {"psi_average": average, "psi_updates": self._psi_updates}
 
@@ -131,42 +165,78 @@ class ScoringPass:
         self._psi_updates += 1
         return self._psi_average / (1 - beta**self._psi_updates)
 
-    def _factors(self, candidates: Batch, proxy: Batch, counted: int) -> tuple[FeatureBuffers, Tensor]:
-        """This rank's partial sketches and mean losses [n], in micro-batches of candidates followed by proxy."""
-        n = len(candidates)
-        dims = [sketch.dim for sketch in self._sketches]
-        buffers = FeatureBuffers(dims, n, self._config.sketch.scope, self._device)
-        joined = Batch.cat([candidates, proxy])
-        size = self._config.score_micro_batch_size or len(joined)
-        weights = torch.ones(len(joined), device=self._device)
-        weights[n + counted :] = 0.0
-        losses = []
-        with undisturbed(self._model):
-            for first in range(0, len(joined), size):
-                micro = joined.rows(first, min(first + size, len(joined))).to(self._device)
-                capture = Capture(
-                    self.layers,
-                    self._sketches,
-                    self.preconditioners,
-                    buffers,
-                    first=first,
-                    n_candidates=max(0, min(n - first, len(micro))),
-                    layer_weights=self._layer_weights,
-                    groups=self._groups,
-                    traffic=self.traffic,
-                )
-                with capture:
-                    losses.append(self._run(capture, micro, weights[first : first + size]))
-        return buffers, torch.cat(losses)[:n]
+    def _sums(self, n: int, features: bool) -> Sums:
+        dims = [operator.dim for operator in self._plan.operators]
+        return Sums(dims, n, self._config.sketch.scope, self._device, features)
 
-    def _run(self, capture: Capture, micro: Batch, weights: Tensor) -> Tensor:
-        token_losses = self._token_losses(self._model, micro)
+    def _read_proxy(self, proxies: Sequence[Batch], counted: int) -> None:
+        """psi, or the proxy's (half sketched) gradient of each matrix: the mean over all ranks' proxy sequences."""
+        _check_proxy(proxies)
+        self._proxy_age = 0
+        groups, traffic, plan = self._groups, self.traffic, self._plan
+        sums = self._sums(0, features=not plan.direct)
+        self._read(proxies, plan.proxy(), sums, candidate=False, counted=counted)
+        total = all_reduce(torch.tensor([float(counted)], device=self._device), groups.dp, traffic)
+        if not plan.direct:
+            psi = all_reduce(all_reduce(sums.psi, groups.tp, traffic), groups.dp, traffic)
+            self._psi = self._average(psi / total)
+            return
+        # None: a matrix that another tensor-parallel rank counts
+        gradients = [
+            torch.zeros(plan.gradient_shape(i), dtype=torch.float32, device=self._device) if found is None else found
+            for i, found in enumerate(sums.gradients)
+        ]
+        all_reduce_many(gradients, groups.dp, traffic)
+        self._gradients = [x / total for x in gradients]
+
+    def _read(
+        self,
+        windows: Sequence[Batch],
+        parts: Sequence[Sequence[Part]],
+        sums: Sums,
+        *,
+        candidate: bool,
+        counted: int | None = None,
+    ) -> Tensor:
+        """Add up this rank's sums over its sequences in micro-batches; their mean losses [B].
+
+        The mean of a sequence runs over the counted tokens of all its windows, of which each window gives its part.
+        Sequences from `counted` on are read with weight 0.
+        """
+        tokens = torch.stack([x.loss_mask.sum(1) for x in windows]).sum(0).to(self._device)
+        total = len(windows[0])
+        size = self._config.score_micro_batch_size or total
+        weights = torch.ones(total, device=self._device)
+        weights[counted:] = 0.0 if counted is not None else 1.0
+        losses = torch.zeros(total, dtype=torch.float32, device=self._device)
+        with undisturbed(self._model):
+            for window in windows:
+                for first in range(0, total, size):
+                    rows = slice(first, min(first + size, total))
+                    micro = window.rows(rows.start, rows.stop).to(self._device)
+                    capture = Capture(
+                        self.layers,
+                        self._matrix_of,
+                        Reading(parts=parts, candidate=candidate, first=first),
+                        self.preconditioners,
+                        sums,
+                        self._layer_weights,
+                        self._groups,
+                        self.traffic,
+                    )
+                    with capture:
+                        losses[rows] += self._run(capture, micro, tokens[rows], weights[rows])
+        return losses
+
+    def _run(self, capture: Capture, micro: Batch, tokens: Tensor, weights: Tensor) -> Tensor:
+        with _precision(self._config.score_precision, self._device):
+            token_losses = self._token_losses(self._model, micro)
         if token_losses.shape != micro.loss_mask.shape:
             raise ConfigError(
                 f"token losses: expected unreduced losses of shape {list(micro.loss_mask.shape)}, got "
                 f"{list(token_losses.shape)}; the loss function must not average"
             )
-        means = (token_losses * micro.loss_mask).sum(1) / micro.loss_mask.sum(1)
+        means = (token_losses * micro.loss_mask).sum(1) / tokens
         if not capture.leaves:
             raise CaptureError(
                 "the forward pass reached no scored layer; hooks do not fire inside compiled modules: score the "
@@ -176,6 +246,12 @@ class ScoringPass:
         torch.autograd.grad((means * weights).sum(), capture.leaves)
         capture.check()
         return means.detach()
+
+
+def _precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if name == "model":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager
@@ -197,8 +273,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def _check_proxy(proxy: Batch) -> None:
-    empty = (proxy.loss_mask.sum(1) == 0).nonzero().flatten().tolist()
+def _check_proxy(proxies: Sequence[Batch]) -> None:
+    counted = torch.stack([x.loss_mask.sum(1) for x in proxies]).sum(0)
+    empty = (counted == 0).nonzero().flatten().tolist()
     if empty:
         raise ConfigError(
             f"proxy sequences {empty[:8]} have no token that counts in their scoring window; raise "

@@ -1,48 +1,46 @@
 """The optimizer-induced preconditioner P of the coming step, as plain tensor code (method.md section 3).
 
-    AdamW   P G = kappa D * G,  D_ij = 1 / (sqrt(v_ij / (1 - beta2^t)) + eps),
-            kappa = lr (1 - beta1) / (1 - beta1^(t+1))                        (paper Eq. 8-13; t completed steps)
-    SGD     P G = lr G. Also what AdamW is before its first step, when it has no state.
+Every P here is P G = kappa * (L G R), or kappa * D * G elementwise:
 
-`Separable` replaces v by the rank-1 matrix rowsum(v) colsum(v)^T / sum(v) (Adafactor's), so that D_ij = r_i c_j and P
-is applied to the factors of G: b by r and a by c. `Exact` keeps D whole.
+    AdamW   D_ij = 1 / (sqrt(v_ij / (1 - beta2^t)) + eps), kappa = lr (1 - beta1) / (1 - beta1^(t+1))
+            (paper Eq. 8-13; t completed steps). `separable` replaces v by the rank-1 matrix
+            rowsum(v) colsum(v)^T / sum(v) (Adafactor's), so that L and R are diagonal; `exact` keeps D.
+    Muon    O(q) = S q, the Newton-Schulz polynomial of the momentum q, frozen: L = S on the smaller side of the
+            matrix (R = S where the matrix is taller than wide), kappa = lr scale (1 - mu^2) with Nesterov momentum and
+            lr scale (1 - mu) without (Eq. 2-6).
+    SGD     L = R = I, kappa = lr. Also what AdamW and Muon are before their first step, when they have no state.
+
+A side of P is a `Projection`: None (identity), [d] (a diagonal) or [d, d] (symmetric). A sketch of that side is one
+too: [d, m].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_opus.types import AdamHyper, Fragment
+from megatron_opus.types import AdamHyper, Fragment, MuonHyper
+
+Projection = Tensor | None
+Side = Literal["rows", "cols"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """P G = kappa G."""
-
-    kappa: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Separable:
-    """P G = kappa diag(row) G diag(col), restricted to this rank's rows and columns."""
-
-    kappa: float
-    row: Tensor  # [O] float32
-    col: Tensor  # [I] float32
+def project(x: Tensor, projection: Projection) -> Tensor:
+    """x [..., d] times a projection of its last dimension, in the dtype of x."""
+    if projection is None:
+        return x
+    projection = projection.to(x.dtype)
+    return x * projection if projection.dim() == 1 else x @ projection
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exact:
-    """P G = kappa multiplier * G on this rank's shard."""
-
-    kappa: float
-    multiplier: Tensor  # [O, I] float32
-
-
-LayerPreconditioner = Identity | Separable | Exact
+def compose(side: Projection, sketch: Projection) -> Projection:
+    """The projection that first applies a (symmetric) side of P and then `sketch`."""
+    if side is None or sketch is None:
+        return sketch if side is None else side
+    return side[:, None] * sketch if side.dim() == 1 else side @ sketch
 
 
 def adam_kappa(hyper: AdamHyper) -> float:
@@ -50,9 +48,43 @@ def adam_kappa(hyper: AdamHyper) -> float:
     return hyper.lr * (1 - hyper.beta1) / (1 - hyper.beta1 ** (hyper.step + 1))
 
 
+def muon_kappa(hyper: MuonHyper) -> float:
+    """Weight of a new gradient in the coming Muon update, before its orthogonalisation (Eq. 2-6)."""
+    mu = hyper.momentum
+    return hyper.lr * hyper.scale * (1 - mu**2 if hyper.nesterov else 1 - mu)
+
+
 def exact_multiplier(v: Tensor, hyper: AdamHyper) -> Tensor:
     """D = 1 / (sqrt(v_hat) + eps), the shape and dtype of `v`. Needs hyper.step >= 1."""
     return 1.0 / ((v / (1 - hyper.beta2**hyper.step)).sqrt() + hyper.eps)
+
+
+def muon_side(rows: int, cols: int) -> Side:
+    """The side on which the multiplier of a [rows, cols] momentum stands: the smaller one, rows when equal."""
+    return "cols" if rows > cols else "rows"
+
+
+def muon_multiplier(q: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """S with O(q) = S q (q wide or square) or q S (taller than wide), symmetric [s, s], s = min(q.shape), dtype of q.
+
+    Each Newton-Schulz step is X <- (a I + b A + c A^2) X with A = X X^T, so that only the Gram side is iterated:
+    Z = a I + b A + c A^2, S <- Z S, A <- Z A Z, started from A = q q^T / ||q||_F^2 and S = I / ||q||_F. A momentum of
+    all zeros gives S = 0.
+    """
+    wide = q.mT if q.shape[-2] > q.shape[-1] else q
+    norm = torch.linalg.matrix_norm(q)
+    inverse = torch.where(norm > 0, 1.0 / norm, 0.0)
+    wide = wide * inverse
+    gram = wide @ wide.mT
+    s: Tensor | None = None
+    for i, (a, b, c) in enumerate(coefficients):
+        z = b * gram + c * (gram @ gram)
+        z.diagonal().add_(a)
+        s = z if s is None else z @ s
+        if i + 1 < len(coefficients):
+            gram = z @ gram @ z
+    assert s is not None
+    return (s + s.mT) * (inverse / 2)
 
 
 def separable_factors(row_sum: Tensor, col_sum: Tensor, hyper: AdamHyper) -> tuple[Tensor, Tensor]:

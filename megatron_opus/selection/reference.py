@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_opus.selection.precondition import adam_kappa, exact_multiplier
-from megatron_opus.types import AdamHyper, Batch
+from megatron_opus.types import AdamHyper, Batch, MuonHyper
 
 Gradients = dict[str, Tensor]
 
@@ -44,6 +44,29 @@ def adamw_preconditioner(v: Mapping[str, Tensor], hyper: Mapping[str, AdamHyper]
                 out[name] = h.lr * g
             else:
                 out[name] = adam_kappa(h) * exact_multiplier(v[name].double(), h) * g
+        return out
+
+    return apply
+
+
+def muon_preconditioner(q: Mapping[str, Tensor], hyper: Mapping[str, MuonHyper]) -> Callable[[Gradients], Gradients]:
+    """The Newton-Schulz polynomial of each momentum `q` [d_out, d_in], frozen, applied to new gradients (Eq. 2-6)."""
+
+    def apply(gradients: Gradients) -> Gradients:
+        out = {}
+        for name, g in gradients.items():
+            h = hyper[name]
+            x = q[name].double()
+            tall = x.shape[0] > x.shape[1]  # the optimizer works on the smaller side
+            x = x.T if tall else x
+            x = x / torch.linalg.matrix_norm(x)
+            s = torch.eye(len(x), dtype=torch.float64) / torch.linalg.matrix_norm(q[name].double())
+            for a, b, c in h.coefficients:
+                gram = x @ x.T
+                z = a * torch.eye(len(x), dtype=torch.float64) + b * gram + c * gram @ gram
+                x, s = z @ x, z @ s
+            weight = h.lr * h.scale * (1 - h.momentum**2 if h.nesterov else 1 - h.momentum)
+            out[name] = weight * (g @ s if tall else s @ g)
         return out
 
     return apply

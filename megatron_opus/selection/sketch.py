@@ -1,13 +1,19 @@
 """Linear sketches of per-sequence weight gradients, taken from their factors without forming the gradient.
 
-G(z) = sum_t b_t a_t^T is the [d_out, d_in] weight gradient of one sequence. Both operators below are linear in G and
-hash *global* rows and columns, so the sketches of weight shards add up to the sketch of the whole matrix:
+G(z) = sum_t b_t a_t^T is the [d_out, d_in] weight gradient of one sequence. All operators are linear in G and hash
+*global* rows and columns, so the sketches of weight shards add up to the sketch of the whole matrix:
 
-    materialise   every (row, col) has its own bucket of m and sign. The paper's operator. G is formed in row chunks,
-                  which costs T d_out d_in and a scatter of d_out d_in per sequence.
-                  Var <u, v> about (|u|^2 |v|^2 + <u, v>^2) / m.
-    two_sided     bucket (h_row(i), h_col(j)) of m = m1 m2: B1^T A2 with B1 = b S1^T [T, m1], A2 = a S2^T [T, m2].
-                  Costs T (d_out m1 + d_in m2 + m1 m2). Larger variance on matrices of low rank.
+    materialise    every (row, col) has its own bucket of m and sign. The paper's operator. G is formed in row chunks,
+                   which costs T d_out d_in and a scatter of d_out d_in per sequence.
+                   Var <u, v> about (|u|^2 |v|^2 + <u, v>^2) / m.
+    two_sided      bucket (h_row(i), h_col(j)) of m = m1 m2: B1^T A2 with B1 = b S1^T [T, m1], A2 = a S2^T [T, m2].
+                   Costs T (d_out m1 + d_in m2 + m1 m2). Larger variance on matrices of low rank.
+    two_stage      two_sided to a wider w1 w2, of which every cell is then hashed to m like tensor_sketch does.
+    tensor_sketch  bucket h_row(i) + h_col(j) mod m (Pham and Pagh 2013): a product of spectra, T (d_out + d_in + two
+                   FFTs of m) and no matrix product.
+
+An operator asks for both factors projected (`rows` [O, w], `cols` [I, w]; None: as they are) and turns the projected
+factors into features. The preconditioner is composed into the projections (precondition.py).
 
 Shapes: B sequences, T tokens, O / I the rows / columns held by this rank, m the sketch dimension.
 """
@@ -22,27 +28,32 @@ from torch import Tensor
 
 from megatron_opus.config import SketchConfig
 from megatron_opus.selection import hashing
-from megatron_opus.selection.precondition import Exact, Identity, LayerPreconditioner, Separable
+from megatron_opus.selection.precondition import Projection
 from megatron_opus.types import Ranges
 
-CHUNK_BYTES = 64 * 2**20  # of one materialised row chunk over all sequences of a scoring micro-batch
+CHUNK_BYTES = 64 * 2**20  # of what an operator forms at a time over all sequences of a scoring micro-batch
 
 
-class LayerSketch(Protocol):
-    """The sketch of one layer on one rank. `precondition=Identity()` sketches the raw gradient (the proxy's)."""
+class Operator(Protocol):
+    """The sketch of one matrix on one rank."""
 
     dim: int
 
-    def keep(self, a_BTI: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        """What must survive from the forward to the backward pass: [B, T, I or m2]."""
+    @property
+    def rows(self) -> Projection:
+        """What to project b with, without the preconditioner."""
         ...
 
-    def project(self, b_BTO: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        """What the backward pass needs of b: [B, T, O or m1]."""
+    @property
+    def cols(self) -> Projection:
+        """Likewise for a."""
         ...
 
-    def features(self, kept: Tensor, projected: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        """[B, m] float32: this rank's part of the sketch of P G for each sequence."""
+    def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
+        """[B, m] float32: this rank's part of the sketch of each sequence's gradient.
+
+        kept [B, T, I or w]: a; projected [B, T, O or w]: b. multiplier [O, I]: the exact form of P, `materialise` only.
+        """
         ...
 
 
@@ -60,47 +71,72 @@ def build_sketch(
     rows: Ranges,
     cols: Ranges,
     device: torch.device | str = "cpu",
-) -> LayerSketch:
-    """The configured operator for one layer. State is O(d_out + d_in)."""
+) -> Operator:
+    """The configured operator for one matrix. State is O(d_out + d_in) numbers times the sketched widths."""
     if config.operator == "materialise":
-        return CountSketch(config, name, rows, cols, device)
-    return TwoSided(config, name, d_out, d_in, rows, cols, device)
+        return Materialise(config, name, rows, cols, device)
+    if config.operator == "tensor_sketch":
+        return TensorSketch(config, name, rows, cols, device)
+    if config.operator == "two_stage":
+        return TwoStage(config, name, d_out, d_in, rows, cols, device)
+    return TwoSided(config.seed, config.dim, name, d_out, d_in, rows, cols, device)
 
 
-class CountSketch:
+class Materialise:
     """The paper's CountSketch of the materialised gradient; the hash of (i, j) is mixed from one key per row."""
+
+    rows: Projection = None
+    cols: Projection = None
 
     def __init__(
         self, config: SketchConfig, name: str, rows: Ranges, cols: Ranges, device: torch.device | str = "cpu"
     ) -> None:
         self.dim = config.dim
-        self.row_keys = hashing.mix(hashing.layer_key(config.seed, name, "row"), indices(rows, device))
-        self.col_index = indices(cols, device)
+        self._row_keys = hashing.mix(hashing.layer_key(config.seed, name, "row"), indices(rows, device))
+        self._col_index = indices(cols, device)
 
-    def keep(self, a_BTI: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        return a_BTI * precondition.col if isinstance(precondition, Separable) else a_BTI
-
-    def project(self, b_BTO: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        return b_BTO * precondition.row if isinstance(precondition, Separable) else b_BTO
-
-    def features(self, kept: Tensor, projected: Tensor, precondition: LayerPreconditioner) -> Tensor:
+    def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
         a_BTI, b_BOT = kept.float(), projected.float().transpose(1, 2)
         size = a_BTI.shape[0]
         out = torch.zeros(size, self.dim, dtype=torch.float32, device=kept.device)
-        chunk = max(1, CHUNK_BYTES // (4 * size * len(self.col_index)))
-        for start in range(0, len(self.row_keys), chunk):
+        chunk = max(1, CHUNK_BYTES // (4 * size * len(self._col_index)))
+        for start in range(0, len(self._row_keys), chunk):
             rows = slice(start, start + chunk)
-            hashes = hashing.mix(self.row_keys[rows, None], self.col_index[None, :]).flatten()
+            hashes = hashing.mix(self._row_keys[rows, None], self._col_index[None, :]).flatten()
             gradient = torch.bmm(b_BOT[:, rows], a_BTI)
-            if isinstance(precondition, Exact):
-                gradient = gradient * precondition.multiplier[rows]
+            if multiplier is not None:
+                gradient = gradient * multiplier[rows]
             values = gradient.flatten(1) * hashing.signs(hashes)
             out.index_add_(1, hashing.buckets(hashes, self.dim), values)
-        return out * precondition.kappa
+        return out
 
 
 class TwoSided:
     """Row and column CountSketches as dense +-1 products; balanced buckets, exact where a side has room for all."""
+
+    def __init__(
+        self,
+        seed: int,
+        dim: int,
+        name: str,
+        d_out: int,
+        d_in: int,
+        rows: Ranges,
+        cols: Ranges,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        m_out, m_in = two_sided_shape(dim, d_out, d_in)
+        self.dim = m_out * m_in
+        self.rows: Tensor = side_sketch(seed, name, "row", d_out, m_out, rows, device)  # [O, m_out]
+        self.cols: Tensor = side_sketch(seed, name, "col", d_in, m_in, cols, device)  # [I, m_in]
+
+    def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
+        _no_multiplier(multiplier, "two_sided")
+        return torch.bmm(projected.float().transpose(1, 2), kept.float()).flatten(1)
+
+
+class TwoStage:
+    """A wide two-sided sketch, then bucket h(i') + h(j') mod m of its cells; their signs are independent already."""
 
     def __init__(
         self,
@@ -112,20 +148,48 @@ class TwoSided:
         cols: Ranges,
         device: torch.device | str = "cpu",
     ) -> None:
-        m_out, m_in = two_sided_shape(config.dim, d_out, d_in)
-        self.dim = m_out * m_in
-        self.s_out = _side_matrix(config.seed, name, "row", d_out, m_out, rows, device)  # [O, m_out]
-        self.s_in = _side_matrix(config.seed, name, "col", d_in, m_in, cols, device)  # [I, m_in]
+        self.dim = config.dim
+        self._wide = TwoSided(config.seed, config.intermediate_dim, name, d_out, d_in, rows, cols, device)
+        self.rows, self.cols = self._wide.rows, self._wide.cols
+        self._row_bucket = _buckets(config, name, "row-second", torch.arange(self.rows.shape[1], device=device))
+        self._col_bucket = _buckets(config, name, "col-second", torch.arange(self.cols.shape[1], device=device))
 
-    def keep(self, a_BTI: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        return a_BTI @ _scaled(self.s_in, precondition, "col").to(a_BTI.dtype)
+    def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
+        wide = self._wide.features(kept, projected, multiplier)
+        bucket = (self._row_bucket[:, None] + self._col_bucket[None, :]).flatten() % self.dim
+        out = torch.zeros(len(wide), self.dim, dtype=torch.float32, device=wide.device)
+        return out.index_add_(1, bucket, wide)
 
-    def project(self, b_BTO: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        return b_BTO @ _scaled(self.s_out, precondition, "row").to(b_BTO.dtype)
 
-    def features(self, kept: Tensor, projected: Tensor, precondition: LayerPreconditioner) -> Tensor:
-        core = torch.bmm(projected.float().transpose(1, 2), kept.float())  # [B, m_out, m_in]
-        return core.flatten(1) * precondition.kappa
+class TensorSketch:
+    """Count sketches of a and b, multiplied as spectra and summed over tokens: their circular convolution."""
+
+    rows: Projection = None
+    cols: Projection = None
+
+    def __init__(
+        self, config: SketchConfig, name: str, rows: Ranges, cols: Ranges, device: torch.device | str = "cpu"
+    ) -> None:
+        self.dim = config.dim
+        self._sides = []
+        for side, ranges in (("col", cols), ("row", rows)):
+            index = indices(ranges, device)
+            sign = hashing.signs(hashing.mix(hashing.layer_key(config.seed, name, side + "-sign"), index))
+            self._sides.append((_buckets(config, name, side, index), sign))
+
+    def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
+        _no_multiplier(multiplier, "tensor_sketch")
+        size, tokens = kept.shape[:2]
+        spectrum = torch.zeros(size, self.dim // 2 + 1, dtype=torch.complex64, device=kept.device)
+        chunk = max(1, CHUNK_BYTES // (8 * size * self.dim))
+        for start in range(0, tokens, chunk):
+            spectra = []
+            for x, (bucket, sign) in zip((kept, projected), self._sides, strict=True):
+                piece = x[:, start : start + chunk].float() * sign
+                sketch = torch.zeros(*piece.shape[:2], self.dim, dtype=torch.float32, device=kept.device)
+                spectra.append(torch.fft.rfft(sketch.index_add_(2, bucket, piece)))
+            spectrum += (spectra[0] * spectra[1]).sum(1)
+        return torch.fft.irfft(spectrum, n=self.dim)
 
 
 def two_sided_shape(dim: int, d_out: int, d_in: int) -> tuple[int, int]:
@@ -143,12 +207,13 @@ def two_sided_shape(dim: int, d_out: int, d_in: int) -> tuple[int, int]:
     return m_out, m_in
 
 
-def _side_matrix(
-    seed: int, name: str, side: str, size: int, count: int, ranges: Ranges, device: torch.device | str
+def side_sketch(
+    seed: int, name: str, side: str, size: int, count: int, ranges: Ranges, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """[local indices, count] float32 with one +-1 per row."""
+    """[local indices, min(count, size)] float32 with one +-1 per row, in balanced buckets of the global index."""
     key = hashing.layer_key(seed, name, side)
     local = indices(ranges, device)
+    count = min(count, size)
     bucket = hashing.balanced_buckets(key, size, count, device)[local]
     sign = hashing.signs(hashing.mix(hashing.layer_key(seed, name, side + "-sign"), local))
     matrix = torch.zeros(len(local), count, dtype=torch.float32, device=device)
@@ -156,10 +221,10 @@ def _side_matrix(
     return matrix
 
 
-def _scaled(matrix: Tensor, precondition: LayerPreconditioner, side: str) -> Tensor:
-    """Folds a separable preconditioner into the projection, so that activations are never rescaled."""
-    if isinstance(precondition, Separable):
-        return matrix * (precondition.row if side == "row" else precondition.col)[:, None]
-    if isinstance(precondition, Identity):
-        return matrix
-    raise TypeError("two_sided cannot apply an exact preconditioner; use operator materialise or form separable")
+def _buckets(config: SketchConfig, name: str, side: str, index: Tensor) -> Tensor:
+    return hashing.buckets(hashing.mix(hashing.layer_key(config.seed, name, side), index), config.dim)
+
+
+def _no_multiplier(multiplier: Tensor | None, operator: str) -> None:
+    if multiplier is not None:
+        raise TypeError(f"{operator} cannot apply an exact preconditioner; use operator materialise or form separable")

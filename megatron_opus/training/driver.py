@@ -106,7 +106,7 @@ class SelectionDriver:
 
     def after_checkpoint(self) -> None:
         if self._scorer is not None:
-            self._scorer.preconditioners.invalidate()
+            self._scorer.invalidate()
 
     def _score(self, candidates: Candidates) -> Signals:
         assert self._scorer is not None

@@ -74,7 +74,7 @@ class Session:
             )
             scorer = ScoringPass(
                 engine.module,
-                megatron_layers(engine.module, shards),
+                megatron_layers(engine.module, shards, config.selection),
                 optimizer_state(engine),
                 config.selection,
                 forward_loss,

@@ -35,7 +35,7 @@ def oracle(model, opt, candidates, proxy):
         reference.per_sequence_gradients(lambda b: token_losses(model, b), batch, weights)
         for batch in (candidates, proxy)
     ]
-    if state.kind == "sgd":
+    if isinstance(opt, torch.optim.SGD):
         precondition = reference.sgd_preconditioner(opt.param_groups[0]["lr"])
     else:
         v = {n: opt.state[w].get("exp_avg_sq", torch.zeros(())) for n, w in weights.items()}
@@ -275,8 +275,8 @@ def test_tied_output_layers_are_left_out():
     """Fault: a tied weight's gradient has an embedding part that a linear layer's factors do not show."""
     model = TinyGPT()
     model.lm_head.weight = model.embed.weight
-    assert not any("lm_head" in layer.name for layer in plain_layers(model, include_output_layer=True))
-    assert any("lm_head" in layer.name for layer in plain_layers(TinyGPT(), include_output_layer=True))
+    assert not any("lm_head" in layer.name for layer in plain_layers(model, SelectionConfig()))
+    assert any("lm_head" in layer.name for layer in plain_layers(TinyGPT(), SelectionConfig(score_output_layer=True)))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -305,13 +305,14 @@ def test_factors_are_freed_layer_by_layer(monkeypatch):
     """Fault: every layer's input kept until the whole backward pass is over, which doubles the memory of scoring."""
     import weakref
 
-    from megatron_opus.selection.sketch import CountSketch
+    from megatron_opus.scoring import capture
+    from megatron_opus.selection.sketch import TwoSided
 
-    kept, alive = [], []
-    keep, features = CountSketch.keep, CountSketch.features
+    kept, alive, layers = [], [], 8
+    project, features = capture.project, TwoSided.features
 
-    def recording_keep(self, a, p):
-        out = keep(self, a, p).clone()
+    def recording_project(x, projection):
+        out = project(x, projection)
         kept.append(weakref.ref(out))
         return out
 
@@ -319,15 +320,15 @@ def test_factors_are_freed_layer_by_layer(monkeypatch):
         alive.append(sum(ref() is not None for ref in kept))
         return features(self, *args)
 
-    monkeypatch.setattr(CountSketch, "keep", recording_keep)
-    monkeypatch.setattr(CountSketch, "features", counting_features)
+    monkeypatch.setattr(capture, "project", recording_project)
+    monkeypatch.setattr(TwoSided, "features", counting_features)
     model, opt, candidates, proxy = setup()
-    megatron_opus.score(model, candidates, proxy, opt, config=wide(dim=256))
-    layers = len(plain_layers(model))
-    assert len(kept) == 2 * layers
-    assert alive[0] == 2 * layers
-    assert alive[-1] <= 2
-    assert alive == sorted(alive, reverse=True)
+    config = SelectionConfig(sketch=SketchConfig(operator="two_sided", dim=64), score_length=16)
+    megatron_opus.score(model, candidates, proxy, opt, config=config)
+    assert layers == len(plain_layers(model))
+    # the proxy, then the candidates: all inputs and one gradient at first, one of each in the end
+    assert len(kept) == 4 * layers
+    assert alive == [*range(layers + 1, 1, -1)] * 2
 
 
 def test_the_scoring_window_is_honoured():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,16 +18,35 @@ from megatron_opus.types import Batch
 N, K_P, LENGTH = 8, 4, 16
 
 
-def selection(operator: str = "two_sided", form: str = "separable", dim: int = 256) -> SelectionConfig:
-    return SelectionConfig(
-        sketch=SketchConfig(operator=operator, dim=dim), preconditioner=PreconditionerConfig(form=form)
-    )
+def selection(
+    operator: str = "two_sided", form: str = "separable", dim: int = 256, alignment: str = "features", **kwargs: Any
+) -> SelectionConfig:
+    sketch = SketchConfig(
+        operator=operator, dim=dim, alignment=alignment, one_sided_dim=kwargs.pop("one_sided_dim", 12),
+        intermediate_dim=4 * dim,
+    )  # fmt: skip
+    return SelectionConfig(sketch=sketch, preconditioner=PreconditionerConfig(form=form), **kwargs)
+
+
+# every estimator that the configuration allows, by name
+ESTIMATORS = {
+    "two_sided": selection(),
+    "two_stage": selection("two_stage"),
+    "tensor_sketch": selection("tensor_sketch"),
+    "materialise": selection("materialise"),
+    "materialise, exact": selection("materialise", "exact"),
+    "one_sided": selection(alignment="one_sided"),
+    "direction": selection(alignment="direction"),
+    "direction, exact": selection("materialise", "exact", alignment="direction"),
+    "two_sided, embeddings": selection(score_embedding=True, score_output_layer=True),
+    "one_sided, embeddings": selection(alignment="one_sided", score_embedding=True, score_output_layer=True),
+    "direction, embeddings": selection(alignment="direction", score_embedding=True, score_output_layer=True),
+    "one scope": dataclasses.replace(selection(), sketch=dataclasses.replace(selection().sketch, scope="model")),
+}
 
 
 def documents(batch: Batch) -> Batch:
     """The same tokens as two documents per sequence, cut at different places."""
-    import dataclasses
-
     ids = torch.stack([(torch.arange(LENGTH) >= 3 + z % 9).int() for z in range(len(batch))])
     return dataclasses.replace(batch, document_ids=ids)
 
@@ -54,7 +74,7 @@ def scores_of_rank(
     candidates = cut(random_batch(N, LENGTH, seed=1, masked=True))
     proxy = cut(random_batch(K_P, LENGTH, seed=2))
     shard = functools.partial(weight_shard, config=model_config, tp_rank=groups.tp_rank, tp_size=tp)
-    layers = megatron_layers(model, shard)
+    layers = megatron_layers(model, shard, config)
     state = optimizer_state(optimizer)
     scorer = ScoringPass(model, layers, state, config, forward_loss, groups=groups, device=torch.device("cpu"))
     forwarded = []
@@ -117,16 +137,14 @@ def test_unsharded_scores_agree_with_the_oracle(world2, name, masked):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("operator", "form"), [("two_sided", "separable"), ("materialise", "separable"), ("materialise", "exact")]
-)
-def test_tensor_parallel_scores_are_the_unsharded_ones(world2, world4, name, operator, form):
-    """Fault: hashes by local index or layer order (defect 6), row-sharded moments taken for whole ones (defect 2), or
-    SwiGLU's cat(gate, up) shard read as contiguous rows.
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_tensor_parallel_scores_are_the_unsharded_ones(world2, world4, name, estimator):
+    """Fault: hashes by local index or layer order (defect 6), row-sharded moments taken for whole ones (defect 2),
+    SwiGLU's cat(gate, up) shard read as contiguous rows, a one-sided sketch of the side that is cut.
 
     Tolerance: four steps under another summation order leave weights 1e-6 apart; AdamW amplifies where v is small.
     """
-    config = selection(operator, form)
+    config = ESTIMATORS[estimator]
     truth = unsharded(world2, MODELS[name], config)
     for pool, tp in ((world2, 2), (world4, 4)):
         for rank, result in enumerate(pool.run(scores_of_rank, MODELS[name], tp, config)):
@@ -135,11 +153,11 @@ def test_tensor_parallel_scores_are_the_unsharded_ones(world2, world4, name, ope
             torch.testing.assert_close(result["loss"], truth["loss"], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("operator", ["two_sided", "materialise"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", MODELS)
-def test_sequence_parallel_scores_are_the_unsharded_ones(world2, name, operator):
+def test_sequence_parallel_scores_are_the_unsharded_ones(world2, name, estimator):
     """Fault: without gathering the scattered factor, the cross terms between token slices are missing."""
-    config = selection(operator)
+    config = ESTIMATORS[estimator]
     truth = unsharded(world2, MODELS[name], config)
     for result in world2.run(scores_of_rank, MODELS[name], 2, config, sp=True):
         assert relative(result["align"], truth["align"]) < 1e-4

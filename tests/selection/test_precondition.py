@@ -7,8 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opus.selection.precondition import adam_kappa, exact_multiplier, fragment_sums, separable_factors
-from megatron_opus.types import AdamHyper, Fragment
+from megatron_opus.selection import reference
+from megatron_opus.selection.precondition import (
+    adam_kappa,
+    exact_multiplier,
+    fragment_sums,
+    muon_kappa,
+    muon_multiplier,
+    muon_side,
+    separable_factors,
+)
+from megatron_opus.types import AdamHyper, Fragment, MuonHyper
 
 HYPER = AdamHyper(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, step=7)
 
@@ -103,3 +112,70 @@ def test_a_fragment_of_another_parameter_is_refused():
     """Fault: optimizer state matched by index instead of name reads another parameter's fragment."""
     with pytest.raises(ValueError, match="another parameter"):
         fragment_sums(Fragment(start=10, values=torch.ones(10)), 3, 5)
+
+
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+def muon(**changes):
+    return MuonHyper(
+        **{
+            "lr": 0.02,
+            "momentum": 0.95,
+            "nesterov": True,
+            "scale": 1.5,
+            "coefficients": NEWTON_SCHULZ,
+            "step": 3,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_the_muon_multiplier_is_the_polynomial_of_the_momentum(shape):
+    """Fault: the recursion on the Gram side loses a factor, or stands on the larger side. S q must be the
+    Newton-Schulz iterate of q, computed by iterating on q itself, to float32 rounding amplified by 3.4^5."""
+    q = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    s = muon_multiplier(q, NEWTON_SCHULZ)
+    found = s @ q if muon_side(*shape) == "rows" else q @ s
+    x = (q.T if shape[0] > shape[1] else q).double()
+    x = x / x.norm()
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x.T if shape[0] > shape[1] else x
+    assert s.shape == (min(shape), min(shape))
+    assert torch.equal(s, s.T)
+    torch.testing.assert_close(found.double(), x, rtol=1e-3, atol=1e-4)
+    assert torch.linalg.svdvals(found).min() > 0.6  # orthogonalised: all singular values near 1
+    assert torch.linalg.svdvals(found).max() < 1.3
+
+
+def test_the_muon_multiplier_agrees_with_the_oracle():
+    """Fault: kappa without Nesterov's (1 + mu), the scale forgotten, or the transpose rule of another shape."""
+    g = torch.Generator().manual_seed(1)
+    for shape in ((12, 20), (20, 12)):
+        q, gradient = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+        for nesterov in (True, False):
+            hyper = muon(nesterov=nesterov)
+            truth = reference.muon_preconditioner({"w": q}, {"w": hyper})({"w": gradient.double()})["w"]
+            s = muon_multiplier(q.double(), hyper.coefficients)
+            one_sided = s @ gradient.double() if muon_side(*shape) == "rows" else gradient.double() @ s
+            torch.testing.assert_close(muon_kappa(hyper) * one_sided, truth, rtol=1e-8, atol=1e-10)
+    assert muon_kappa(muon()) == pytest.approx(0.02 * 1.5 * (1 - 0.95**2))
+
+
+def test_a_momentum_of_zeros_gives_no_nan():
+    """Fault: 0 / 0 in a layer without gradient makes every utility NaN."""
+    assert torch.equal(muon_multiplier(torch.zeros(3, 5), NEWTON_SCHULZ), torch.zeros(3, 3))
+
+
+def test_a_single_newton_schulz_step_hardly_preconditions():
+    """Fault: the paper's one-step multiplier taken for Muon's geometry: its singular values spread so little that the
+    scores are SGD's (method.md section 3); all five steps spread them as the momentum's own do."""
+    g = torch.Generator().manual_seed(2)
+    u, v = (torch.linalg.qr(torch.randn(24, 24, generator=g)).Q for _ in range(2))
+    q = u @ torch.diag(torch.logspace(0, -3, 24)) @ v
+    spread = [torch.linalg.svdvals(muon_multiplier(q, NEWTON_SCHULZ[:k])) for k in (1, 5)]
+    assert spread[0][0] / spread[0][-1] < 6
+    assert spread[1][0] / spread[1][-1] > 100

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from megatron_opus.config import SketchConfig
 from megatron_opus.selection import hashing
-from megatron_opus.selection.precondition import Exact, Identity, Separable
+from megatron_opus.selection.precondition import compose, project
 from megatron_opus.selection.sketch import build_sketch, two_sided_shape
 from megatron_opus.types import Ranges
 
-OPERATORS = ["materialise", "two_sided"]
+OPERATORS = ["materialise", "two_sided", "two_stage", "tensor_sketch"]
 
 
 def make(operator, seed=42, dim=256, d_out=24, d_in=40, rows=None, cols=None, name="layer"):
     return build_sketch(
-        SketchConfig(operator=operator, dim=dim, seed=seed),
+        SketchConfig(operator=operator, dim=dim, seed=seed, intermediate_dim=4 * dim),
         name=name,
         d_out=d_out,
         d_in=d_in,
@@ -25,8 +25,10 @@ def make(operator, seed=42, dim=256, d_out=24, d_in=40, rows=None, cols=None, na
     )
 
 
-def apply(sketch, a, b, p):
-    return sketch.features(sketch.keep(a, p), sketch.project(b, p), p)
+def apply(sketch, a, b, rows=None, cols=None, multiplier=None):
+    """Features with the diagonal or dense sides of a preconditioner composed into the projections."""
+    kept, projected = project(a, compose(cols, sketch.cols)), project(b, compose(rows, sketch.rows))
+    return sketch.features(kept, projected, multiplier)
 
 
 def factors(size=3, tokens=7, d_out=24, d_in=40, seed=0):
@@ -57,18 +59,16 @@ def test_shards_add_up(operator, data):
     Tolerance: float32 sums in another order, 280 products of order 1 each.
     """
     a, b = factors()
-    p = Separable(kappa=0.5, row=torch.rand(24) + 0.5, col=torch.rand(40) + 0.5)
-    whole = apply(make(operator), a, b, p)
+    row, col = torch.rand(24) + 0.5, torch.rand(40) + 0.5
+    whole = apply(make(operator), a, b, row, col)
     by_rows = data.draw(st.booleans())
     total = torch.zeros_like(whole)
     for ranges in data.draw(sharding(24 if by_rows else 40)):
         index = cut(ranges)
         if by_rows:
-            part = Separable(kappa=0.5, row=p.row[index], col=p.col)
-            total += apply(make(operator, rows=ranges), a, b[..., index], part)
+            total += apply(make(operator, rows=ranges), a, b[..., index], row[index], col)
         else:
-            part = Separable(kappa=0.5, row=p.row, col=p.col[index])
-            total += apply(make(operator, cols=ranges), a[..., index], b, part)
+            total += apply(make(operator, cols=ranges), a[..., index], b, row, col[index])
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-4)
 
 
@@ -83,7 +83,7 @@ def test_unbiased_over_seeds(operator):
     truth = float(g[0] @ g[1])
     values = []
     for seed in range(400):
-        features = apply(make(operator, seed=seed), a, b, Identity())
+        features = apply(make(operator, seed=seed), a, b)
         values.append(float(features[0] @ features[1]))
     values = torch.tensor(values, dtype=torch.float64)
     error = values.std() / len(values) ** 0.5
@@ -95,7 +95,8 @@ def test_variance_falls_as_one_over_m(operator):
     """Fault: hash values that repeat with a short period waste buckets, and more of them do not help.
 
     From m to 4m the variance over 300 seeds must fall by 4 within the band a ratio of two such estimates has (x 1.6).
-    For two_sided both factors double: its leading terms are 1/m1 + 1/m2, so on full-rank matrices it falls by 2 to 4.
+    For two_sided both factors double: its leading terms are 1/m1 + 1/m2, so on full-rank matrices it falls by 2 to 4;
+    two_stage adds such a term of its wider sides.
     """
     g = torch.Generator().manual_seed(3)
     a, b = torch.randn(2, 60, 64, generator=g), torch.randn(2, 60, 64, generator=g)
@@ -103,18 +104,18 @@ def test_variance_falls_as_one_over_m(operator):
     for dim in (64, 256):
         values = []
         for seed in range(300):
-            features = apply(make(operator, seed=seed, dim=dim, d_out=64, d_in=64), a, b, Identity())
+            features = apply(make(operator, seed=seed, dim=dim, d_out=64, d_in=64), a, b)
             values.append(float(features[0] @ features[1]))
         variance.append(torch.tensor(values, dtype=torch.float64).var().item())
     ratio = variance[0] / variance[1]
-    low, high = (4 / 1.6, 4 * 1.6) if operator == "materialise" else (2 / 1.6, 6 * 1.6)
+    low, high = (2 / 1.6, 6 * 1.6) if operator.startswith("two_") else (4 / 1.6, 4 * 1.6)
     assert low < ratio < high
 
 
 def test_two_sided_is_exact_with_room_for_all():
     """Fault: collisions although there are more buckets than indices."""
     a, b = factors(d_out=6, d_in=5)
-    features = apply(make("two_sided", dim=4096, d_out=6, d_in=5), a, b, Identity())
+    features = apply(make("two_sided", dim=4096, d_out=6, d_in=5), a, b)
     g = torch.bmm(b.transpose(1, 2), a).flatten(1)
     torch.testing.assert_close(features @ features.T, g @ g.T, rtol=1e-5, atol=1e-4)
 
@@ -124,8 +125,8 @@ def test_count_sketch_applies_an_exact_multiplier():
     a, b = factors(size=1)
     multiplier = torch.rand(24, 40) + 0.5
     sketch = make("materialise", dim=2**20)  # so wide that 960 entries hardly collide
-    features = apply(sketch, a, b, Exact(kappa=2.0, multiplier=multiplier))
-    truth = 2.0 * multiplier * torch.bmm(b.transpose(1, 2), a)[0]
+    features = apply(sketch, a, b, multiplier=multiplier)
+    truth = multiplier * torch.bmm(b.transpose(1, 2), a)[0]
     torch.testing.assert_close(features.square().sum(), truth.square().sum(), rtol=1e-3, atol=0)
 
 
@@ -134,16 +135,32 @@ def test_row_chunks_do_not_change_the_sketch(monkeypatch):
     from megatron_opus.selection import sketch as module
 
     a, b = factors()
-    whole = apply(make("materialise"), a, b, Identity())
+    whole = apply(make("materialise"), a, b)
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 3 * 40 * 5)  # five rows at a time
-    torch.testing.assert_close(apply(make("materialise"), a, b, Identity()), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(apply(make("materialise"), a, b), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_two_sided_refuses_an_exact_preconditioner():
+@pytest.mark.parametrize("operator", ["two_sided", "two_stage", "tensor_sketch"])
+def test_only_materialise_takes_an_exact_preconditioner(operator):
     """Fault: silently sketching with the identity where the preconditioner cannot be applied."""
-    a, _ = factors()
+    a, b = factors()
     with pytest.raises(TypeError, match="materialise"):
-        make("two_sided").keep(a, Exact(kappa=1.0, multiplier=torch.ones(24, 40)))
+        apply(make(operator), a, b, multiplier=torch.ones(24, 40))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_dense_sides_are_applied_to_the_gradient(operator):
+    """Fault: Muon's multiplier on the wrong side, or transposed. Sketching L G R through the factors' projections is
+    sketching the materialised L G R, given as a product of its own."""
+    a, b = factors()
+    g = torch.Generator().manual_seed(5)
+    left, right = torch.randn(24, 24, generator=g), torch.randn(40, 40, generator=g)
+    left, right = left + left.T, right + right.T
+    whole = torch.bmm(b.transpose(1, 2), a)
+    product = left @ whole @ right
+    # one token per row of the matrix: a = the rows of L G R, b = unit vectors
+    explicit = apply(make(operator), product, torch.eye(24).expand(len(a), 24, 24))
+    torch.testing.assert_close(apply(make(operator), a, b, left, right), explicit, rtol=1e-3, atol=1e-2)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -1,0 +1,156 @@
+"""What one pass does with the factors a and b of each scored matrix.
+
+Every estimator is two projections and a reduction. kept = a `kept`, projected = b `projected`, and then
+
+    features   an operator's sketch of P G (sketch.py): phi of a candidate, psi of the proxy
+    gradient   projected^T kept, summed over all tokens: the (half sketched) proxy gradient
+    aligned    the sum of kept * projected over tokens and columns: <P G, g_V> of a candidate, exact in both of
+
+    one_sided  S sketches the side that tensor parallelism leaves whole. Cut rows: Z = L g_V S^T [O, s] is the proxy's,
+               and sum_t (b_t Z) . (a_t R S^T) estimates <L G R, g_V>. Cut columns: the same with the sides exchanged.
+    direction  W = P* g_V [O, I] whole; sum_t (b_t W) . a_t. No sketch.
+
+Parts whose projections are matrices are joined, so that a layer's factors are each read by one matrix product.
+Legend: O / I rows / columns held by this rank, s the one-sided dimension, F the feature dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opus.config import SketchConfig
+from megatron_opus.scoring.preconditioners import Preconditioners
+from megatron_opus.selection.precondition import Projection, Side
+from megatron_opus.selection.sketch import Operator, build_sketch, side_sketch
+from megatron_opus.types import ScoredLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Projections of one matrix's factors, and what becomes of them (exactly one use of each column)."""
+
+    kept: Projection  # of a
+    projected: Projection  # of b
+    operator: Operator | None = None  # features
+    widths: tuple[int, int] | None = None  # columns of kept and projected that are the operator's; None: all
+    aligned: bool = False  # the columns after those are multiplied and summed
+    gradient: bool = False
+    own: bool = False  # the projections are this tensor-parallel rank's own: tokens scattered over ranks come first
+
+
+class Plan:
+    """The parts of every matrix, for the proxy and for candidates."""
+
+    def __init__(self, matrices: Sequence[ScoredLayer], config: SketchConfig, device: torch.device) -> None:
+        self.alignment = config.alignment
+        self.operators = [
+            build_sketch(config, name=x.name, d_out=x.d_out, d_in=x.d_in, rows=x.rows, cols=x.cols, device=device)
+            for x in matrices
+        ]
+        self._matrices = matrices
+        self._sides: list[Tensor] = []
+        if config.alignment == "one_sided":
+            self._sides = [
+                side_sketch(config.seed, x.name, "one-sided", size, config.one_sided_dim, ranges, device)
+                for x in matrices
+                for size, ranges in [(x.d_in, x.cols) if x.cut == "rows" else (x.d_out, x.rows)]
+            ]
+
+    @property
+    def direct(self) -> bool:
+        """Whether alignments are read off the candidates' factors instead of their features."""
+        return self.alignment != "features"
+
+    def proxy(self) -> list[list[Part]]:
+        """Raw gradients: P is applied to what comes out (`target`), or to the candidates."""
+        if self.alignment == "features":
+            return [[Part(kept=x.cols, projected=x.rows, operator=x)] for x in self.operators]
+        if self.alignment == "direction":
+            return [[Part(kept=None, projected=None, gradient=True)] for _ in self._matrices]
+        return [
+            [
+                Part(kept=side, projected=None, gradient=True)
+                if x.cut == "rows"
+                else Part(kept=None, projected=side, gradient=True)
+            ]
+            for x, side in zip(self._matrices, self._sides, strict=True)
+        ]
+
+    def gradient_shape(self, index: int) -> tuple[int, int]:
+        """Of what the proxy's `gradient` part gives on this rank."""
+        x, part = self._matrices[index], self.proxy()[index][0]
+        rows = sum(n for _, n in x.rows) if part.projected is None else part.projected.shape[1]
+        cols = sum(n for _, n in x.cols) if part.kept is None else part.kept.shape[1]
+        return rows, cols
+
+    def candidates(
+        self, preconditioners: Preconditioners, gradients: Sequence[Tensor] | None, features: bool
+    ) -> list[list[Part]]:
+        """Parts with the preconditioner of the coming step in them, except its kappa. Collective (see `compose`).
+
+        gradients: what the proxy's `gradient` parts gave, averaged over the proxy; needed when `direct`.
+        features: whether phi is wanted, for the alignment or for the interaction.
+        """
+        requests: list[tuple[int, Side, Projection]] = []
+        if features:
+            for i, operator in enumerate(self.operators):
+                requests += [(i, "cols", operator.cols), (i, "rows", operator.rows)]
+        if self.alignment == "one_sided":
+            assert gradients is not None
+            for i, (x, side) in enumerate(zip(self._matrices, self._sides, strict=True)):
+                if x.cut == "rows":
+                    requests += [(i, "cols", side), (i, "rows", gradients[i])]
+                else:
+                    requests += [(i, "cols", gradients[i].mT), (i, "rows", side)]
+        composed = iter(preconditioners.compose(requests))
+        parts: list[list[Part]] = [[] for _ in self._matrices]
+        if features:
+            for i, operator in enumerate(self.operators):
+                own = preconditioners.of_shard(i)
+                parts[i].append(Part(kept=next(composed), projected=next(composed), operator=operator, own=own))
+        if self.alignment == "one_sided":
+            for i, found in enumerate(parts):
+                own = preconditioners.of_shard(i)
+                aligned = Part(kept=next(composed), projected=next(composed), aligned=True, own=own)
+                found[:] = [_joined(found[0], aligned)] if _joinable(found) else [*found, aligned]
+        elif self.alignment == "direction":
+            assert gradients is not None
+            for i, found in enumerate(parts):
+                found.append(self._direction(i, preconditioners, gradients[i]))
+        return parts
+
+    def _direction(self, index: int, preconditioners: Preconditioners, gradient: Tensor) -> Part:
+        multiplier = preconditioners.multiplier(index)
+        if multiplier is not None:
+            w: Projection = gradient * multiplier
+        else:
+            (left,) = preconditioners.compose([(index, "rows", gradient)])
+            assert left is not None
+            (right,) = preconditioners.compose([(index, "cols", left.mT)])
+            assert right is not None
+            w = right.mT
+        assert w is not None
+        return Part(kept=None, projected=w, aligned=True, own=True)
+
+
+def _joinable(parts: Sequence[Part]) -> bool:
+    return len(parts) == 1 and all(p is not None and p.dim() == 2 for p in (parts[0].kept, parts[0].projected))
+
+
+def _joined(features: Part, aligned: Part) -> Part:
+    assert features.kept is not None
+    assert features.projected is not None
+    assert aligned.kept is not None
+    assert aligned.projected is not None
+    return Part(
+        kept=torch.cat([features.kept, aligned.kept], 1),
+        projected=torch.cat([features.projected, aligned.projected], 1),
+        operator=features.operator,
+        widths=(features.kept.shape[1], features.projected.shape[1]),
+        aligned=True,
+        own=aligned.own,
+    )

@@ -1,0 +1,236 @@
+"""Measurements of the scoring pass: its tax, its fidelity and its memory. `tools/bench_scoring.py` is the command line.
+
+    tax         scoring pass / the same forward and activation-gradient backward without capture and sketch
+    fidelity    Spearman and Pearson correlation of the alignment with the float64 oracle, and the overlap of the top K
+    memory      peak of live tensors above what was there before, relative to that of the plain forward and backward
+
+The three are taken in one process, times alternating between what is compared, so that a noisy machine slows both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from megatron_opus.backends.indexed import open_documents
+from megatron_opus.backends.layers import megatron_layers, standard_shard_map
+from megatron_opus.backends.megatron import build_gpt, forward_loss
+from megatron_opus.backends.optimizer_state import optimizer_state
+from megatron_opus.config import DataConfig, ModelConfig, SelectionConfig
+from megatron_opus.data.buffer import CandidateBuffer
+from megatron_opus.data.corpus import Corpus
+from megatron_opus.scoring.scoring_pass import ScoringPass, undisturbed
+from megatron_opus.selection import reference
+from megatron_opus.types import AdamHyper, Batch, Groups, ScoredLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Candidates of one step and the proxy that they are scored against."""
+
+    name: str
+    candidates: Batch
+    proxy: Batch
+
+
+class Workbench:
+    """A Megatron GPT in one process, trained for some steps with AdamW on a prepared corpus."""
+
+    def __init__(self, model: ModelConfig, corpus_dir: Path, *, length: int, device: torch.device, seed: int) -> None:
+        self.corpus = Corpus.open(corpus_dir, DataConfig(seq_length=length), open_documents)
+        rows = self.corpus.tokenizer.vocab_size
+        self.config = dataclasses.replace(model, vocab_size=rows, max_position_embeddings=length)
+        self.length, self.device, self.seed = length, device, seed
+        self.model = build_gpt(self.config, seq_length=length, seed=seed)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        self.layers = megatron_layers(self.model, standard_shard_map(self.model))
+        self.losses: list[float] = []
+
+    def train(self, steps: int, batch_size: int, *, mixture: Mapping[str, float] | None, cache: Path | None) -> None:
+        """Linear warm-up over a tenth of the steps, then constant. `cache`: a file to keep it in."""
+        if cache is not None and cache.exists():
+            saved = torch.load(cache, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.losses = saved["losses"]
+            return
+        buffer = CandidateBuffer(self.corpus, batch_size, self.seed, dict(mixture) if mixture else None, "discard")
+        self.model.train()
+        for step in range(steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1.0, (step + 1) / max(1, steps // 10))
+            candidates = buffer.draw(step)
+            buffer.settle(candidates, range(batch_size))
+            batch = self.corpus.batch(candidates.sample_ids).to(self.device)
+            self.optimizer.zero_grad()
+            loss = forward_loss(self.model, batch)[batch.loss_mask != 0].mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.losses.append(loss.item())
+        self.optimizer.zero_grad()
+        if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses}
+            torch.save(state, cache)
+
+    def pool(self, name: str, n: int, k_p: int, weights: Mapping[str, float] | None) -> Pool:
+        """n candidates of the given mixture that training has not seen, and k_p proxy sequences."""
+        buffer = CandidateBuffer(self.corpus, n, self.seed + 1, dict(weights) if weights else None, "discard")
+        ids = buffer.draw(0).sample_ids
+        proxy = self.corpus.proxy_ids(0, k_p, self.seed)
+        return Pool(
+            name=name,
+            candidates=self.corpus.batch(ids).to(self.device),
+            proxy=self.corpus.batch(proxy).to(self.device),
+        )
+
+    def scorer(self, config: SelectionConfig) -> ScoringPass:
+        state = optimizer_state(self.optimizer)
+        return ScoringPass(self.model, self.layers, state, config, forward_loss, groups=Groups(), device=self.device)
+
+    def plain(self, batch: Batch) -> None:
+        """Forward and activation-gradient backward down to the first scored layer's output: what scoring must cost."""
+        first: ScoredLayer = self.layers[0]
+        leaves: list[Tensor] = []
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            leaf = (output[0] if isinstance(output, tuple) else output).detach().requires_grad_()
+            leaves.append(leaf)
+            out = leaf.clone()
+            return (out, *output[1:]) if isinstance(output, tuple) else out
+
+        handle = first.module.register_forward_hook(hook)
+        try:
+            with undisturbed(self.model):
+                losses = forward_loss(self.model, batch)
+                torch.autograd.grad((losses * batch.loss_mask).sum(), leaves)
+        finally:
+            handle.remove()
+
+    def oracle(self, pool: Pool) -> Tensor:
+        """[N] float64: the alignment of reference.py, one candidate's gradients in memory at a time."""
+        weights = {x.name: x.weight for x in self.layers}
+        hypers = optimizer_state(self.optimizer).hypers(list(weights.values()))
+        named = {n: h for n, h in zip(weights, hypers, strict=True) if isinstance(h, AdamHyper)}
+        v = {n: self.optimizer.state[w]["exp_avg_sq"] for n, w in weights.items()}
+        precondition = reference.adamw_preconditioner(v, named)
+        target: reference.Gradients = {}
+        for z in range(len(pool.proxy)):
+            one = reference.per_sequence_gradients(self._losses, pool.proxy.rows(z, z + 1), weights)[0]
+            for name, g in one.items():
+                target[name] = target.get(name, 0) + g / len(pool.proxy)
+        wanted = precondition(target)  # P is symmetric: <P G, g> = <G, P g>
+        result = []
+        for z in range(len(pool.candidates)):
+            one = reference.per_sequence_gradients(self._losses, pool.candidates.rows(z, z + 1), weights)[0]
+            result.append(sum((one[name] * wanted[name]).sum() for name in weights))
+        return torch.stack([torch.as_tensor(x) for x in result]).cpu()
+
+    def _losses(self, batch: Batch) -> Tensor:
+        return forward_loss(self.model, batch)
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    return correlation(x.argsort().argsort(), y.argsort().argsort())
+
+
+def top_overlap(x: Tensor, y: Tensor, k: int) -> float:
+    """Share of the k largest of y that are among the k largest of x."""
+    return torch.isin(y.topk(k).indices, x.topk(k).indices).double().mean().item()
+
+
+def fidelity(found: Tensor, truth: Tensor) -> dict[str, float]:
+    return {
+        "spearman": spearman(found, truth),
+        "pearson": correlation(found, truth),
+        "top_k": top_overlap(found, truth, len(truth) // 2),
+    }
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run, `repeats` times in turn after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(repeats + 1):
+        for name, run in runs.items():
+            _wait(device)
+            started = time.perf_counter()
+            run()
+            _wait(device)
+            if index:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> dict[str, float]:
+    """Median and quartiles of the pairwise ratios of neighbouring runs."""
+    ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"median": middle, "low": low, "high": high, "seconds": statistics.median(seconds[name])}
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Peak of what `run` allocates and holds at once: device memory, or on a CPU the storages that torch makes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveStorages() as live:
+        run()
+    return live.peak
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Bytes of the storages that operations inside the block return and that are still referred to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_flatten(result)[0]:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:  # views and in-place results
+                self._see(x)
+        return result
+
+    def _see(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
