@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_opus.scoring.collectives import Traffic, all_gather
 from megatron_opus.scoring.plan import Part
 from megatron_opus.scoring.preconditioners import Preconditioners
-from megatron_opus.selection.precondition import Projection, project
+from megatron_opus.selection.precondition import Buckets, Projection, project
 from megatron_opus.types import Groups, ScoredLayer
 
 
@@ -178,8 +178,8 @@ class Capture:
         for part in self._parts_of(index):
             kept = self._projected(grad, part, part.kept, layer, layer.output_scattered)
             if part.projected is not None:
-                projected = part.projected[local_BT]
-                self._reduce(index, part, kept, torch.where(mine, projected, 0.0).to(kept.dtype))
+                rows_VW = part.projected.dense() if isinstance(part.projected, Buckets) else part.projected
+                self._reduce(index, part, kept, torch.where(mine, rows_VW[local_BT], 0.0).to(kept.dtype))
             else:  # one-hot rows: add each token's factor to the row of its id
                 total = torch.zeros(rows, kept.shape[-1], dtype=torch.float32, device=kept.device)
                 masked = torch.where(mine, kept.float(), 0.0)

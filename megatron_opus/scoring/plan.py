@@ -46,13 +46,13 @@ class Plan:
     """The parts of every matrix, for the proxy and for candidates."""
 
     def __init__(self, matrices: Sequence[ScoredLayer], config: SketchConfig, device: torch.device) -> None:
-        self.alignment = config.alignment
+        self.alignment, self._one_sided_dim = config.alignment, config.one_sided_dim
         self.operators = [
             build_sketch(config, name=x.name, d_out=x.d_out, d_in=x.d_in, rows=x.rows, cols=x.cols, device=device)
             for x in matrices
         ]
         self._matrices = matrices
-        self._sides: list[Tensor] = []
+        self._sides: list[Projection] = []
         if config.alignment == "one_sided":
             self._sides = [
                 side_sketch(config.seed, x.name, "one-sided", size, config.one_sided_dim, ranges, device)
@@ -82,9 +82,11 @@ class Plan:
 
     def gradient_shape(self, index: int) -> tuple[int, int]:
         """Of what the proxy's `gradient` part gives on this rank."""
-        x, part = self._matrices[index], self.proxy()[index][0]
-        rows = sum(n for _, n in x.rows) if part.projected is None else part.projected.shape[1]
-        cols = sum(n for _, n in x.cols) if part.kept is None else part.kept.shape[1]
+        x = self._matrices[index]
+        rows, cols = (sum(n for _, n in ranges) for ranges in (x.rows, x.cols))
+        if self.alignment == "one_sided":
+            sketched = min(self._one_sided_dim, x.d_in if x.cut == "rows" else x.d_out)
+            return (rows, sketched) if x.cut == "rows" else (sketched, cols)
         return rows, cols
 
     def candidates(
@@ -116,7 +118,8 @@ class Plan:
             for i, found in enumerate(parts):
                 own = preconditioners.of_shard(i)
                 aligned = Part(kept=next(composed), projected=next(composed), aligned=True, own=own)
-                found[:] = [_joined(found[0], aligned)] if _joinable(found) else [*found, aligned]
+                joined = _joined(found[0], aligned) if found else None
+                found[:] = [*found, aligned] if joined is None else [joined]
         elif self.alignment == "direction":
             assert gradients is not None
             for i, found in enumerate(parts):
@@ -126,31 +129,27 @@ class Plan:
     def _direction(self, index: int, preconditioners: Preconditioners, gradient: Tensor) -> Part:
         multiplier = preconditioners.multiplier(index)
         if multiplier is not None:
-            w: Projection = gradient * multiplier
+            w = gradient * multiplier
         else:
             (left,) = preconditioners.compose([(index, "rows", gradient)])
-            assert left is not None
+            assert isinstance(left, Tensor)
             (right,) = preconditioners.compose([(index, "cols", left.mT)])
-            assert right is not None
+            assert isinstance(right, Tensor)
             w = right.mT
-        assert w is not None
         return Part(kept=None, projected=w, aligned=True, own=True)
 
 
-def _joinable(parts: Sequence[Part]) -> bool:
-    return len(parts) == 1 and all(p is not None and p.dim() == 2 for p in (parts[0].kept, parts[0].projected))
-
-
-def _joined(features: Part, aligned: Part) -> Part:
-    assert features.kept is not None
-    assert features.projected is not None
-    assert aligned.kept is not None
-    assert aligned.projected is not None
+def _joined(features: Part, aligned: Part) -> Part | None:
+    """Both parts as one, where all their projections are matrices."""
+    found = (features.kept, aligned.kept, features.projected, aligned.projected)
+    matrices = [p for p in found if isinstance(p, Tensor) and p.dim() == 2]
+    if len(matrices) < len(found):
+        return None
     return Part(
-        kept=torch.cat([features.kept, aligned.kept], 1),
-        projected=torch.cat([features.projected, aligned.projected], 1),
+        kept=torch.cat(matrices[:2], 1),
+        projected=torch.cat(matrices[2:], 1),
         operator=features.operator,
-        widths=(features.kept.shape[1], features.projected.shape[1]),
+        widths=(matrices[0].shape[1], matrices[2].shape[1]),
         aligned=True,
         own=aligned.own,
     )

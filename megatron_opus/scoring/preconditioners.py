@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_opus.config import ConfigError, PreconditionerConfig
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many
 from megatron_opus.selection.precondition import (
+    Buckets,
     Projection,
     Side,
     adam_kappa,
@@ -115,10 +116,10 @@ class Preconditioners:
                 if muon.owner:
                     assert muon.multiplier is not None
                     value = compose(muon.multiplier, sketch)
-                    assert value is not None
+                    assert isinstance(value, Tensor)
                     value = value.clone() if value is muon.multiplier else value
                 else:
-                    value = torch.zeros(size, size if sketch is None else sketch.shape[1], device=self._device)
+                    value = torch.zeros(size, _width(sketch, size), device=self._device)
                 sent.append(value)
                 results.append(value)
             else:
@@ -216,6 +217,12 @@ class Preconditioners:
 
 
 _NAMES = {MuonHyper: "muon", SgdHyper: "sgd"}
+
+
+def _width(sketch: Projection, size: int) -> int:
+    if sketch is None:
+        return size
+    return sketch.count if isinstance(sketch, Buckets) else sketch.shape[1]
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -47,13 +47,11 @@ def buckets(h: Tensor, count: int) -> Tensor:
     return _shift(h, 2) % count
 
 
-def balanced_buckets(key: int, size: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """[size] int64: a pseudo-random assignment that gives every bucket floor or ceil of size / count indices.
+def balanced_buckets(key: int, index: Tensor, count: int) -> Tensor:
+    """Buckets 0 ... count-1 of global indices: each block of `count` fills every bucket once, rotated at random.
 
-    Fewer collisions than independent buckets, none at all when size <= count (the sketch is then exact); unbiasedness
-    rests on the signs alone and is kept.
+    Two indices of one block never collide, two of different blocks with probability 1 / count: fewer collisions than
+    independent buckets, and none at all with as many buckets as indices (the sketch is then exact). Unbiasedness rests
+    on the signs alone. Neighbours stay neighbours, so that a projection is a sum of a few contiguous slices.
     """
-    order = torch.argsort(mix(key, torch.arange(size, device=device)), stable=True)
-    out = torch.empty(size, dtype=torch.int64, device=device)
-    out[order] = torch.arange(size, device=device) % count
-    return out
+    return (index + buckets(mix(key, index // count), count)) % count

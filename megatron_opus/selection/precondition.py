@@ -11,12 +11,13 @@ Every P here is P G = kappa * (L G R), or kappa * D * G elementwise:
     SGD     L = R = I, kappa = lr. Also what AdamW and Muon are before their first step, when they have no state.
 
 A side of P is a `Projection`: None (identity), [d] (a diagonal) or [d, d] (symmetric). A sketch of that side is one
-too: [d, m].
+too: [d, m], or its signed buckets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,22 +25,60 @@ from torch import Tensor
 
 from megatron_opus.types import AdamHyper, Fragment, MuonHyper
 
-Projection = Tensor | None
 Side = Literal["rows", "cols"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """A count sketch of one side: column `bucket` of the result is the weighted sum of the indices in it.
+
+    On a CPU it is applied as a sum of slices, which reads x once; as a matrix product with `dense()` everywhere else.
+    """
+
+    bucket: Tensor  # [d] int64
+    weight: Tensor  # [d] float32: signs, times a diagonal preconditioner
+    count: int
+    runs: tuple[tuple[int, int, int], ...]  # (first index, length, first bucket) of slices that fill adjacent buckets
+
+    def dense(self) -> Tensor:
+        """[d, count] float32."""
+        matrix = torch.zeros(len(self.bucket), self.count, dtype=torch.float32, device=self.weight.device)
+        return matrix.scatter_(1, self.bucket[:, None], self.weight[:, None])
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[..., d] float32 -> [..., count]."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.zeros(len(flat), self.count, dtype=x.dtype, device=x.device)
+        for start, length, bucket in self.runs:
+            stop = start + length
+            out[:, bucket : bucket + length].addcmul_(flat[:, start:stop], self.weight[start:stop])
+        return out.view(*x.shape[:-1], self.count)
+
+
+Projection = Tensor | Buckets | None
 
 
 def project(x: Tensor, projection: Projection) -> Tensor:
     """x [..., d] times a projection of its last dimension, in the dtype of x."""
     if projection is None:
         return x
+    if isinstance(projection, Buckets):
+        # low precision would add up in low precision: a matrix product accumulates in float32
+        if x.dtype == torch.float32 and x.device.type == "cpu":
+            return projection.apply(x)
+        projection = projection.dense()
     projection = projection.to(x.dtype)
     return x * projection if projection.dim() == 1 else x @ projection
 
 
-def compose(side: Projection, sketch: Projection) -> Projection:
+def compose(side: Tensor | None, sketch: Projection) -> Projection:
     """The projection that first applies a (symmetric) side of P and then `sketch`."""
     if side is None or sketch is None:
         return sketch if side is None else side
+    if isinstance(sketch, Buckets):
+        if side.dim() == 1:
+            return replace(sketch, weight=sketch.weight * side)
+        sketch = sketch.dense()
     return side[:, None] * sketch if side.dim() == 1 else side @ sketch
 
 

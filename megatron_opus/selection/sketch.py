@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_opus.config import SketchConfig
 from megatron_opus.selection import hashing
-from megatron_opus.selection.precondition import Projection
+from megatron_opus.selection.precondition import Buckets, Projection
 from megatron_opus.types import Ranges
 
 CHUNK_BYTES = 64 * 2**20  # of what an operator forms at a time over all sequences of a scoring micro-batch
@@ -112,7 +112,7 @@ class Materialise:
 
 
 class TwoSided:
-    """Row and column CountSketches as dense +-1 products; balanced buckets, exact where a side has room for all."""
+    """Row and column CountSketches in balanced buckets; exact where a side has room for all indices."""
 
     def __init__(
         self,
@@ -127,8 +127,9 @@ class TwoSided:
     ) -> None:
         m_out, m_in = two_sided_shape(dim, d_out, d_in)
         self.dim = m_out * m_in
-        self.rows: Tensor = side_sketch(seed, name, "row", d_out, m_out, rows, device)  # [O, m_out]
-        self.cols: Tensor = side_sketch(seed, name, "col", d_in, m_in, cols, device)  # [I, m_in]
+        self.shape = m_out, m_in
+        self.rows: Projection = side_sketch(seed, name, "row", d_out, m_out, rows, device)  # [O, m_out]
+        self.cols: Projection = side_sketch(seed, name, "col", d_in, m_in, cols, device)  # [I, m_in]
 
     def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
         _no_multiplier(multiplier, "two_sided")
@@ -151,8 +152,10 @@ class TwoStage:
         self.dim = config.dim
         self._wide = TwoSided(config.seed, config.intermediate_dim, name, d_out, d_in, rows, cols, device)
         self.rows, self.cols = self._wide.rows, self._wide.cols
-        self._row_bucket = _buckets(config, name, "row-second", torch.arange(self.rows.shape[1], device=device))
-        self._col_bucket = _buckets(config, name, "col-second", torch.arange(self.cols.shape[1], device=device))
+        self._row_bucket, self._col_bucket = (
+            _buckets(config, name, side, torch.arange(size, device=device))
+            for side, size in zip(("row-second", "col-second"), self._wide.shape, strict=True)
+        )
 
     def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
         wide = self._wide.features(kept, projected, multiplier)
@@ -209,16 +212,24 @@ def two_sided_shape(dim: int, d_out: int, d_in: int) -> tuple[int, int]:
 
 def side_sketch(
     seed: int, name: str, side: str, size: int, count: int, ranges: Ranges, device: torch.device | str = "cpu"
-) -> Tensor:
-    """[local indices, min(count, size)] float32 with one +-1 per row, in balanced buckets of the global index."""
-    key = hashing.layer_key(seed, name, side)
-    local = indices(ranges, device)
+) -> Projection:
+    """[local indices, min(count, size)] with one +-1 per row, in balanced buckets of the global index.
+
+    On a CPU as `Buckets`, elsewhere as a float32 matrix: a gather is slower than a product there.
+    """
     count = min(count, size)
-    bucket = hashing.balanced_buckets(key, size, count, device)[local]
+    local = indices(ranges, device)
     sign = hashing.signs(hashing.mix(hashing.layer_key(seed, name, side + "-sign"), local))
-    matrix = torch.zeros(len(local), count, dtype=torch.float32, device=device)
-    matrix[torch.arange(len(local), device=device), bucket] = sign
-    return matrix
+    bucket = hashing.balanced_buckets(hashing.layer_key(seed, name, side), local, count)
+    found = Buckets(bucket=bucket, weight=sign, count=count, runs=_runs(bucket))
+    return found if torch.device(device).type == "cpu" else found.dense()
+
+
+def _runs(bucket: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Maximal slices over which the bucket rises by one from index to index."""
+    values = bucket.tolist()
+    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1] + 1]
+    return tuple((a, b - a, values[a]) for a, b in zip(starts, [*starts[1:], len(values)], strict=True))
 
 
 def _buckets(config: SketchConfig, name: str, side: str, index: Tensor) -> Tensor:
