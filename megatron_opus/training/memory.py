@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 
 from megatron_opus.backends.deepspeed import gradient_bucket
-from megatron_opus.backends.sharding import ffn_size, head_channels, padded_vocab_size, query_groups
+from megatron_opus.backends.sharding import ffn_size, head_channels, is_column_cut, padded_vocab_size, query_groups
 from megatron_opus.config import RunConfig
 from megatron_opus.training.model import count_parameters, parameter_shapes
 
@@ -59,7 +60,7 @@ class MemoryEstimate:
 
     weights: float
     optimizer: float
-    sketches: float  # projection matrices of the scored layers
+    sketches: float  # projections of the scored matrices, the proxy's gradient, multipliers
     gradients_kept: float  # buffers that live between steps
     overhead: float
     training: float  # gradients, activations and logits of one microbatch
@@ -121,7 +122,7 @@ def estimate(config: RunConfig, layout: Layout, *, device: str) -> MemoryEstimat
         weights=float(e * p),
         optimizer=optimizer,
         gradients_kept=kept,
-        sketches=_sketches(config) / layout.tp if config.selection.strategy == "opus" else 0.0,
+        sketches=_sketches(config, layout) if config.selection.strategy == "opus" else 0.0,
         overhead=OVERHEAD[device],
         training=gradients + _forward(config, layout, layout.micro_batch_size, config.data.seq_length, frozen=False),
         step=step,
@@ -188,31 +189,79 @@ def _forward(config: RunConfig, layout: Layout, batch: int, length: int, *, froz
     return saved + max(logits + head_gradient, widest)
 
 
-def _sketches(config: RunConfig) -> float:
-    """Projection matrices of a two-sided sketch: about sqrt(m) numbers per row and column of every matrix."""
-    if config.selection.sketch.operator != "two_sided":
-        return 0.0
-    side = math.sqrt(config.selection.sketch.dim)
+def _scored_matrices(config: RunConfig, layout: Layout) -> list[tuple[int, int, bool]]:
+    """(rows, columns, columns are cut) of this rank's part of every scored matrix."""
+    s, tp = config.selection, layout.tp
     shapes = parameter_shapes(_with_positions(config).model, padded=True)
-    matrices = [s for n, s in shapes.items() if ".linear_" in n and n.endswith("weight")]
-    return sum(4.0 * side * (rows + columns) for rows, columns in matrices)
+    kind, _, number = s.scored_layers.partition(":")
+    blocks, k = config.model.num_layers, int(number or 1)
+    chosen = {"last": range(blocks - k, blocks), "every": range(blocks)[::-1][::k]}.get(kind, range(blocks))
+    found = []
+    for name, (rows, columns) in ((n, x) for n, x in shapes.items() if len(x) == 2):
+        block = re.search(r"\.(\d+)\.", name)
+        wanted = (
+            s.score_embedding and "word_embeddings" in name
+            if block is None
+            else ".linear_" in name and name.endswith("weight") and int(block.group(1)) in chosen
+        ) or (s.score_output_layer and "output_layer" in name)
+        if wanted:
+            cut = is_column_cut(name)
+            found.append((rows if cut else rows // tp, columns // tp if cut else columns, cut))
+    return found
+
+
+def _sketches(config: RunConfig, layout: Layout) -> float:
+    """Projections of the scored matrices, and the proxy's gradient in the form that the alignment needs.
+
+    A CPU keeps a bucket and a sign of each row and column, an accelerator matrices as wide as the sketched side; a
+    composed copy of either is made when the preconditioner is read.
+    """
+    k = config.selection.sketch
+    matrices = _scored_matrices(config, layout)
+    total = 0.0
+    if k.operator in ("two_sided", "two_stage"):
+        side = math.sqrt(k.dim if k.operator == "two_sided" else k.intermediate_dim)
+        total += sum(8.0 * side * (rows + columns) for rows, columns, _ in matrices)
+    else:
+        total += sum(24.0 * (rows + columns) for rows, columns, _ in matrices)
+    if k.alignment == "one_sided":
+        # the sketched side; then the gradient with the other side, before and after its preconditioner
+        total += sum(4.0 * k.one_sided_dim * (2 * rows + 2 * columns) for rows, columns, _ in matrices)
+    if k.alignment == "direction":
+        total += sum(8.0 * rows * columns for rows, columns, _ in matrices)
+    if config.selection.preconditioner.form == "exact":
+        total += max((12.0 * rows * columns for rows, columns, _ in matrices), default=0.0)
+    if config.optimizer.name == "muon" and config.selection.preconditioner.kind in ("auto", "muon"):
+        # the frozen multipliers of the matrices that this rank owns, and the temporaries of one
+        total += sum(4.0 * min(r, c) ** 2 for r, c, _ in matrices) / layout.dp
+        total += max((16.0 * min(r, c) ** 2 + 8.0 * r * c for r, c, _ in matrices), default=0.0)
+    return total
 
 
 def _scoring(config: RunConfig, layout: Layout) -> float:
     """Bytes of one scoring micro-batch and of the features of all candidates."""
-    s, m = config.selection, config.model
+    s, k = config.selection, config.selection.sketch
     length = min(s.score_length, config.data.seq_length)
     share = -(-config.buffer_size // layout.dp)
-    together = share + -(-s.proxy_batch_size // layout.dp)
-    batch = min(s.score_micro_batch_size or together, together)
-    scored = 4 * m.num_layers
-    features = s.sketch.dim * (scored if s.sketch.scope == "layer" else 1)
-    # float32 sums, their packed copy and the float64 copy of the alignment; all ranks' features for the Gram matrix
-    held = 16.0 * share * features + (4.0 * config.buffer_size * features if layout.dp > 1 else 0.0)
-    if s.sketch.operator == "two_sided":
-        factors = 4.0 * batch * length * scored * math.sqrt(s.sketch.dim)
-    else:
-        e = 2 if config.training.precision == "bf16" else 4
-        inputs = 3 * m.hidden_size + ffn_size(m) / layout.tp  # the inputs themselves are kept until their gradient
-        factors = e * batch * length * m.num_layers * inputs + 2 * 64 * 2**20
+    largest = max(share, -(-s.proxy_batch_size // layout.dp))
+    batch = min(s.score_micro_batch_size or largest, largest)
+    matrices = _scored_matrices(config, layout)
+    e = 2 if config.training.precision == "bf16" else 4
+    with_features = k.alignment == "features" or s.redundancy.scale != "off"
+    held = factors = 0.0
+    if with_features:
+        features = k.dim * (len(matrices) if k.scope == "layer" else 1)
+        # sums, and float64 copies for an alignment of features; all ranks' features for the Gram matrix
+        held = (16.0 if k.alignment == "features" else 4.0) * share * features
+        held += 4.0 * config.buffer_size * features if layout.dp > 1 and s.redundancy.scale != "off" else 0.0
+        if k.operator in ("two_sided", "two_stage"):
+            side = math.sqrt(k.dim if k.operator == "two_sided" else k.intermediate_dim)
+            factors += e * batch * length * len(matrices) * side
+        else:
+            # the inputs themselves are kept until their gradient comes
+            factors += e * batch * length * sum(columns for _, columns, _ in matrices) + 2 * 64 * 2**20
+    if k.alignment == "one_sided":
+        factors += e * batch * length * len(matrices) * k.one_sided_dim
+    if k.alignment == "direction":
+        factors += e * batch * length * sum(columns for _, columns, _ in matrices)
     return held + factors + _forward(config, layout, batch, length, frozen=True)

@@ -53,10 +53,10 @@ def test_what_fits_passes() -> None:
 def test_scoring_that_is_too_wide() -> None:
     """All candidates in one forward: their logits alone are larger than the model, and one key cures it."""
     with pytest.raises(PreflightError) as caught:
-        check_memory(model("small"), 2, LAPTOP)
+        check_memory(model("small", **{"selection.score_length": 1024}), 2, LAPTOP)
     found = re.search(r"it fits with (selection.score_micro_batch_size)=(\d+)", str(caught.value))
     assert found is not None
-    check_memory(model("small", **{found[1]: int(found[2])}), 2, LAPTOP)
+    check_memory(model("small", **{"selection.score_length": 1024, found[1]: int(found[2])}), 2, LAPTOP)
 
 
 def test_suggested_layouts_fit_and_can_run() -> None:
