@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from distributed import DistributedPool  # noqa: E402
+from partitions import PartitionTable  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -32,6 +33,18 @@ def world4() -> Iterator[DistributedPool]:
     pool = DistributedPool(4)
     yield pool
     pool.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--partition-table", metavar="FILE", help="write the deviations of every tested layout to FILE")
+
+
+@pytest.fixture(scope="session")
+def partition_table(request: pytest.FixtureRequest) -> Iterator[PartitionTable]:
+    table = PartitionTable()
+    yield table
+    if path := request.config.getoption("--partition-table"):
+        table.write(Path(path))
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from gpt_runs import GPT2, QWEN3
+from partitions import relative
 from small_models import random_batch
-from test_sharded import K_P, LENGTH, N, relative, selection
+from test_sharded import K_P, LENGTH, N, selection
 
 from megatron_opus.config import (
     DataConfig,
