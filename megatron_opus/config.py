@@ -145,7 +145,7 @@ class SelectionConfig:
     rho: float = 0.5  # K / N: each step offers N = global_batch_size / rho candidates
     sampling: Literal["boltzmann", "greedy"] = "boltzmann"
     temperature: float = 0.9
-    temperature_unit: Literal["std", "absolute"] = "std"
+    temperature_unit: Literal["std", "mad", "absolute"] = "std"  # mad: not inflated by outliers
     redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
     sketch: SketchConfig = field(default_factory=SketchConfig)
