@@ -67,13 +67,23 @@ class ScoringPass:
         self._psi_average: Tensor | None = None
         self._psi_updates = 0
 
-    def __call__(self, candidates: Batch, proxy: Batch, *, interaction: bool = True, proxy_padding: int = 0) -> Signals:
+    def __call__(
+        self,
+        candidates: Batch,
+        proxy: Batch,
+        *,
+        interaction: bool = True,
+        proxy_padding: int = 0,
+        window_seed: int = 0,
+    ) -> Signals:
         """Score this rank's candidates [n, L] against this rank's share of the proxy [p, L].
 
         Only the first `config.score_length` tokens of each sequence are scored. Every rank passes equally many
         sequences of both kinds; the last `proxy_padding` proxy sequences fill up a share and do not count.
         The result covers the candidates of all data-parallel ranks in rank order, N = n * dp, and is identical on
-        every rank. A candidate with NaN/Inf scores, or without any token that counts in its window, is marked in
+        every rank; with scope `rank_local` it covers this rank's own n and is identical in its tensor-parallel group.
+        `window_seed`: the same on every rank, another one at every step. A candidate with NaN/Inf scores, or without
+        any token that counts in its window, is marked in
         `finite`. Raises CaptureError when a layer gives no factors, ConfigError for a proxy without counting tokens.
         """
         started = time.perf_counter()
@@ -91,13 +101,14 @@ class ScoringPass:
         summed = all_reduce(torch.cat([psi, psi.new_tensor([counted])]), groups.dp, traffic)
         psi = self._average(summed[:-1] / summed[-1])
 
-        align = all_gather(utility.alignment(phi, psi), groups.dp, traffic)
-        losses = all_gather(losses, groups.dp, traffic)
-        inter = utility.interaction(all_gather(phi, groups.dp, traffic)) if interaction else None
+        dp = groups.dp if self._config.scope == "global" else None
+        align = all_gather(utility.alignment(phi, psi), dp, traffic)
+        losses = all_gather(losses, dp, traffic)
+        inter = utility.interaction(all_gather(phi, dp, traffic)) if interaction else None
         # ranks must draw from the same numbers to the last bit, whatever their kernels: the first rank's count
         for value in (align, losses, inter):
             if value is not None:
-                broadcast(broadcast(value, groups.dp, traffic), groups.tp, traffic)
+                broadcast(broadcast(value, dp, traffic), groups.tp, traffic)
         finite = torch.isfinite(align) & torch.isfinite(losses)
         if inter is not None:
             finite &= torch.isfinite(inter.diagonal())

@@ -54,7 +54,7 @@ def driver(config: RunConfig, align: torch.Tensor, groups: Groups | None = None)
     ids = Ids()
     padding = []
 
-    def scorer(candidates, proxy, *, interaction, proxy_padding):
+    def scorer(candidates, proxy, *, interaction, proxy_padding, window_seed):
         padding.append((len(candidates), len(proxy), proxy_padding))
         return Signals(alignment=align, interaction=torch.outer(align, align), geometry="adamw-separable")
 
