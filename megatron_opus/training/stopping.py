@@ -73,8 +73,8 @@ class StopAgreement:
     """
 
     def __init__(self, requested: Callable[[], int], until: float | None, device: torch.device | str) -> None:
-        self._requested, self._until, self._device = requested, until, device
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._requested, self._until = requested, until
+        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
         self._work: dist.Work | None = None
 
     def post(self) -> None:
@@ -82,11 +82,9 @@ class StopAgreement:
         code = self._requested()
         if self._until is not None and time.monotonic() >= self._until:
             code = TIME_IS_UP
+        self._flag.fill_(code)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._flag = torch.tensor([code], dtype=torch.int32, device=self._device)
             self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
-        else:
-            self._flag.fill_(code)
 
     def agreed(self) -> str:
         """The reason to stop, the same on every rank; empty: go on."""
