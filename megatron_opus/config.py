@@ -110,6 +110,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_interval: int = 1
     tensorboard: bool = True
+    exit_duration_minutes: float | None = None  # stop with a checkpoint after so long; None: train to the last step
     max_nonfinite_steps: int = 3  # consecutive steps with a NaN/Inf loss before the run stops
 
 
@@ -145,7 +146,7 @@ class SelectionConfig:
     rho: float = 0.5  # K / N: each step offers N = global_batch_size / rho candidates
     sampling: Literal["boltzmann", "greedy"] = "boltzmann"
     temperature: float = 0.9
-    temperature_unit: Literal["std", "absolute"] = "std"
+    temperature_unit: Literal["std", "mad", "absolute"] = "std"  # mad: not inflated by outliers
     redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
     sketch: SketchConfig = field(default_factory=SketchConfig)
@@ -289,6 +290,14 @@ def validate(config: RunConfig) -> None:
     _require(
         m.position_embedding_type != "learned_absolute" or positions is None or positions >= d.seq_length,
         f"model.max_position_embeddings: expected at least data.seq_length ({d.seq_length}), got {positions}",
+    )
+    _require(
+        t.exit_duration_minutes is None or t.exit_duration_minutes > 0,
+        f"training.exit_duration_minutes: expected more than 0, or null for no limit, got {t.exit_duration_minutes}",
+    )
+    _require(
+        p.distributed_timeout_minutes > 0,
+        f"parallel.distributed_timeout_minutes: expected more than 0, got {p.distributed_timeout_minutes}",
     )
     _require(0 < s.rho <= 1, f"selection.rho: expected 0 < rho <= 1, got {s.rho}")
     offered = t.global_batch_size / s.rho

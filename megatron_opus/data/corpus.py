@@ -24,6 +24,7 @@ from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.permutation import key, permute
 from megatron_opus.types import Batch, TokenDocuments
 
+_PIECE = 1 << 20  # tokens read at once when everything is read
 OpenDocuments = Callable[[str, Path], TokenDocuments]
 
 
@@ -113,6 +114,23 @@ class Corpus:
         tokenizer = tokenizers.reopen(directory / manifests.TOKENIZER_DIRECTORY, manifest.tokenizer)
         documents = {(e.role, e.name): open_documents(e.name, directory / e.prefix) for e in manifest.datasets}
         return cls(manifest, documents, tokenizer, config)
+
+    def content_digests(self) -> dict[str, str]:
+        """role/domain -> digest of what this process can read: every token of proxies and validation sets, document
+        ends and evenly spaced sequences of the candidates. The fingerprint is what the files claim to hold."""
+        digests = {}
+        for d in self._domains:
+            total = d.documents.num_tokens
+            digest = hashlib.sha256(np.ascontiguousarray(d.documents.document_ends, dtype=np.int64).tobytes())
+            if d.role == "candidates":
+                spots = np.linspace(0, total - self.seq_length - 1, 64).astype(np.int64).tolist()
+                pieces = [(start, self.seq_length + 1) for start in spots]
+            else:
+                pieces = [(start, min(_PIECE, total - start)) for start in range(0, total, _PIECE)]
+            for start, length in pieces:
+                digest.update(np.asarray(d.documents.tokens(start, length), dtype=np.int64).tobytes())
+            digests[f"{d.role}/{d.name}"] = digest.hexdigest()[:16]
+        return digests
 
     # --- ids --------------------------------------------------------------------------------------------------------
 

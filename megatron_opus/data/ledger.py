@@ -31,8 +31,12 @@ SCHEMA = pa.schema(
         ("selected", pa.bool_()),
         ("draw_order", pa.int32()),  # -1: not selected
         ("finite", pa.bool_()),
+        ("excluded", pa.dictionary(pa.int32(), pa.string())),  # why it could not be drawn; null: it could
     ]
 )
+# What can be wrong with a candidate, in the order in which it is looked for. A sequence without any token that counts
+# in its scoring window has no mean loss and is found under the first.
+REASONS = ("non-finite loss", "non-finite alignment", "non-finite factors")
 _PART = re.compile(r"steps-(\d+)-(\d+)\.parquet")
 
 
@@ -75,6 +79,7 @@ class LedgerWriter:
             pa.array(order >= 0),
             pa.array(order),
             pa.array(finite),
+            pa.DictionaryArray.from_arrays(exclusions(signals, n), pa.array(REASONS, pa.string())),
         ]
         self._rows.append(pa.record_batch(columns, schema=SCHEMA))
         self._first = candidates.step if self._first is None else self._first
@@ -110,6 +115,17 @@ class LedgerWriter:
                 path.unlink()
             else:
                 self._last = max(self._last, last)
+
+
+def exclusions(signals: Signals, n: int) -> pa.Array:
+    """[n] int32: index into REASONS for a candidate that was not to be drawn, null for the others."""
+    reason = np.full(n, -1, dtype=np.int32)
+    if signals.finite is not None:
+        reason[~signals.finite.detach().cpu().numpy()] = REASONS.index("non-finite factors")
+        for name, values in (("non-finite alignment", signals.alignment), ("non-finite loss", signals.loss)):
+            if values is not None:
+                reason[(reason >= 0) & ~np.isfinite(values.detach().cpu().numpy())] = REASONS.index(name)
+    return pa.array(reason, mask=reason < 0)
 
 
 def read_ledger(directory: str | Path, complete: bool = True) -> pa.Table:

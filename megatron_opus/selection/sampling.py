@@ -1,7 +1,10 @@
 """Drawing K of N candidates one by one, with a redundancy term that grows with every draw (Alg. 1).
 
-Boltzmann draws use the Gumbel-max identity: argmax(U / tau + Gumbel noise) is a draw from softmax(U / tau). The noise
-of all K draws is taken from the generator at once, so a draw costs O(N) vector work and no host synchronisation.
+Boltzmann draws use the Gumbel-max identity: argmax(U / tau + Gumbel noise) is a draw from softmax(U / tau). Without
+redundancy the utilities do not change between draws, and the K largest of U / tau + noise, in falling order, are K
+draws without replacement: one noise vector and one sort (Gumbel top-k; Kool et al. 2019, arXiv 1903.06059). With
+redundancy every draw needs noise of its own, since the old noise is no longer Gumbel given what it already decided: K
+draws of O(N) vector work each, in which the host never waits for a device.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MAD_TO_STD = 1.4826  # a normal distribution's standard deviation / its median absolute deviation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,46 +41,81 @@ def draw(
 ) -> Draw:
     """Draw `k` distinct candidates.
 
-    align [N] float64, inter [N, N] float64 (None: no redundancy), eligible [N] bool. `temperature` is in standard
-    deviations of the eligible utilities (`std`) or in the utility's own unit (`absolute`). Raises ValueError when
-    fewer than k candidates are eligible.
+    align [N] float64, inter [N, N] float64 (None: no redundancy), eligible [N] bool. `temperature` is in units of the
+    spread of the eligible utilities, as `spread` measures it (`std`, `mad`), or in the utility's own unit
+    (`absolute`). Takes one number from `generator` in every mode, so that ablations share their other draws. Raises
+    ValueError when fewer than k candidates are eligible.
     """
-    n = len(align)
-    eligible = torch.ones(n, dtype=torch.bool) if eligible is None else eligible
+    n, device = len(align), align.device
+    eligible = torch.ones(n, dtype=torch.bool, device=device) if eligible is None else eligible
     count = int(eligible.sum())
     if count < k:
         raise ValueError(f"draw: expected at least {k} eligible candidates, got {count} of {n}")
-    blocked = torch.zeros(n, dtype=torch.float64).masked_fill(~eligible, -math.inf)
     utility = torch.where(eligible, align, 0.0)
-    spread = utility[eligible].std().item() if count > 1 else 0.0
-    tau = temperature * spread if temperature_unit == "std" else temperature
-    # the generator advances by the same amount whatever the mode, so that ablations share their other draws
-    uniform = torch.rand(k, n, generator=generator, dtype=torch.float64)
-    noise = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float64).tiny)))
-    scores_per_unit = 1.0 if greedy or tau == 0 else 1.0 / tau
-    if greedy:
-        noise = torch.zeros_like(noise)
-
-    history = torch.zeros(n, dtype=torch.float64)
-    at_draw = torch.zeros(n, dtype=torch.float64)
-    order = torch.empty(k, dtype=torch.int64)
-    for i in range(k):
-        penalty = redundancy_scale * history
-        chosen = torch.argmax((utility - penalty) * scores_per_unit + noise[i] + blocked)
-        order[i] = chosen
-        at_draw[chosen] = penalty[chosen]
-        blocked[chosen] = -math.inf
-        if inter is not None and redundancy_scale != 0:
-            history = history + torch.where(eligible, inter[:, chosen], 0.0)
-    final = redundancy_scale * history
-    final[order] = at_draw[order]
+    tau = temperature if temperature_unit == "absolute" else temperature * spread(utility[eligible], temperature_unit)
+    per_unit = 1.0 if greedy or tau == 0 else 1.0 / tau
+    logits = (utility * per_unit).masked_fill(~eligible, -math.inf)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    rows = 1 if inter is None or redundancy_scale == 0 else k
+    noise = torch.zeros(rows, n, dtype=torch.float64) if greedy else _gumbel(rows, n, seed)
+    noise = noise.to(device)
+    if inter is None or redundancy_scale == 0:
+        order = torch.argsort(logits + noise[0], descending=True, stable=True)[:k]
+        redundancy = torch.zeros(n, dtype=torch.float64, device=device)
+    else:
+        if count < n:
+            inter = inter.masked_fill(~eligible[:, None], 0.0)  # -inf + NaN would be NaN, and NaN the largest
+        order, redundancy = _one_by_one(logits, noise, inter, redundancy_scale, per_unit)
     return Draw(
         indices=order,
         utility=torch.where(eligible, align, math.nan),
-        redundancy=final,
+        redundancy=redundancy,
         temperature=tau,
-        entropy_ratio=math.nan if greedy else _entropy_ratio(utility[eligible] * scores_per_unit),
+        entropy_ratio=math.nan if greedy else _entropy_ratio(logits[eligible]),
     )
+
+
+def spread(utility: Tensor, unit: str) -> float:
+    """Spread of [n] utilities: their standard deviation (`std`), or 1.4826 x the median absolute deviation (`mad`).
+
+    The two agree on a normal distribution. One outlier in a buffer inflates the first and flattens the draw among all
+    others; it hardly moves the second. Where more than half of the utilities are equal the median deviation is 0 and
+    says nothing: then the standard deviation is taken.
+    """
+    if len(utility) < 2:
+        return 0.0
+    if unit == "mad":
+        middle = utility.quantile(0.5)
+        deviation = MAD_TO_STD * (utility - middle).abs().quantile(0.5).item()
+        if deviation > 0:
+            return deviation
+    return utility.std().item()
+
+
+def _one_by_one(logits: Tensor, noise: Tensor, inter: Tensor, scale: float, per_unit: float) -> tuple[Tensor, Tensor]:
+    """([K] order, [N] redundancy) of sequential draws. logits [N], -inf where nothing may be drawn; noise [K, N]."""
+    k = len(noise)
+    base = logits.clone()
+    history = torch.zeros_like(base)  # scaled redundancy with what is drawn so far
+    at_draw = torch.zeros_like(base)
+    score = torch.empty_like(base)
+    order = torch.empty(k, dtype=torch.int64, device=base.device)
+    for i in range(k):
+        torch.add(base, history, alpha=-per_unit, out=score)
+        # an index that stays a tensor: item(), a branch on a tensor or x[tensor] would make the host wait
+        chosen = score.add_(noise[i]).argmax(0, keepdim=True)
+        order[i : i + 1] = chosen
+        at_draw.index_copy_(0, chosen, history.index_select(0, chosen))
+        base.index_fill_(0, chosen, -math.inf)
+        history.add_(inter.index_select(1, chosen).squeeze(1), alpha=scale)
+    return order, history.index_copy_(0, order, at_draw.index_select(0, order))
+
+
+def _gumbel(rows: int, n: int, seed: int) -> Tensor:
+    """[rows, n] float64 standard Gumbel noise, drawn on the CPU: the same numbers on every kind of device."""
+    own = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(rows, n, generator=own, dtype=torch.float64)
+    return -torch.log(-torch.log(uniform.clamp_min_(torch.finfo(torch.float64).tiny)))
 
 
 def _entropy_ratio(logits: Tensor) -> float:

@@ -51,6 +51,7 @@ FREE_KEYS = frozenset(
         "training.keep_checkpoints",
         "training.log_interval",
         "training.tensorboard",
+        "training.exit_duration_minutes",
         "training.max_nonfinite_steps",
         "selection.max_fallbacks",
         "selection.debug_checks",

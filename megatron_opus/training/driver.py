@@ -1,7 +1,8 @@
 """The driver: fill the buffer, score, select, hand the selection to the patched iterator, take the host's step.
 
 Every rank runs the same lines on the same candidates, signals and generator, so that all draw the same K ids without
-being told; `selection.debug_checks` compares a hash of them over all ranks at every step.
+being told. With `selection.scope: rank_local` that holds for the tensor-parallel ranks of one data-parallel rank, and
+the decisions are gathered (rank_local.py). `selection.debug_checks` compares them over all ranks at every step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from megatron_opus.config import ConfigError, RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.data.ledger import REASONS, exclusions
+from megatron_opus.data.permutation import key
 from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.training import rank_local
 from megatron_opus.types import Candidates, Groups, Selection, SelectionStrategy, Signals
 
 ENTROPY_WARNING = 0.99
@@ -56,7 +60,12 @@ class SelectionDriver:
         if strategy.needs and scorer is None:
             raise ConfigError(f"selection.strategy {config.selection.strategy} needs a scoring pass, got none")
         self.counters = Counters()
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self._local = config.selection.scope == "rank_local"
+        self.generator = (
+            rank_local.generator(config.seed, groups.dp_rank)
+            if self._local
+            else torch.Generator().manual_seed(config.seed)
+        )
         self._config, self._groups, self._corpus = config, groups, corpus
         self._buffer, self._strategy, self._scorer, self._iterator = buffer, strategy, scorer, iterator
         self._entropy_warned = False
@@ -71,8 +80,14 @@ class SelectionDriver:
         c, step, k = self._config, self.counters.step, self._config.training.global_batch_size
         candidates = self._buffer.draw(step, self._strategy.domain_weights(step))
         signals = self._score(candidates) if self._strategy.needs else Signals()
-        selection = self._strategy.select(candidates, signals, k, self.generator)
-        self._check(selection, k)
+        if self._local:
+            mine, g = rank_local.own(candidates, self._groups), self._groups
+            selection = self._strategy.select(mine, signals, k // g.dp_size, self.generator)
+            signals, selection = rank_local.merge(signals, selection, len(mine), g)
+        else:
+            selection = self._strategy.select(candidates, signals, k, self.generator)
+        self._check_excluded(candidates, signals)
+        self._check(selection)
         order = torch.argsort(selection.indices)
         chosen = selection.indices[order]
         self._iterator.fill_selection(
@@ -87,18 +102,27 @@ class SelectionDriver:
         return candidates, signals, selection
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides what is chosen next. The same on every rank."""
+        """Everything that decides what is chosen next. The same on every rank; collective with scope `rank_local`."""
         return {
             "counters": vars(self.counters).copy(),
-            "generator": self.generator.get_state(),
+            "generators": rank_local.gathered_states(self.generator, self._groups)
+            if self._local
+            else [self.generator.get_state()],
             "buffer": self._buffer.state_dict(),
             "strategy": self._strategy.state_dict(),
             "scorer": None if self._scorer is None else self._scorer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. Raises ConfigError for another number of data-parallel ranks."""
+        expected, saved = self._groups.dp_size if self._local else 1, len(state["generators"])
+        if saved != expected:
+            raise ConfigError(
+                f"selection.scope {self._config.selection.scope}: the checkpoint has the generators of {saved} "
+                f"data-parallel ranks, this run needs {expected}; resume with as many ranks as the run was started with"
+            )
         self.counters = Counters(**state["counters"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generators"][self._groups.dp_rank if self._local else 0])
         self._buffer.load_state_dict(state["buffer"])
         self._strategy.load_state_dict(state["strategy"])
         if self._scorer is not None and state["scorer"] is not None:
@@ -122,15 +146,30 @@ class SelectionDriver:
             self._corpus.batch(np.resize(proxy_ids, p * g.dp_size)[g.dp_rank * p : (g.dp_rank + 1) * p]),
             interaction=s.redundancy.scale != "off",
             proxy_padding=p - counted,
+            # a function of seed and step: the same windows on every rank, and again in a resumed run
+            window_seed=key("scoring-window", self._config.seed, self.counters.step) >> 1,
         )
-        length = min(s.score_length, self._config.data.seq_length)
+        length = min(s.score_length, self._config.data.seq_length) * s.score_windows
         self.counters.scored_tokens += (len(candidates) + len(proxy_ids)) * length
         if signals.geometry != self._geometry:
             self._geometry = signals.geometry
             self.notices.append(f"step {self.counters.step}: scoring in the geometry of {signals.geometry}")
         return signals
 
-    def _check(self, selection: Selection, k: int) -> None:
+    def _check_excluded(self, candidates: Candidates, signals: Signals) -> None:
+        """Count candidates that must not be drawn, and say which and why. The same on every rank."""
+        reasons = exclusions(signals, len(candidates))
+        self.counters.excluded += len(reasons) - reasons.null_count
+        for number, reason in enumerate(REASONS):
+            ids = [int(i) for i, r in zip(candidates.sample_ids, reasons.to_pylist(), strict=True) if r == number]
+            if ids:
+                more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+                self.notices.append(
+                    f"step {self.counters.step}: {len(ids)} of {len(candidates)} candidates excluded for a {reason}: "
+                    f"sample ids {ids[:8]}{more}"
+                )
+
+    def _check(self, selection: Selection) -> None:
         counters, limit = self.counters, self._config.selection.max_fallbacks
         if selection.fallback:
             counters.fallbacks += 1
@@ -143,11 +182,10 @@ class SelectionDriver:
                     f"selection fell back to random {counters.fallbacks} times, max_fallbacks allows {limit}; "
                     f"the last reason: {selection.fallback}"
                 )
-        counters.excluded += int(selection.diagnostics.get("excluded", 0))
         if selection.diagnostics.get("entropy_ratio", 0.0) > ENTROPY_WARNING and not self._entropy_warned:
             self._entropy_warned = True
-            absolute = self._config.selection.temperature_unit == "absolute"
-            hint = ", or set selection.temperature_unit=std" if absolute else ""
+            better = {"absolute": "std", "std": "mad"}.get(self._config.selection.temperature_unit)
+            hint = f", or set selection.temperature_unit={better}" if better else ""
             self.notices.append(
                 f"step {counters.step}: WARNING: entropy ratio {selection.diagnostics['entropy_ratio']:.4f} is above "
                 f"{ENTROPY_WARNING}: selection is almost uniform. Lower selection.temperature{hint}"
@@ -188,6 +226,7 @@ def metrics_row(
         "scored_tokens": counters.scored_tokens,
         **selection.diagnostics,
         "fallbacks": counters.fallbacks,
+        "excluded_total": counters.excluded,
         "geometry": signals.geometry,
         "selected_share": share,
         "score_seconds": signals.seconds,

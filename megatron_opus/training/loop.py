@@ -14,6 +14,8 @@ from megatron_opus.data.ledger import LedgerWriter
 from megatron_opus.training.driver import SelectionDriver, metrics_row
 from megatron_opus.training.engine import evaluate, train_step
 from megatron_opus.training.metrics import MetricsWriter, ProgressLine
+from megatron_opus.training.stopping import StopAgreement
+from megatron_opus.training.watch import Watch
 from megatron_opus.types import Groups
 
 
@@ -37,7 +39,12 @@ class TrainingLoop:
         driver: SelectionDriver,
         iterator: SelectedBatchIterator,
         save: Callable[[int], None],
+        *,
+        stop: StopAgreement,
+        watch: Watch,
     ) -> None:
+        self.stopped = ""  # why the run ended before its last step
+        self._stop, self._watch = stop, watch
         self._config, self._run_dir, self._groups = config, run_dir, groups
         self._engine, self._corpus = engine, corpus
         self._driver, self._iterator, self._save_checkpoint = driver, iterator, save
@@ -49,21 +56,31 @@ class TrainingLoop:
         }
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; the last row of metrics. Raises NonFiniteLoss, TooManyFallbacks, CaptureError."""
-        t, driver = self._config.training, self._driver
+        """Train to the end, or until all ranks agree to stop; the last row of metrics.
+
+        Raises NonFiniteLoss, TooManyFallbacks, CaptureError.
+        """
+        t, driver, watch = self._config.training, self._driver, self._watch
         record = _Record(self._config, self._run_dir, self._corpus, driver) if self._writes else None
         row: dict[str, Any] = {}
         try:
-            while driver.counters.step < t.train_steps:
+            while driver.counters.step < t.train_steps and not self.stopped:
                 row, decided = self._step()
+                self._stop.post()
                 completed = driver.counters.step
                 if self._due(completed, t.eval_interval):
+                    watch.now(f"evaluating after step {completed - 1}")
                     row["validation_loss"] = self._evaluate()
                 if record is not None:
                     record.write(row, decided, driver.notices)
                 driver.notices.clear()
                 self._check_nonfinite(row, decided)
-                if self._due(completed, t.checkpoint_interval):
+                watch.now(f"agreeing whether to stop after step {completed - 1}")
+                reason = self._stop.agreed()
+                if completed < t.train_steps:
+                    self.stopped = reason
+                if self.stopped or self._due(completed, t.checkpoint_interval):
+                    watch.now(f"writing the checkpoint after step {completed - 1}")
                     if record is not None:
                         record.sync()  # what a checkpoint stands for is on disk before it counts
                     self._save_checkpoint(completed)
@@ -74,8 +91,10 @@ class TrainingLoop:
         return row
 
     def _step(self) -> tuple[dict[str, Any], Any]:
-        started = time.perf_counter()
+        started, step = time.perf_counter(), self._driver.counters.step
+        self._watch.now(f"scoring and selecting the candidates of step {step}")
         decided = self._driver.choose()
+        self._watch.now(f"training step {step}")
         result = train_step(self._engine, self._iterator)
         row = metrics_row(
             self._driver,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -15,18 +14,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_opus import __version__
 from megatron_opus import config as configs
 from megatron_opus.config import ConfigError, RunConfig
-
-VERSIONED = ("torch", "deepspeed", "megatron-core", "numpy")
 
 
 def main(config: Path, argv: Sequence[str]) -> int:
     """Run one recipe. `argv`: key=value overrides, --resume, --dry-run, and the launcher's --local_rank.
 
-    Returns the exit status: 0 done, 1 failed while running, 2 refused before anything was built. After a failure the
-    process groups are left as they are, for other ranks may wait in them: the caller must end the process.
+    Returns the exit status: 0 done, 1 failed while running, 2 refused before anything was built, 75 stopped in order by
+    a signal or `training.exit_duration_minutes`, with a checkpoint. After a failure the process groups are left as they
+    are, for other ranks may wait in them: the caller must end the process.
     """
     arguments, overrides = _parse(argv)
     rank = int(os.environ.get("RANK", "0"))
@@ -66,10 +63,12 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     from megatron_opus.data.corpus import CorpusError
     from megatron_opus.data.manifest import ManifestError
     from megatron_opus.data.tokenizers import TokenizerError
-    from megatron_opus.training.agreement import RankMismatch
+    from megatron_opus.training.agreement import OtherRankFailed, RankMismatch, software
     from megatron_opus.training.checkpoint import CheckpointError
     from megatron_opus.training.preflight import PreflightError
     from megatron_opus.training.session import RunDirectoryError, Session
+    from megatron_opus.training.stopping import STOPPED, SignalWatch
+    from megatron_opus.training.watch import Watch, failure_message, prepare_nccl
 
     refusals = (
         ConfigError,
@@ -80,31 +79,40 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
         DrawError,
         UnsupportedOptimizer,
         RankMismatch,
+        OtherRankFailed,
         CheckpointError,
         PreflightError,
         RunDirectoryError,
     )
+    watch, signals, timeout = Watch(), SignalWatch(), recipe.parallel.distributed_timeout_minutes
+    signals.install()
+    watch.start(60 * timeout)
+    prepare_nccl()
+    session: Session | None = None
     try:
-        session = Session(recipe, resume=resume, versions=versions(), say=_say(rank))
-    except refusals as error:
-        # ranks find the same fault; the others speak only when theirs may be another one
-        if rank == 0 or isinstance(error, IndexedDataError | CheckpointError | PreflightError):
-            print(f"error: {'' if rank == 0 else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        return 2
-    try:
-        session.train()
+        session = Session(
+            recipe,
+            resume=resume,
+            versions=software(),
+            say=_say(rank),
+            stop_requested=lambda: signals.received,
+            watch=watch,
+        )
+        completed = session.train()
+        signals.ignore()  # a launcher ends the others when the first rank ends: they shall end by themselves, too
+        watch.now("ending the run")
+        dist.barrier()
     except Exception as error:
+        if session is None and isinstance(error, refusals):
+            # ranks find the same fault; the others speak only when theirs may be another one
+            if rank == 0 or isinstance(error, OtherRankFailed | IndexedDataError | CheckpointError | PreflightError):
+                print(f"error: {'' if rank == 0 else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+            return 2
         traceback.print_exc()
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error: rank {rank}: {failure_message(error, watch.doing, timeout)}", file=sys.stderr, flush=True)
         return 1
     dist.destroy_process_group()
-    return 0
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide what is computed; all ranks must have the same."""
-    found = {name: importlib.metadata.version(name) for name in VERSIONED}
-    return {"megatron_opus": __version__, **found}
+    return 0 if completed else STOPPED
 
 
 def _say(rank: int) -> Callable[[str], Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import nn
 
 from megatron_opus import config as configs
 from megatron_opus.backends import extras, indexed
@@ -15,7 +17,7 @@ from megatron_opus.backends.deepspeed import init_distributed
 from megatron_opus.backends.layers import megatron_layers
 from megatron_opus.backends.megatron import forward_loss, init_parallel
 from megatron_opus.backends.optimizer_state import optimizer_state
-from megatron_opus.backends.sharding import weight_shard
+from megatron_opus.backends.sharding import is_sharded, weight_shard
 from megatron_opus.config import RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
@@ -24,12 +26,15 @@ from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.selection.strategies import build_strategy
 from megatron_opus.training import checkpoint, preflight
-from megatron_opus.training.agreement import check_agreement
+from megatron_opus.training.agreement import check_agreement, environment, together, weight_digests
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.engine import build_engine
 from megatron_opus.training.loop import TrainingLoop
 from megatron_opus.training.metrics import read_metrics
 from megatron_opus.training.model import build_model, count_parameters, resolve
+from megatron_opus.training.stopping import StopAgreement
+from megatron_opus.training.watch import Watch, set_timeouts
+from megatron_opus.types import Groups
 
 Say = Callable[[str], object]
 CONFIG_FILE = "config.yaml"
@@ -42,24 +47,41 @@ class RunDirectoryError(RuntimeError):
 class Session:
     """Builds everything for one run. Collective. Refuses, before allocating, what cannot run."""
 
-    def __init__(self, recipe: RunConfig, *, resume: bool, versions: Mapping[str, str], say: Say) -> None:
+    def __init__(
+        self,
+        recipe: RunConfig,
+        *,
+        resume: bool,
+        versions: Mapping[str, str],
+        say: Say,
+        stop_requested: Callable[[], int] = lambda: 0,
+        watch: Watch | None = None,
+    ) -> None:
+        """stop_requested: number of the signal by which this process was asked to stop, 0 for none. watch: is told what
+        this rank is doing."""
         self._say = say
+        minutes = recipe.training.exit_duration_minutes
+        until = None if minutes is None else time.monotonic() + 60 * minutes
         self.run_dir = Path(recipe.output_dir) / recipe.name
         device = init_distributed(recipe.parallel)
+        # before anything that could fail on one rank only because its code or settings are other ones
+        check_agreement({"version": versions, "environment": environment(), "configuration": configs.to_dict(recipe)})
         # before the data where the vocabulary is known: preparing a corpus for a model that does not fit is a waste
         if recipe.model.vocab_size is not None:
-            _check_memory(recipe, say)
-        corpus = open_corpus(recipe, say)
-        config = resolve(recipe, corpus.tokenizer.vocab_size)
+            together(lambda: _check_memory(recipe, say), "comparing the model with the memory of its machine")
+        corpus = together(lambda: open_corpus(recipe, say), "opening the data")
+        config = together(lambda: resolve(recipe, corpus.tokenizer.vocab_size), "resolving the configuration")
         if recipe.model.vocab_size is None:
-            _check_memory(config, say)
+            together(lambda: _check_memory(config, say), "comparing the model with the memory of its machine")
         fingerprints = {"data": corpus.fingerprint}
-        check_agreement({"configuration": configs.dump(config), **fingerprints, **versions})
+        contents = together(corpus.content_digests, "reading the data")
+        check_agreement({"configuration": configs.to_dict(config), "data": {"fingerprint": fingerprints, **contents}})
         groups = init_parallel(config.parallel, seed=config.seed)
         self._check_run_dir(config, resume)
         for name, status, used in extras.report(config.model.attention_backend):
             say(f"{name}: {status}; {used}")
         model = build_model(config)
+        _check_weights(model, groups)
         engine, optimizer_name = build_engine(model, config, groups)
         say(
             f"model: {count_parameters(config.model) / 1e6:.1f}M parameters; {config.training.precision}, ZeRO "
@@ -88,22 +110,41 @@ class Session:
         self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator)
         self.engine, self.corpus, self.config = engine, corpus, config
         self._fingerprints = fingerprints
-        self.loop = TrainingLoop(config, self.run_dir, groups, engine, corpus, self.driver, iterator, self._save)
+        set_timeouts(config.parallel.distributed_timeout_minutes)
+        self.loop = TrainingLoop(
+            config,
+            self.run_dir,
+            groups,
+            engine,
+            corpus,
+            self.driver,
+            iterator,
+            self._save,
+            stop=StopAgreement(stop_requested, until, device),
+            watch=watch or Watch(),
+        )
         if resume:
             self._resume()
         self._write_config()
 
-    def train(self) -> None:
-        """Train to the last step and say where everything is."""
+    def train(self) -> bool:
+        """Train to the last step and say where everything is. False: stopped before it, with a checkpoint."""
         t, n, s = self.config.training, self.config.buffer_size, self.config.selection
         self._say(
             f"run: {self.run_dir}; {t.train_steps} steps, each: {s.strategy} takes {t.global_batch_size} of {n} "
             f"candidates of {self.config.data.seq_length} tokens"
         )
         row = self.loop.run()
+        if self.loop.stopped:
+            self._say(
+                f"stopped after {self.driver.counters.step} of {t.train_steps} steps: {self.loop.stopped}. "
+                f"The checkpoint is in {self.run_dir.resolve()}; --resume goes on from it"
+            )
+            return False
         losses = row.get("validation_loss", {})
         self._say("final validation loss: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         self._say(f"config, metrics.jsonl, tensorboard/, ledger/ and checkpoints/ are in {self.run_dir.resolve()}")
+        return True
 
     def _save(self, step: int) -> None:
         checkpoint.save(
@@ -165,6 +206,13 @@ class Session:
             partial = self.run_dir / f"{CONFIG_FILE}.partial"
             partial.write_text(configs.dump(self.config), encoding="utf-8")
             os.replace(partial, self.run_dir / CONFIG_FILE)
+
+
+def _check_weights(model: nn.Module, groups: Groups) -> None:
+    """Replicated weights are the same on every rank, shards on the data-parallel ranks that hold the same one."""
+    alike, cut = weight_digests(model, lambda name: groups.tp_size > 1 and is_sharded(name))
+    check_agreement({"initial weight": alike})
+    check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank}")
 
 
 def _check_memory(config: RunConfig, say: Say) -> None:

@@ -55,9 +55,11 @@ def test_one_row_per_candidate(tmp_path: Path) -> None:
         "selected": True,
         "draw_order": 0,
         "finite": True,
+        "excluded": None,
     }
     assert [r["draw_order"] for r in rows[:N]] == [-1, 1, -1, -1, 0, -1]
     assert not rows[5]["finite"]
+    assert [r["excluded"] for r in rows[:N]] == [None] * 5 + ["non-finite factors"]
 
 
 def test_strategies_without_scores(tmp_path: Path) -> None:
@@ -68,6 +70,28 @@ def test_strategies_without_scores(tmp_path: Path) -> None:
     row = read_ledger(tmp_path).to_pylist()[0]
     assert (row["alignment"], row["utility"], row["redundancy"]) == (None, None, None)
     assert row["finite"]
+
+
+def test_the_reason_of_an_exclusion_is_kept(tmp_path: Path) -> None:
+    """Guards against a candidate that was never to be drawn and looks like one that was only unlucky."""
+    nan = float("nan")
+    candidates, _, selection = step_rows(0)
+    signals = Signals(
+        alignment=torch.tensor([1.0, nan, 1.0, float("inf"), 1.0, 1.0], dtype=torch.float64),
+        loss=torch.tensor([1.0, nan, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        finite=torch.tensor([True, False, False, False, True, True]),
+    )
+    ledger = LedgerWriter(tmp_path, ["a", "b"])
+    ledger.append(candidates, signals, selection)
+    ledger.flush()
+    assert read_ledger(tmp_path)["excluded"].to_pylist() == [
+        None,
+        "non-finite loss",
+        "non-finite factors",
+        "non-finite alignment",
+        None,
+        None,
+    ]
 
 
 def test_usage(tmp_path: Path) -> None:

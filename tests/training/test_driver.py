@@ -54,11 +54,12 @@ def driver(config: RunConfig, align: torch.Tensor, groups: Groups | None = None)
     ids = Ids()
     padding = []
 
-    def scorer(candidates, proxy, *, interaction, proxy_padding):
+    def scorer(candidates, proxy, *, interaction, proxy_padding, window_seed):
         padding.append((len(candidates), len(proxy), proxy_padding))
+        ids.window_seeds.append(window_seed)
         return Signals(alignment=align, interaction=torch.outer(align, align), geometry="adamw-separable")
 
-    ids.scored = padding
+    ids.scored, ids.window_seeds = padding, []
     made = SelectionDriver(config, groups or Groups(), ids, ids, OpusStrategy(config.selection), scorer, ids)
     return made, ids
 
@@ -105,6 +106,20 @@ def test_a_proxy_smaller_than_the_ranks_is_filled_up(ranks, expected):
         d.choose()
         seen += ids.scored
     assert seen == expected
+
+
+def test_scoring_windows_are_those_of_the_step_on_every_rank_and_after_a_resume():
+    """Fault: ranks look at windows at different places, or a resumed run looks elsewhere than the run it continues."""
+    seeds = []
+    for rank in range(2):
+        d, ids = driver(recipe(), torch.arange(N).double(), Groups(dp_rank=rank, dp_size=2))
+        for step in (0, 1, 2) if rank == 0 else (1, 2):
+            d.counters.step = step
+            d.choose()
+        seeds.append(ids.window_seeds)
+    assert seeds[0][1:] == seeds[1]
+    assert len(set(seeds[0])) == 3
+    assert all(0 <= seed < 2**63 for seed in seeds[0])
 
 
 def differing_draws() -> str:

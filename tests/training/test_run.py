@@ -3,63 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_runs import STEPS, recipe, run
 
-from megatron_opus.config import RunConfig, from_dict
-
-STEPS = 22
-
-
-def recipe(cache: Path, output: Path, name: str, **sections: dict[str, Any]) -> RunConfig:
-    """A model of two small layers on the embedded corpus."""
-    raw: dict[str, Any] = {
-        "name": name,
-        "output_dir": str(output),
-        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4},
-        "data": {"cache_dir": str(cache), "seq_length": 32},
-        "optimizer": {"lr": 3e-3, "lr_warmup_steps": 1},
-        "parallel": {"zero_stage": 0},
-        "training": {
-            "global_batch_size": 4,
-            "micro_batch_size": 1,
-            "train_steps": STEPS,
-            "eval_interval": 0,
-            "eval_sequences": 4,
-            "checkpoint_interval": 0,
-            "tensorboard": False,
-        },
-        "selection": {"proxy_batch_size": 4, "score_length": 32, "debug_checks": True},
-    }
-    for section, values in sections.items():
-        raw[section] = {**raw[section], **values}
-    return from_dict(raw)
-
-
-def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
-    """The whole run on this rank, through the same Session that the launch scripts start."""
-    from megatron_opus.data.ledger import read_ledger
-    from megatron_opus.training.metrics import read_metrics
-    from megatron_opus.training.session import Session
-
-    session = Session(config, resume=resume, versions={}, say=lambda text: None)
-    session.train()
-    rows = read_metrics(session.run_dir)
-    ledger = read_ledger(session.run_dir / "ledger")
-    weights = torch.cat([p.detach().float().flatten() for p in session.engine.module.parameters()])
-    return {
-        "losses": [row["loss"] for row in rows],
-        "rows": rows,
-        "ids": ledger["sample_id"].to_pylist(),
-        "selected": ledger["selected"].to_pylist(),
-        "order": ledger["draw_order"].to_pylist(),
-        "alignment": torch.from_numpy(ledger["alignment"].to_numpy()),
-        "weights": weights,
-        "driver": session.driver.counters,
-    }
+from megatron_opus.config import RunConfig
 
 
 def same_decisions(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -213,7 +163,9 @@ def test_a_record_is_not_lost_when_checkpoints_are_missing(world2, embedded_cach
 def test_ranks_with_other_settings_are_named(world2, embedded_cache, tmp_path):
     """Fault: one rank with another configuration ends in a hang, or in quietly different selections."""
     said = world2.run(other_settings, recipe(embedded_cache, tmp_path, "mixed"))
-    assert all("RankMismatch" in text and "rank 1" in text and "seed: 43" in text for text in said), said
+    assert all("RankMismatch" in text and "rank 1: configuration.seed is 43, rank 0 has 42" in text for text in said), (
+        said
+    )
 
 
 def other_settings(config: RunConfig) -> str:

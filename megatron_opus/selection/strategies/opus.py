@@ -38,10 +38,12 @@ class OpusStrategy(Stateless):
             finite = finite & torch.isfinite(inter.diagonal())
         usable = int(finite.sum())
         if usable < k:
-            return self._fallback(candidates, k, generator, f"{usable} of {n} candidates have finite scores, need {k}")
+            reason = f"{usable} of {n} candidates have finite scores, need {k}"
+            return self._fallback(candidates, k, generator, reason, n - usable)
         good = align[finite]
         if k < n and (good.max() == good.min()):
-            return self._fallback(candidates, k, generator, f"all {usable} utilities are equal ({good[0]:g})")
+            reason = f"all {usable} utilities are equal ({good[0]:g})"
+            return self._fallback(candidates, k, generator, reason, n - usable)
         scale = 0.0
         if config.redundancy.scale != "off":
             if inter is None:
@@ -66,9 +68,9 @@ class OpusStrategy(Stateless):
         )
 
     @staticmethod
-    def _fallback(candidates: Candidates, k: int, generator: torch.Generator, reason: str) -> Selection:
+    def _fallback(candidates: Candidates, k: int, generator: torch.Generator, reason: str, excluded: int) -> Selection:
         drawn = RandomStrategy().select(candidates, Signals(), k, generator)
-        return Selection(indices=drawn.indices, fallback=reason)
+        return Selection(indices=drawn.indices, fallback=reason, diagnostics={"excluded": float(excluded)})
 
 
 def _diagnostics(result: sampling.Draw, good: Tensor, scale: float, excluded: int) -> dict[str, float]:
