@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_opus.selection.limits import DomainLimits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
@@ -33,6 +35,7 @@ def draw(
     greedy: bool = False,
     redundancy_scale: float = 0.0,
     eligible: Tensor | None = None,
+    limits: DomainLimits | None = None,
 ) -> Draw:
     """Draw `k` distinct candidates.
 
@@ -61,10 +64,13 @@ def draw(
     order = torch.empty(k, dtype=torch.int64)
     for i in range(k):
         penalty = redundancy_scale * history
-        chosen = torch.argmax((utility - penalty) * scores_per_unit + noise[i] + blocked)
+        closed = blocked if limits is None else blocked + limits.blocked()
+        chosen = torch.argmax((utility - penalty) * scores_per_unit + noise[i] + closed)
         order[i] = chosen
         at_draw[chosen] = penalty[chosen]
         blocked[chosen] = -math.inf
+        if limits is not None:
+            limits.take(int(chosen))
         if inter is not None and redundancy_scale != 0:
             history = history + torch.where(eligible, inter[:, chosen], 0.0)
     final = redundancy_scale * history

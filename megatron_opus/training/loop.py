@@ -76,7 +76,7 @@ class TrainingLoop:
     def _step(self) -> tuple[dict[str, Any], Any]:
         started = time.perf_counter()
         decided = self._driver.choose()
-        result = train_step(self._engine, self._iterator)
+        result = train_step(self._engine, self._iterator, per_sequence=self._driver.wants_sequence_loss)
         row = metrics_row(
             self._driver,
             self._corpus,
@@ -87,6 +87,8 @@ class TrainingLoop:
             skipped=result.skipped,
             step_seconds=time.perf_counter() - started,
         )
+        if result.sequence_loss is not None:
+            self._driver.observe(result.sequence_loss)
         self._driver.counters.step += 1
         return row, decided
 
