@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opus.config import AdoConfig, ConfigError, SelectionConfig
+from megatron_opus.config import AdoConfig, ConfigError, FloorsConfig, SelectionConfig
+from megatron_opus.data.buffer import systematic_counts
 from megatron_opus.selection.scaling_law import ScalingLaw
 from megatron_opus.selection.strategies import AdoStrategy, RandomStrategy, build_strategy
 from megatron_opus.selection.strategies.ado import clipped
@@ -142,6 +143,17 @@ def test_a_share_never_exceeds_what_a_domain_holds():
     policies = live(ado(ceiling=np.array([0.35, 1.0, 1.0])), 0, 200)
     assert policies[-1][0] == pytest.approx(0.35, abs=1e-9)
     np.testing.assert_allclose(policies.sum(1), 1.0)
+
+
+def test_the_mixture_supplies_the_floors():
+    """Fault: a mixture that starves a domain of which the selection owes a share."""
+    floors = FloorsConfig(minimum={"flat": 0.6})
+    strategy = build_strategy(SelectionConfig(strategy="ado", ado=CONFIG, floors=floors), tuple(LAWS), PRIOR, k=K)
+    policies = live(strategy, 0, 160)
+    assert policies[:, 1].min() >= 0.3
+    assert live(ado(), 0, 160)[:, 1].min() < 0.3  # without the floor it falls below
+    held = [systematic_counts(policies[-1], N, offset)[1] for offset in np.linspace(0, 0.999, 50)]
+    assert min(held) >= 12
 
 
 @settings(max_examples=60, deadline=None)

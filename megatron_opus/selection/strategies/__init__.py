@@ -15,7 +15,7 @@ from megatron_opus.selection.strategies.greats import GreatsStrategy
 from megatron_opus.selection.strategies.opus import OpusStrategy
 from megatron_opus.selection.strategies.perplexity import PerplexityStrategy
 from megatron_opus.selection.strategies.random import RandomStrategy
-from megatron_opus.strategy_config import check_floors
+from megatron_opus.strategy_config import check_floors, least
 from megatron_opus.types import SelectionStrategy
 
 __all__ = [
@@ -50,7 +50,10 @@ def build_strategy(
         return strategy
     if prior is None:
         raise ValueError("ado: expected the domains' configured weights, got none")
-    return AdoStrategy(strategy, config.ado, domains, prior, ceiling)
+    owed = None
+    if k is not None:  # a whole number of the buffer's sequences, and what keeps its rounding from losing one
+        owed = np.array([least(config.floors.minimum.get(name, 0.0), k) * config.rho / k + 1e-9 for name in domains])
+    return AdoStrategy(strategy, config.ado, domains, prior, ceiling, owed)
 
 
 def _inner(config: SelectionConfig, floors: Floors) -> SelectionStrategy:

@@ -41,8 +41,10 @@ class AdoStrategy:
         domains: Sequence[str],
         prior: np.ndarray,
         ceiling: np.ndarray | None = None,
+        owed: np.ndarray | None = None,
     ) -> None:
-        """prior [D], sum 1: the configured weights. ceiling [D]: shares that a domain's number of sequences allows."""
+        """prior [D], sum 1: the configured weights. ceiling [D]: shares that a domain's number of sequences allows;
+        owed [D]: shares that the floors of the selection need in the buffer."""
         d = len(domains)
         if prior.shape != (d,):
             raise ConfigError(f"selection.ado: expected a weight for each of {list(domains)}, got shape {prior.shape}")
@@ -57,7 +59,9 @@ class AdoStrategy:
             )
         top = np.ones(d) if ceiling is None else np.clip(ceiling, 0.0, 1.0)
         # what is configured is allowed, or the buffer would have refused it
-        self._floor, self._ceiling = floor, np.where(self._prior > 0, np.maximum(top, self._prior), 0.0)
+        self._ceiling = np.where(self._prior > 0, np.maximum(top, self._prior), 0.0)
+        supplied = np.minimum(np.maximum(floor, 0.0 if owed is None else owed), self._ceiling)
+        self._floor = supplied if supplied.sum() <= 1 else floor
         self._policy, self._history, self._mean = self._prior.copy(), self._prior.copy(), self._prior.copy()
         self._laws: list[ScalingLaw | None] = [None] * d
         self._curve_n: list[list[float]] = [[] for _ in range(d)]
