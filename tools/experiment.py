@@ -43,8 +43,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def corpus(experiment: lab.Experiment, arguments: argparse.Namespace) -> Path | None:
     """The prepared corpus, or None where the recipe's own data is used."""
     if not experiment.corpus:
-        if arguments.shared is not None:
-            raise lab.LabError("--shared: this experiment uses its recipe's own data, set `corpus` in the file")
         return None
     from megatron_opus.data.lab_corpora import prepare_lab
 
@@ -60,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         experiment = lab.read_experiment(arguments.experiment)
-        folder = arguments.output / (experiment.name + ("" if arguments.shared is None else "_shared"))
+        if arguments.shared is not None:
+            experiment = experiment.on_shared_text()
+        folder = arguments.output / experiment.name
         runs = experiment.runs(folder, corpus(experiment, arguments))
         record = lab.record(experiment, runs, folder)
         if not arguments.report_only:

@@ -12,6 +12,7 @@ another folder. Runs that are finished are kept, interrupted ones resumed, faile
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
@@ -32,8 +33,8 @@ from megatron_opus.training.metrics import read_metrics
 RECORD = "experiment.json"
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
-OPTIONAL = ("corpus", "settings", "notes")
-RESERVED = ("name", "output_dir", "seed", "data", "data.path")  # the laboratory's own
+OPTIONAL = ("corpus", "settings", "shared")
+RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
 SINGLE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CORES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -70,6 +71,18 @@ class Experiment:
     baseline: str
     seeds: tuple[int, ...]
     arms: Mapping[str, Mapping[str, Any]]  # name -> dotted overrides
+    shared: Mapping[str, Any]  # metric and settings that replace those above on larger text, whose domains differ
+
+    def on_shared_text(self) -> Experiment:
+        """The same experiment on the larger text: another name, its own metric and settings. Raises LabError."""
+        if not self.shared:
+            raise LabError(f"{self.name}: no `shared` section says metric and settings for other text")
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}_shared",
+            metric=tuple(self.shared["metric"]),
+            settings={**self.settings, **self.shared["settings"]},
+        )
 
     def runs(self, folder: Path, data: Path | None) -> list[PlannedRun]:
         """Every run with its resolved settings, seed by seed. `data`: the prepared corpus. Raises ConfigError."""
@@ -125,8 +138,11 @@ def read_experiment(path: Path) -> Experiment:
         if not isinstance(changes, dict):
             raise fail(f"arm {arm}: expected dotted keys and values, got {changes!r}")
         for key in changes:
-            if key in RESERVED:
-                raise fail(f"arm {arm}: {key} is set by the laboratory, leave it out")
+            if key in RESERVED or (key in ("data", "data.path") and raw.get("corpus")):
+                raise fail(f"{arm}: {key} is set by the laboratory, leave it out")
+    shared = raw.get("shared") or {}
+    if shared and (not isinstance(shared, dict) or {*shared} != {"metric", "settings"} or not raw.get("corpus")):
+        raise fail("shared: expected metric and settings, beside a corpus")
     if raw["baseline"] not in arms:
         raise fail(f"baseline: expected one of the arms {', '.join(arms)}, got {raw['baseline']!r}")
     return Experiment(
@@ -140,6 +156,7 @@ def read_experiment(path: Path) -> Experiment:
         baseline=raw["baseline"],
         seeds=tuple(seeds),
         arms=arms,
+        shared=shared,
     )
 
 

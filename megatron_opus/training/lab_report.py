@@ -241,24 +241,28 @@ def draw(results: Results, folder: Path) -> list[Path]:
             if not curves:
                 continue
             xs, losses = band(curves)
-            means, halves = [v.mean for v in losses], [v.half or 0.0 for v in losses]
             style = {"linestyle": "--", "color": "black"} if arm.arm == e.baseline else {}
+            means, halves = [v.mean for v in losses], [v.half or 0.0 for v in losses]
             (line,) = axes.plot(xs, means, marker=".", label=f"{arm.arm} ({len(curves)})", **style)
             axes.fill_between(
                 xs,
                 [m - h for m, h in zip(means, halves, strict=True)],
                 [m + h for m, h in zip(means, halves, strict=True)],
-                alpha=0.15,
+                alpha=0.12,
                 color=line.get_color(),
+                linewidth=0,
             )
-            late = means[len(means) // 4 :]  # the first steps would squeeze what matters into a line
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), linewidth=0.6, alpha=0.5, color=line.get_color())
+            # the first steps would squeeze what matters into a line, and so would the band of two seeds
+            late = [loss for curve in curves for _, loss in curve[len(curve) // 4 :]]
             lowest, highest = min(lowest, *late), max(highest, *late)
         if math.isfinite(lowest):
             margin = 0.05 * (highest - lowest) or 0.05
             axes.set_ylim(lowest - margin, highest + margin)
         axes.set(xlabel=label, ylabel=f"loss on {', '.join(e.metric)}, nats per token", title=e.name)
         axes.set_xlim(left=0)
-        axes.legend(title="arm (seeds), band: 95%")
+        axes.legend(title="arm (seeds); thin: a seed, band: 95%")
         axes.grid(alpha=0.3)
         figure.savefig(folder / name, dpi=120)
         pyplot.close(figure)
