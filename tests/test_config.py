@@ -329,7 +329,7 @@ def test_every_key_that_the_readme_names_exists() -> None:
 
 def leaves(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from ((key, *rest) for rest in leaves(value))
         else:
             yield (key,)
