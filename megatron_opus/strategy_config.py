@@ -43,8 +43,11 @@ class FilterThenWeightConfig:
 class FloorsConfig:
     """Shares of the K selected sequences that domains are sure of, and that they never exceed."""
 
-    minimum: dict[str, float] = field(default_factory=dict)  # candidate domain -> share, rounded up to sequences
-    maximum: dict[str, float] = field(default_factory=dict)  # candidate domain -> share, rounded down
+    # hash=False: settings are kept in sets and caches, which a dict would refuse
+    minimum: dict[str, float] = field(
+        default_factory=dict, hash=False
+    )  # candidate domain -> share, rounded up to sequences
+    maximum: dict[str, float] = field(default_factory=dict, hash=False)  # candidate domain -> share, rounded down
 
 
 def least(share: float, k: int) -> int:

@@ -102,6 +102,12 @@ def test_infeasible_floors_are_refused(floors, expected):
         build_strategy(SelectionConfig(floors=floors), NAMES, k=6)
 
 
+def test_settings_with_floors_can_be_hashed():
+    """Fault: a cache keyed by the selection's settings fails because two of them are mappings."""
+    assert hash(SelectionConfig()) == hash(SelectionConfig())
+    assert SelectionConfig(floors=FloorsConfig(minimum={"a": 0.1})) != SelectionConfig()
+
+
 def test_an_unsupplied_floor_is_said_once_by_name():
     """Fault: a terminal flooded with the same line, or a missing domain that nobody hears of."""
     floors = Floors(FloorsConfig(minimum={"c": 0.5}), NAMES)
