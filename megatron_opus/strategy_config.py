@@ -44,9 +44,7 @@ class FloorsConfig:
     """Shares of the K selected sequences that domains are sure of, and that they never exceed."""
 
     # hash=False: settings are kept in sets and caches, which a dict would refuse
-    minimum: dict[str, float] = field(
-        default_factory=dict, hash=False
-    )  # candidate domain -> share, rounded up to sequences
+    minimum: dict[str, float] = field(default_factory=dict, hash=False)  # candidate domain -> share, rounded up
     maximum: dict[str, float] = field(default_factory=dict, hash=False)  # candidate domain -> share, rounded down
 
 
