@@ -18,6 +18,14 @@ import yaml
 
 from megatron_opus import schema
 from megatron_opus.schema import ConfigError
+from megatron_opus.strategy_config import (
+    AdoConfig,
+    FilterThenWeightConfig,
+    FloorsConfig,
+    Strategy,
+    check_floors,
+    check_strategy,
+)
 
 Geometry = Literal["auto", "adamw", "muon", "sgd"]
 
@@ -141,13 +149,16 @@ class SketchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
-    strategy: Literal["opus", "random"] = "opus"
+    strategy: Strategy = "opus"
     scope: Literal["global", "rank_local"] = "global"  # rank_local: each data-parallel rank selects among its own
     rho: float = 0.5  # K / N: each step offers N = global_batch_size / rho candidates
     sampling: Literal["boltzmann", "greedy"] = "boltzmann"
     temperature: float = 0.9
     temperature_unit: Literal["std", "mad", "absolute"] = "std"  # mad: not inflated by outliers
     redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
+    ado: AdoConfig = field(default_factory=AdoConfig)
+    filter_then_weight: FilterThenWeightConfig = field(default_factory=FilterThenWeightConfig)
+    floors: FloorsConfig = field(default_factory=FloorsConfig)
     preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
     sketch: SketchConfig = field(default_factory=SketchConfig)
     layer_weights: Literal["none", "inverse_sqrt"] = "none"
@@ -311,6 +322,7 @@ def validate(config: RunConfig) -> None:
     _require(0 <= s.proxy_momentum < 1, f"selection.proxy_momentum: expected 0 <= beta < 1, got {s.proxy_momentum}")
     validate_estimator(s)
     _require(s.redundancy.fraction >= 0, f"selection.redundancy.fraction: expected >= 0, got {s.redundancy.fraction}")
+    check_strategy(s, t.global_batch_size)
     _require(o.lr > 0 and 0 <= o.min_lr <= o.lr, f"optimizer.lr: expected 0 <= min_lr <= lr, got {o.min_lr}, {o.lr}")
     _require(
         o.lr_warmup_fraction is None or (o.lr_warmup_steps == 0 and 0 <= o.lr_warmup_fraction < 1),
@@ -377,6 +389,8 @@ def validate_world(config: RunConfig, world_size: int) -> None:
     ):
         what = f"data-parallel size {dp}" + (f" x micro_batch_size {t.micro_batch_size}" if unit != dp else "")
         _require(value % unit == 0, f"{name}: expected a multiple of {unit} ({what}), got {value}")
+    if config.selection.scope == "rank_local":
+        check_floors(config.selection.floors, t.global_batch_size // dp)
 
 
 def _require(condition: bool, message: str) -> None:

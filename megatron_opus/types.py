@@ -238,6 +238,7 @@ class SelectionStrategy(Protocol):
     """How K of N candidates are chosen. Pure tensor code: the same inputs and generator give the same choice."""
 
     needs: frozenset[SignalName]  # what the scoring pass must produce; empty: no pass at all
+    wants_domain_loss: bool  # True: `observe` is called after every step
 
     def domain_weights(self, step: int) -> Tensor | None:
         """[D] weights for filling the buffer, or None for the configured ones."""
@@ -245,7 +246,13 @@ class SelectionStrategy(Protocol):
 
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection: ...
 
-    def observe(self, step: int, domain_loss: Mapping[str, float]) -> None: ...
+    def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
+        """Mean training loss of the step's sequences of each domain that was in it, unweighted; after `select`."""
+        ...
+
+    def notices(self) -> list[str]:
+        """Lines for the terminal since the last call."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -64,7 +64,7 @@ def test_an_unknown_key_names_the_nearest_one(recipe: Path, override: str, expec
         ("training=5", "training: expected a section with keys, got 5"),
         ("name.x=5", "override name.x: name is a value ('x'), not a section"),
         ("training.precision=fp16", "training.precision: expected one of fp32, bf16, got 'fp16' (did you mean"),
-        ("selection.strategy=opsu", "expected one of opus, random, got 'opsu' (did you mean opus?)"),
+        ("selection.strategy=opsu", "filter_then_weight, got 'opsu' (did you mean opus?)"),
         ("parallel.zero_stage=true", "parallel.zero_stage: expected one of 0, 1, 2, 3, got True"),
         ("parallel.zero_stage=4", "parallel.zero_stage: expected one of 0, 1, 2, 3, got 4"),
     ],
@@ -198,7 +198,7 @@ def test_every_recipe_loads_and_says_every_value(path: Path) -> None:
     for section in ("data", "parallel", "optimizer", "training", "selection"):
         unsaid = {f.name for f in dataclasses.fields(getattr(c, section))} - set(raw[section]) - {"cache_dir"}
         assert not unsaid, f"{path.name} leaves {section}.{unsaid} to the defaults"
-    for section in ("redundancy", "preconditioner", "sketch"):
+    for section in ("redundancy", "preconditioner", "sketch", "ado", "filter_then_weight", "floors"):
         assert {f.name for f in dataclasses.fields(getattr(c.selection, section))} == set(raw["selection"][section])
 
 
@@ -329,7 +329,7 @@ def test_every_key_that_the_readme_names_exists() -> None:
 
 def leaves(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from ((key, *rest) for rest in leaves(value))
         else:
             yield (key,)

@@ -12,66 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_opus.config import ConfigError, load
-from megatron_opus.training.metrics import METRICS_FILE, read_metrics
-
-
-class NotComparable(ValueError):
-    """A folder without a run in it, or a run without a validation loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    name: str
-    strategy: str
-    steps: int
-    update_tokens: int
-    seconds: float  # all steps together; evaluation and checkpoints not counted
-    curves: dict[str, list[tuple[int, float]]]  # validation domain -> (update tokens, loss), ascending
-
-    def final(self, domain: str) -> float:
-        return self.curves[domain][-1][1]
-
-
-def read(directory: Path) -> Run:
-    """Raises NotComparable."""
-    rows = read_metrics(directory)
-    evaluated = [row for row in rows if row.get("validation_loss")]
-    if not evaluated:
-        what = f"no validation loss in {directory / METRICS_FILE}" if rows else f"no {directory / METRICS_FILE}"
-        raise NotComparable(f"{directory}: {what}; expected the folder of a run that has evaluated at least once")
-    if evaluated[-1] is not rows[-1]:
-        print(f"note: {directory} has gone on since its last evaluation; its figures are of that one", file=sys.stderr)
-    last: dict[str, Any] = evaluated[-1]
-    return Run(
-        name=directory.name,
-        strategy=load(directory / "config.yaml").selection.strategy,
-        steps=last["step"] + 1,
-        update_tokens=last["update_tokens"],
-        seconds=sum(row["step_seconds"] for row in rows if row["step"] <= last["step"]),
-        curves={
-            domain: [(row["update_tokens"], row["validation_loss"][domain]) for row in evaluated]
-            for domain in last["validation_loss"]
-        },
-    )
-
-
-def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
-    """Update tokens at which `curve` is at `loss` for the first time; None: it never is."""
-    previous: tuple[int, float] | None = None
-    for tokens, value in curve:
-        if value <= loss:
-            if previous is None or previous[1] == value:
-                return float(tokens)
-            return previous[0] + (tokens - previous[0]) * (previous[1] - loss) / (previous[1] - value)
-        previous = (tokens, value)
-    return None
+from megatron_opus.config import ConfigError
+from megatron_opus.training.curves import NotComparable, Run, first_reached, read_run
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -92,7 +38,7 @@ def table(runs: Sequence[Run]) -> str:
     lines += [line(run.name, [f"{run.final(d):.4f}" for d in domains]) for run in runs]
     for other in runs[1:]:
         lines.append(line(f"first run - {other.name}", [f"{first.final(d) - other.final(d):+.4f}" for d in domains]))
-        shares = [tokens_to_reach(first.curves[d], other.final(d)) for d in domains]
+        shares = [first_reached(first.curves[d], other.final(d)) for d in domains]
         lines.append(
             line(
                 f"update tokens first run needed to reach {other.name}",
@@ -109,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with metrics.jsonl and config.yaml")
     try:
-        print(table([read(directory) for directory in parser.parse_args(argv).runs]))
+        print(table([read_run(directory) for directory in parser.parse_args(argv).runs]))
     except (NotComparable, ConfigError) as error:
         print(f"compare_runs: {error}", file=sys.stderr)
         return 1

@@ -11,8 +11,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import stdlib_text
@@ -61,18 +62,52 @@ def prepare_embedded(
     One of them does the work under a lock while the others wait; the directory appears complete or not at all.
     Raises StandardLibraryError where this Python has not the text.
     """
-    directory = embedded_directory(cache_dir)
+    provenance = {
+        "corpus": "Python standard library",
+        "recipe": VERSION,
+        "python": platform.python_version(),
+        "target": TARGET,
+    }
+    return prepare_once(
+        embedded_directory(cache_dir), _write_text, provenance, storage, workers=workers, progress=progress, log=log
+    )
+
+
+def prepare_once(
+    directory: Path,
+    write_text: Callable[[Path], tuple[DatasetSpec, ...]],
+    provenance: dict[str, Any],
+    storage: Storage,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+    log: Callable[[str], None] | None = None,
+) -> Path:
+    """`directory` with what `write_text` puts into a folder of its own, prepared with a tokenizer trained on it.
+
+    Complete or not at all; any number of processes may call it at once, and all but the first only look.
+    """
     if (directory / manifests.FILE_NAME).exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with locked(directory.with_name(directory.name + ".lock")) as held:
         if not (directory / manifests.FILE_NAME).exists():
-            _build(directory, storage, held, workers or min(2, os.cpu_count() or 1), progress, log or (lambda _: None))
+            say = log or (lambda _: None)
+            _build(
+                directory, write_text, provenance, storage, held, workers or min(2, os.cpu_count() or 1), progress, say
+            )
     return directory
 
 
 def _build(
-    directory: Path, storage: Storage, held: bool, workers: int, progress: bool, log: Callable[[str], None]
+    directory: Path,
+    write_text: Callable[[Path], tuple[DatasetSpec, ...]],
+    provenance: dict[str, Any],
+    storage: Storage,
+    held: bool,
+    workers: int,
+    progress: bool,
+    log: Callable[[str], None],
 ) -> Manifest:
     # Where locks do not reach (other nodes, some file systems), processes do the same work in directories of their own,
     # and the first to finish gives the name. What an interrupted build left is not worth resuming.
@@ -82,7 +117,7 @@ def _build(
         if held or stale == building:
             shutil.rmtree(stale, ignore_errors=True)
     (building / "text").mkdir(parents=True)
-    specs = _write_text(building / "text")
+    specs = write_text(building / "text")
     made = prepare(
         PrepareConfig(
             output=building,
@@ -93,12 +128,7 @@ def _build(
             workers=workers,
             shard_bytes=_MIN_SHARD_BYTES,
             progress=progress,
-            provenance={
-                "corpus": "Python standard library",
-                "recipe": VERSION,
-                "python": platform.python_version(),
-                "target": TARGET,
-            },
+            provenance=provenance,
         ),
         storage,
         log,
@@ -113,15 +143,21 @@ def _build(
 
 
 def _write_text(directory: Path) -> tuple[DatasetSpec, ...]:
+    parts = {
+        (domain, role): [text for text in texts if kept(text_digest(text)[1], part)]
+        for domain, texts in stdlib_text.documents().items()
+        for role, part in SPLITS[domain].items()
+    }
+    return write_parts(directory, parts)
+
+
+def write_parts(directory: Path, parts: Mapping[tuple[str, Role], Sequence[str]]) -> tuple[DatasetSpec, ...]:
     """One .jsonl per domain and role; documents in the order of their hashes, so that every part is a mixture."""
     specs = []
-    for domain, texts in stdlib_text.documents().items():
-        by_hash = sorted((text_digest(text)[1], text) for text in texts)
-        for role, part in SPLITS[domain].items():
-            path = directory / f"{role}-{domain}.jsonl"
-            with atomic_file(path) as stream:
-                for split, text in by_hash:
-                    if kept(split, part):
-                        stream.write((json.dumps({"text": text}) + "\n").encode())
-            specs.append(DatasetSpec(name=domain, role=role, sources=(str(path),)))
+    for (domain, role), texts in parts.items():
+        path = directory / f"{role}-{domain}.jsonl"
+        with atomic_file(path) as stream:
+            for _, text in sorted((text_digest(text)[1], text) for text in texts):
+                stream.write((json.dumps({"text": text}) + "\n").encode())
+        specs.append(DatasetSpec(name=domain, role=role, sources=(str(path),)))
     return tuple(specs)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_opus.selection.limits import DomainLimits, in_order
+
 MAD_TO_STD = 1.4826  # a normal distribution's standard deviation / its median absolute deviation
 
 
@@ -38,6 +40,7 @@ def draw(
     greedy: bool = False,
     redundancy_scale: float = 0.0,
     eligible: Tensor | None = None,
+    limits: DomainLimits | None = None,
 ) -> Draw:
     """Draw `k` distinct candidates.
 
@@ -60,12 +63,12 @@ def draw(
     noise = torch.zeros(rows, n, dtype=torch.float64) if greedy else _gumbel(rows, n, seed)
     noise = noise.to(device)
     if inter is None or redundancy_scale == 0:
-        order = torch.argsort(logits + noise[0], descending=True, stable=True)[:k]
+        order = in_order(torch.argsort(logits + noise[0], descending=True, stable=True), k, limits)
         redundancy = torch.zeros(n, dtype=torch.float64, device=device)
     else:
         if count < n:
             inter = inter.masked_fill(~eligible[:, None], 0.0)  # -inf + NaN would be NaN, and NaN the largest
-        order, redundancy = _one_by_one(logits, noise, inter, redundancy_scale, per_unit)
+        order, redundancy = _one_by_one(logits, noise, inter, redundancy_scale, per_unit, limits)
     return Draw(
         indices=order,
         utility=torch.where(eligible, align, math.nan),
@@ -92,8 +95,13 @@ def spread(utility: Tensor, unit: str) -> float:
     return utility.std().item()
 
 
-def _one_by_one(logits: Tensor, noise: Tensor, inter: Tensor, scale: float, per_unit: float) -> tuple[Tensor, Tensor]:
-    """([K] order, [N] redundancy) of sequential draws. logits [N], -inf where nothing may be drawn; noise [K, N]."""
+def _one_by_one(
+    logits: Tensor, noise: Tensor, inter: Tensor, scale: float, per_unit: float, limits: DomainLimits | None
+) -> tuple[Tensor, Tensor]:
+    """([K] order, [N] redundancy) of sequential draws. logits [N], -inf where nothing may be drawn; noise [K, N].
+
+    Limits per domain are counted on the host: only with them does it wait for each draw.
+    """
     k = len(noise)
     base = logits.clone()
     history = torch.zeros_like(base)  # scaled redundancy with what is drawn so far
@@ -103,7 +111,12 @@ def _one_by_one(logits: Tensor, noise: Tensor, inter: Tensor, scale: float, per_
     for i in range(k):
         torch.add(base, history, alpha=-per_unit, out=score)
         # an index that stays a tensor: item(), a branch on a tensor or x[tensor] would make the host wait
-        chosen = score.add_(noise[i]).argmax(0, keepdim=True)
+        score.add_(noise[i])
+        if limits is not None:
+            score.add_(limits.blocked())
+        chosen = score.argmax(0, keepdim=True)
+        if limits is not None:
+            limits.take(int(chosen))
         order[i : i + 1] = chosen
         at_draw.index_copy_(0, chosen, history.index_select(0, chosen))
         base.index_fill_(0, chosen, -math.inf)

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_opus.config import ConfigError, RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
@@ -21,6 +22,7 @@ from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.data.ledger import REASONS, exclusions
 from megatron_opus.data.permutation import key
+from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.training import rank_local
 from megatron_opus.types import Candidates, Groups, Selection, SelectionStrategy, Signals
@@ -56,8 +58,9 @@ class SelectionDriver:
         strategy: SelectionStrategy,
         scorer: ScoringPass | None,
         iterator: SelectedBatchIterator,
+        loss_pass: LossPass | None = None,
     ) -> None:
-        if strategy.needs and scorer is None:
+        if strategy.needs and (scorer if "ghost" in strategy.needs else loss_pass) is None:
             raise ConfigError(f"selection.strategy {config.selection.strategy} needs a scoring pass, got none")
         self.counters = Counters()
         self._local = config.selection.scope == "rank_local"
@@ -68,6 +71,7 @@ class SelectionDriver:
         )
         self._config, self._groups, self._corpus = config, groups, corpus
         self._buffer, self._strategy, self._scorer, self._iterator = buffer, strategy, scorer, iterator
+        self._loss_pass, self._trained_domains = loss_pass, np.empty(0, dtype=np.int32)
         self._entropy_warned = False
         self._geometry = ""
         self.notices: list[str] = []  # for the terminal, in order; the trainer prints and clears them
@@ -79,7 +83,8 @@ class SelectionDriver:
         """
         c, step, k = self._config, self.counters.step, self._config.training.global_batch_size
         candidates = self._buffer.draw(step, self._strategy.domain_weights(step))
-        signals = self._score(candidates) if self._strategy.needs else Signals()
+        score = self._score if "ghost" in self._strategy.needs else self._losses
+        signals = score(candidates) if self._strategy.needs else Signals()
         if self._local:
             mine, g = rank_local.own(candidates, self._groups), self._groups
             selection = self._strategy.select(mine, signals, k // g.dp_size, self.generator)
@@ -88,6 +93,7 @@ class SelectionDriver:
             selection = self._strategy.select(candidates, signals, k, self.generator)
         self._check_excluded(candidates, signals)
         self._check(selection)
+        self.notices += self._strategy.notices()
         order = torch.argsort(selection.indices)
         chosen = selection.indices[order]
         self._iterator.fill_selection(
@@ -97,9 +103,26 @@ class SelectionDriver:
             weights=None if selection.weights is None else selection.weights[order],
         )
         self._buffer.settle(candidates, chosen.numpy())
+        self._trained_domains = candidates.domains[chosen.numpy()]
         self.counters.candidate_tokens += len(candidates) * c.data.seq_length
         self.counters.update_tokens += k * c.data.seq_length
         return candidates, signals, selection
+
+    @property
+    def wants_sequence_loss(self) -> bool:
+        return self._strategy.wants_domain_loss
+
+    def observe(self, sequence_loss: Tensor) -> None:
+        """Losses [K] of the sequences just trained on, in the order in which the iterator was filled."""
+        losses = sequence_loss.double().numpy()
+        finite = np.isfinite(losses)
+        of_domain = {
+            name: losses[finite & (self._trained_domains == d)]
+            for d, name in enumerate(self._corpus.domains["candidates"])
+        }
+        means = {name: float(values.mean()) for name, values in of_domain.items() if len(values)}
+        self._strategy.observe(self.counters.step, means)
+        self.notices += self._strategy.notices()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what is chosen next. The same on every rank; collective with scope `rank_local`."""
@@ -154,6 +177,14 @@ class SelectionDriver:
         if signals.geometry != self._geometry:
             self._geometry = signals.geometry
             self.notices.append(f"step {self.counters.step}: scoring in the geometry of {signals.geometry}")
+        return signals
+
+    def _losses(self, candidates: Candidates) -> Signals:
+        assert self._loss_pass is not None
+        n, rank = len(candidates) // self._groups.dp_size, self._groups.dp_rank
+        signals = self._loss_pass(self._corpus.batch(candidates.sample_ids[rank * n : (rank + 1) * n]))
+        length = min(self._config.selection.score_length, self._config.data.seq_length)
+        self.counters.scored_tokens += len(candidates) * length
         return signals
 
     def _check_excluded(self, candidates: Candidates, signals: Signals) -> None:

@@ -30,6 +30,7 @@ class StepResult:
     grad_norm: float  # before clipping; inf when the step was skipped
     lr: float  # the rate that the step used
     skipped: bool  # a NaN or Inf gradient: weights, optimizer state and schedule are unchanged
+    sequence_loss: Tensor | None = None  # [K] float32, each sequence's own mean, in the order the iterator was filled
 
 
 def build_engine(model: torch.nn.Module, config: RunConfig, groups: Groups) -> tuple[Any, str]:
@@ -53,11 +54,17 @@ def sequence_losses(token_losses: Tensor, loss_mask: Tensor) -> Tensor:
     return masked.sum(dim=1) / counted
 
 
-def train_step(engine: Any, iterator: Iterator[Batch]) -> StepResult:
+def unweighted_losses(token_losses: Tensor, loss_mask: Tensor) -> Tensor:
+    """[B, L], [B, L] -> [B]: mean over the counted tokens, whatever their weight; NaN where none counts."""
+    counted = loss_mask != 0
+    return torch.where(counted, token_losses, 0.0).sum(dim=1) / counted.sum(dim=1)
+
+
+def train_step(engine: Any, iterator: Iterator[Batch], *, per_sequence: bool = False) -> StepResult:
     """Take this rank's microbatches from `iterator` and update the weights once. Collective.
 
     Exactly `gradient_accumulation_steps` microbatches of `micro_batch_size` sequences are taken; ValueError for one of
-    another size.
+    another size. `per_sequence`: gather `sequence_loss` too, K numbers once per step.
     """
     groups, device = engine.step_settings.groups, engine.device
     micro_batches, expected = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
@@ -65,12 +72,16 @@ def train_step(engine: Any, iterator: Iterator[Batch]) -> StepResult:
     engine.train()
     total = torch.zeros((), dtype=torch.float32, device=device)
     norm, applied = math.inf, False
+    own: list[Tensor] = []
     for index in range(micro_batches):
         batch = next(iterator)
         if len(batch) != expected:
             raise ValueError(f"microbatch {index}: expected {expected} sequences, got {len(batch)}")
         batch = batch.to(device)
-        loss = sequence_losses(forward_loss(engine, batch), batch.loss_mask).mean()
+        token_losses = forward_loss(engine, batch)
+        loss = sequence_losses(token_losses, batch.loss_mask).mean()
+        if per_sequence:
+            own.append(unweighted_losses(token_losses.detach(), batch.loss_mask))
         engine.backward(loss)
         total += loss.detach()
         if index < micro_batches - 1:
@@ -80,7 +91,19 @@ def train_step(engine: Any, iterator: Iterator[Batch]) -> StepResult:
     total /= micro_batches * groups.dp_size
     if groups.dp is not None:
         dist.all_reduce(total, group=groups.dp)
-    return StepResult(loss=total.item(), grad_norm=norm, lr=lr, skipped=not applied)
+    gathered = _of_all_ranks(torch.cat(own).float(), groups).cpu() if per_sequence else None
+    return StepResult(loss=total.item(), grad_norm=norm, lr=lr, skipped=not applied, sequence_loss=gathered)
+
+
+def _of_all_ranks(own: Tensor, groups: Groups) -> Tensor:
+    """[K / dp] -> [K], identical to the last bit on every rank. Collective."""
+    if groups.dp is not None:
+        parts = [torch.empty_like(own) for _ in range(groups.dp_size)]
+        dist.all_gather(parts, own, group=groups.dp)
+        own = torch.cat(parts)
+    if groups.tp is not None:  # what is decided from it must not depend on a rank's kernels
+        dist.broadcast(own, src=dist.get_global_rank(groups.tp, 0), group=groups.tp)
+    return own
 
 
 def evaluate(model: Any, batches: Mapping[str, Batch], groups: Groups, micro_batch_size: int) -> dict[str, float]:

@@ -95,7 +95,7 @@ class TrainingLoop:
         self._watch.now(f"scoring and selecting the candidates of step {step}")
         decided = self._driver.choose()
         self._watch.now(f"training step {step}")
-        result = train_step(self._engine, self._iterator)
+        result = train_step(self._engine, self._iterator, per_sequence=self._driver.wants_sequence_loss)
         row = metrics_row(
             self._driver,
             self._corpus,
@@ -106,6 +106,8 @@ class TrainingLoop:
             skipped=result.skipped,
             step_seconds=time.perf_counter() - started,
         )
+        if result.sequence_loss is not None:
+            self._driver.observe(result.sequence_loss)
         self._driver.counters.step += 1
         return row, decided
 

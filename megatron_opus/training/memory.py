@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from megatron_opus.backends.deepspeed import gradient_bucket
 from megatron_opus.backends.sharding import ffn_size, head_channels, is_column_cut, padded_vocab_size, query_groups
 from megatron_opus.config import RunConfig
+from megatron_opus.strategy_config import GHOST, PERPLEXITY
 from megatron_opus.training.model import count_parameters, parameter_shapes
 
 GIB = 2**30
@@ -122,11 +123,11 @@ def estimate(config: RunConfig, layout: Layout, *, device: str) -> MemoryEstimat
         weights=float(e * p),
         optimizer=optimizer,
         gradients_kept=kept,
-        sketches=_sketches(config, layout) if config.selection.strategy == "opus" else 0.0,
+        sketches=_sketches(config, layout) if config.selection.strategy in GHOST else 0.0,
         overhead=OVERHEAD[device],
         training=gradients + _forward(config, layout, layout.micro_batch_size, config.data.seq_length, frozen=False),
         step=step,
-        scoring=_scoring(config, layout) if config.selection.strategy == "opus" else 0.0,
+        scoring=_scoring(config, layout),
     )
 
 
@@ -176,12 +177,18 @@ def _saved_per_layer(config: RunConfig, layout: Layout, *, frozen: bool) -> floa
     return replicated + sharded / tp
 
 
+def _saved(config: RunConfig, layout: Layout, tokens: int, *, frozen: bool = True) -> float:
+    """Bytes that all layers keep for a backward pass over so many tokens."""
+    e = 2 if config.training.precision == "bf16" else 4
+    return config.model.num_layers * _saved_per_layer(config, layout, frozen=frozen) * tokens * e
+
+
 def _forward(config: RunConfig, layout: Layout, batch: int, length: int, *, frozen: bool) -> float:
     """Bytes of saved activations and of logits with their gradient for one forward and backward pass."""
     m = config.model
     e = 2 if config.training.precision == "bf16" else 4
     tokens = batch * length
-    saved = m.num_layers * _saved_per_layer(config, layout, frozen=frozen) * tokens * e
+    saved = _saved(config, layout, tokens, frozen=frozen)
     vocabulary = padded_vocab_size(m) / layout.tp
     logits = tokens * vocabulary * (8.0 if e == 4 else 10.0)  # as computed, and the float32 softmax that is kept
     head_gradient = 0.0 if frozen else e * vocabulary * m.hidden_size  # of a tied weight, before it is added up
@@ -243,6 +250,9 @@ def _scoring(config: RunConfig, layout: Layout) -> float:
     s, k = config.selection, config.selection.sketch
     length = min(s.score_length, config.data.seq_length)
     share = -(-config.buffer_size // layout.dp)
+    if s.strategy not in GHOST:  # at most losses: one layer's activations and the logits
+        batch = min(s.score_micro_batch_size or share, share) if s.strategy in PERPLEXITY else 0
+        return _forward(config, layout, batch, length, frozen=True) - _saved(config, layout, batch * length)
     largest = max(share, -(-s.proxy_batch_size // layout.dp))
     batch = min(s.score_micro_batch_size or largest, largest)
     matrices = _scored_matrices(config, layout)

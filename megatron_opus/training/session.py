@@ -23,8 +23,9 @@ from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.embedded import prepare_embedded
 from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
-from megatron_opus.selection.strategies import build_strategy
+from megatron_opus.selection.strategies import build_strategy, scoring_config
 from megatron_opus.training import checkpoint, preflight
 from megatron_opus.training.agreement import check_agreement, environment, together, weight_digests
 from megatron_opus.training.driver import SelectionDriver
@@ -88,9 +89,18 @@ class Session:
             f"{config.parallel.zero_stage}, tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, "
             f"{optimizer_name}, on {device}"
         )
-        strategy = build_strategy(config.selection)
-        scorer = None
-        if strategy.needs:
+        buffer = CandidateBuffer(
+            corpus, config.buffer_size, config.seed, config.data.domain_weights, config.data.unselected
+        )
+        # one less: a share may be rounded up to the next sequence
+        ceiling = (corpus.sequences("candidates") - 1) / config.buffer_size
+        strategy = build_strategy(
+            config.selection, buffer.domains, buffer.weights, ceiling, config.training.global_batch_size
+        )
+        scorer, loss_pass = None, None
+        if strategy.needs == {"loss"}:
+            loss_pass = LossPass(engine.module, config.selection, forward_loss, groups=groups, device=device)
+        elif strategy.needs:
             shards = functools.partial(
                 weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size
             )
@@ -98,16 +108,13 @@ class Session:
                 engine.module,
                 megatron_layers(engine.module, shards, config.selection),
                 optimizer_state(engine),
-                config.selection,
+                scoring_config(config.selection),
                 forward_loss,
                 groups=groups,
                 device=device,
             )
-        buffer = CandidateBuffer(
-            corpus, config.buffer_size, config.seed, config.data.domain_weights, config.data.unselected
-        )
         iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator)
+        self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator, loss_pass)
         self.engine, self.corpus, self.config = engine, corpus, config
         self._fingerprints = fingerprints
         set_timeouts(config.parallel.distributed_timeout_minutes)

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import compare_runs
 
+from megatron_opus.training.curves import first_reached
+
 CONFIG = "name: x\nmodel: {num_layers: 1, hidden_size: 8, num_attention_heads: 1}\nselection: {strategy: STRATEGY}\n"
 
 
@@ -72,5 +74,5 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
 )
 def test_tokens_to_reach(curve: list[tuple[int, float]], loss: float, expected: float | None) -> None:
     """Guards against extrapolation, and against taking the last crossing for the first."""
-    reached = compare_runs.tokens_to_reach(curve, loss)
+    reached = first_reached(curve, loss)
     assert reached == (None if expected is None else pytest.approx(expected))

@@ -1,12 +1,77 @@
 """Selection strategies behind `types.SelectionStrategy`."""
 
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
 from megatron_opus.config import SelectionConfig
+from megatron_opus.selection.limits import Floors
+from megatron_opus.selection.strategies.ado import AdoStrategy
+from megatron_opus.selection.strategies.filter_then_weight import FilterThenWeightStrategy
+from megatron_opus.selection.strategies.greats import GreatsStrategy
 from megatron_opus.selection.strategies.opus import OpusStrategy
+from megatron_opus.selection.strategies.perplexity import PerplexityStrategy
 from megatron_opus.selection.strategies.random import RandomStrategy
+from megatron_opus.strategy_config import check_floors, least
 from megatron_opus.types import SelectionStrategy
 
-__all__ = ["OpusStrategy", "RandomStrategy", "build_strategy"]
+__all__ = [
+    "AdoStrategy",
+    "FilterThenWeightStrategy",
+    "GreatsStrategy",
+    "OpusStrategy",
+    "PerplexityStrategy",
+    "RandomStrategy",
+    "build_strategy",
+    "scoring_config",
+]
 
 
-def build_strategy(config: SelectionConfig) -> SelectionStrategy:
-    return OpusStrategy(config) if config.strategy == "opus" else RandomStrategy()
+def build_strategy(
+    config: SelectionConfig,
+    domains: Sequence[str] = (),
+    prior: np.ndarray | None = None,
+    ceiling: np.ndarray | None = None,
+    k: int | None = None,
+) -> SelectionStrategy:
+    """The configured strategy over these candidate domains, in the order of `Candidates.domains`.
+
+    prior [D]: the weights that the buffer is filled by without ADO; ceiling [D]: the largest share that each domain has
+    sequences for; k: sequences per update, against which floors are checked. Raises ConfigError.
+    """
+    floors = Floors(config.floors, domains)
+    if floors.active and k is not None:
+        check_floors(config.floors, k, tuple(domains))
+    strategy = _inner(config, floors)
+    if config.strategy != "ado" and not config.ado.enabled:
+        return strategy
+    if prior is None:
+        raise ValueError("ado: expected the domains' configured weights, got none")
+    owed = None
+    if k is not None:  # a whole number of the buffer's sequences, and what keeps its rounding from losing one
+        owed = np.array([least(config.floors.minimum.get(name, 0.0), k) * config.rho / k + 1e-9 for name in domains])
+    return AdoStrategy(strategy, config.ado, domains, prior, ceiling, owed)
+
+
+def _inner(config: SelectionConfig, floors: Floors) -> SelectionStrategy:
+    match config.strategy:
+        case "opus":
+            return OpusStrategy(config, floors)
+        case "greats":
+            return GreatsStrategy(config, floors)
+        case "filter_then_weight":
+            return FilterThenWeightStrategy(config.filter_then_weight, floors)
+        case "high_ppl" | "middle_ppl" | "low_ppl":
+            return PerplexityStrategy(config.strategy, floors)
+        case "random" | "ado":
+            return RandomStrategy(floors)
+
+
+def scoring_config(config: SelectionConfig) -> SelectionConfig:
+    """What the scoring pass is to run with: the recipe's settings, for GREATS in the geometry of plain SGD."""
+    if config.strategy != "greats":
+        return config
+    return dataclasses.replace(config, preconditioner=dataclasses.replace(config.preconditioner, kind="sgd"))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_opus.config import SelectionConfig
 from megatron_opus.selection import sampling, utility
-from megatron_opus.selection.strategies.base import Stateless
-from megatron_opus.selection.strategies.random import RandomStrategy
+from megatron_opus.selection.limits import Floors
+from megatron_opus.selection.strategies.base import Stateless, draw_uniformly
 from megatron_opus.types import Candidates, Selection, SignalName, Signals
 
 
@@ -24,7 +24,8 @@ class OpusStrategy(Stateless):
 
     needs: frozenset[SignalName] = frozenset({"ghost"})
 
-    def __init__(self, config: SelectionConfig) -> None:
+    def __init__(self, config: SelectionConfig, floors: Floors | None = None) -> None:
+        super().__init__(floors)
         self._config = config
 
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection:
@@ -49,6 +50,7 @@ class OpusStrategy(Stateless):
             if inter is None:
                 raise ValueError("opus: redundancy is on but the scoring pass gave no interaction matrix")
             scale = utility.redundancy_scale(good, inter[finite][:, finite], k, config.redundancy)
+        limits = None if self._floors is None else self._floors.limits(candidates, k, finite)
         result = sampling.draw(
             align,
             inter,
@@ -59,18 +61,22 @@ class OpusStrategy(Stateless):
             greedy=config.sampling == "greedy",
             redundancy_scale=scale,
             eligible=finite,
+            limits=limits,
         )
         return Selection(
             indices=result.indices,
             utility=result.utility,
             redundancy=result.redundancy,
-            diagnostics=_diagnostics(result, good, scale, n - usable),
+            diagnostics={
+                **_diagnostics(result, good, scale, n - usable),
+                **({} if limits is None else limits.diagnostics()),
+            },
         )
 
-    @staticmethod
-    def _fallback(candidates: Candidates, k: int, generator: torch.Generator, reason: str, excluded: int) -> Selection:
-        drawn = RandomStrategy().select(candidates, Signals(), k, generator)
-        return Selection(indices=drawn.indices, fallback=reason, diagnostics={"excluded": float(excluded)})
+    def _fallback(
+        self, candidates: Candidates, k: int, generator: torch.Generator, reason: str, excluded: int
+    ) -> Selection:
+        return draw_uniformly(candidates, k, generator, self._floors, reason, {"excluded": float(excluded)})
 
 
 def _diagnostics(result: sampling.Draw, good: Tensor, scale: float, excluded: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opus.selection.strategies.base import Stateless
+from megatron_opus.selection.strategies.base import Stateless, draw_uniformly
 from megatron_opus.types import Candidates, Selection, SignalName, Signals
 
 
@@ -14,6 +14,4 @@ class RandomStrategy(Stateless):
     needs: frozenset[SignalName] = frozenset()
 
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection:
-        if k > len(candidates):
-            raise ValueError(f"random: expected at most {len(candidates)} to select, got {k}")
-        return Selection(indices=torch.randperm(len(candidates), generator=generator)[:k])
+        return draw_uniformly(candidates, k, generator, self._floors)

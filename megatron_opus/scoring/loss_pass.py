@@ -1,0 +1,62 @@
+"""Losses of the candidates and nothing else: one forward pass without graph, capture or backward.
+
+Under data parallelism every rank runs its own share; n float32 numbers a rank are gathered. As after a scoring pass,
+parameters, modes and random states are as before, and every rank holds the same numbers to the last bit.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from megatron_opus.config import SelectionConfig
+from megatron_opus.scoring.collectives import Traffic, all_gather, broadcast
+from megatron_opus.scoring.scoring_pass import TokenLosses, undisturbed
+from megatron_opus.types import Batch, Groups, Signals
+
+
+class LossPass:
+    """For strategies that need {"loss"}. Collective: every rank of `groups` calls it with equally many sequences."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SelectionConfig,
+        token_losses: TokenLosses,
+        *,
+        groups: Groups,
+        device: torch.device,
+    ) -> None:
+        self.traffic = Traffic()
+        self._model, self._config, self._token_losses = model, config, token_losses
+        self._groups, self._device = groups, device
+
+    def __call__(self, candidates: Batch) -> Signals:
+        """Mean token losses over the scoring window of this rank's candidates [n, L]; the result covers all ranks'.
+
+        A candidate without any token that counts in its window, or with a NaN/Inf loss, is marked in `finite`.
+        """
+        started, sent = time.perf_counter(), self.traffic.bytes_sent
+        candidates = candidates.window(self._config.score_length)
+        size = self._config.score_micro_batch_size or len(candidates)
+        parts = []
+        with undisturbed(self._model), torch.no_grad():
+            for first in range(0, len(candidates), size):
+                micro = candidates.rows(first, min(first + size, len(candidates))).to(self._device)
+                losses = self._token_losses(self._model, micro)
+                counts = micro.loss_mask != 0
+                total = torch.where(counts, losses * micro.loss_mask, 0.0).sum(1)
+                parts.append(total / micro.loss_mask.sum(1))  # no token that counts: NaN
+        groups, traffic = self._groups, self.traffic
+        over = groups.dp if self._config.scope == "global" else None
+        gathered = all_gather(torch.cat(parts), over, traffic)
+        broadcast(broadcast(gathered, over, traffic), groups.tp, traffic)
+        loss = gathered.double().cpu()
+        return Signals(
+            loss=loss,
+            finite=torch.isfinite(loss),
+            seconds=time.perf_counter() - started,
+            bytes_sent=traffic.bytes_sent - sent,
+        )

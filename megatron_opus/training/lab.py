@@ -1,0 +1,306 @@
+"""Experiments: arms times seeds as ordinary training runs, started as ordinary processes, resumable.
+
+An experiment is a YAML file that states its hypothesis, metric and stopping rule before anything runs; they are
+recorded in the experiment's folder with the settings of every run, and neither can be changed afterwards without
+another folder. Runs that are finished are kept, interrupted ones resumed, failed ones tried again at the next start.
+
+    <output>/<name>/experiment.json      what was announced, and the settings of every run
+    <output>/<name>/<arm>-<seed>/        an ordinary run folder
+    <output>/<name>/logs/<arm>-<seed>.txt
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_opus import config as configs
+from megatron_opus import schema
+from megatron_opus.config import RunConfig
+from megatron_opus.data.files import write_json
+from megatron_opus.training.metrics import read_metrics
+
+RECORD = "experiment.json"
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
+OPTIONAL = ("corpus", "settings", "shared")
+RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
+SINGLE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+CORES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class LabError(ValueError):
+    """An experiment that is incomplete, or not the one its folder belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    arm: str
+    seed: int
+    directory: Path
+    recipe: Path
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One YAML file. `metric`: the validation domains whose mean loss at the end is compared."""
+
+    name: str
+    hypothesis: str
+    metric: tuple[str, ...]
+    stopping_rule: str
+    recipe: Path
+    corpus: str  # of data/lab_corpora.py; empty: the recipe's own data
+    settings: Mapping[str, Any]  # dotted overrides of the recipe for all arms
+    baseline: str
+    seeds: tuple[int, ...]
+    arms: Mapping[str, Mapping[str, Any]]  # name -> dotted overrides
+    shared: Mapping[str, Any]  # metric and settings that replace those above on larger text, whose domains differ
+
+    def on_shared_text(self) -> Experiment:
+        """The same experiment on the larger text: another name, its own metric and settings. Raises LabError."""
+        if not self.shared:
+            raise LabError(f"{self.name}: no `shared` section says metric and settings for other text")
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}_shared",
+            metric=tuple(self.shared["metric"]),
+            settings={**self.settings, **self.shared["settings"]},
+        )
+
+    def runs(self, folder: Path, data: Path | None) -> list[PlannedRun]:
+        """Every run with its resolved settings, seed by seed. `data`: the prepared corpus. Raises ConfigError."""
+        planned = []
+        for seed in self.seeds:
+            for arm, changes in self.arms.items():
+                directory = folder / f"{arm}-{seed}"
+                values = {**self.settings, **changes, "name": directory.name, "output_dir": str(folder), "seed": seed}
+                if data is not None:
+                    values["data.path"] = str(data)
+                overrides = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
+                config = configs.load(self.recipe, overrides)
+                configs.validate_world(config, 1)
+                planned.append(
+                    PlannedRun(
+                        arm=arm,
+                        seed=seed,
+                        directory=directory,
+                        recipe=self.recipe,
+                        overrides=overrides,
+                        config=config,
+                    )
+                )
+        return planned
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Raises LabError or ConfigError naming the file, the key, what was expected and what was found."""
+    raw = schema.read_yaml(path)
+
+    def fail(message: str) -> LabError:
+        return LabError(f"{path}: {message}")
+
+    for key in raw:
+        if key not in (*REQUIRED, *OPTIONAL):
+            close = difflib.get_close_matches(str(key), (*REQUIRED, *OPTIONAL), n=1)
+            raise fail(f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else ""))
+    for key in REQUIRED:
+        if raw.get(key) in (None, "", [], {}):
+            raise fail(f"{key} is missing; an experiment says {', '.join(REQUIRED)} before it runs")
+    for key in ("name", "hypothesis", "stopping_rule", "recipe", "baseline"):
+        if not isinstance(raw[key], str) or not raw[key].strip():
+            raise fail(f"{key}: expected text, got {raw[key]!r}")
+    metric, seeds, arms = raw["metric"], raw["seeds"], raw["arms"]
+    if not isinstance(metric, list) or not all(isinstance(m, str) for m in metric):
+        raise fail(f"metric: expected a list of validation domains, got {metric!r}")
+    if not isinstance(seeds, list) or not all(isinstance(s, int) for s in seeds) or len({*seeds}) < len(seeds):
+        raise fail(f"seeds: expected a list of different whole numbers, got {seeds!r}")
+    settings = raw.get("settings") or {}
+    if not isinstance(settings, dict) or not isinstance(arms, dict):
+        raise fail("settings, arms: expected mappings of dotted keys of the recipe")
+    for arm, changes in {"settings": settings, **arms}.items():
+        if not isinstance(changes, dict):
+            raise fail(f"arm {arm}: expected dotted keys and values, got {changes!r}")
+        for key in changes:
+            if key in RESERVED or (key in ("data", "data.path") and raw.get("corpus")):
+                raise fail(f"{arm}: {key} is set by the laboratory, leave it out")
+    shared = raw.get("shared") or {}
+    if shared and (not isinstance(shared, dict) or {*shared} != {"metric", "settings"} or not raw.get("corpus")):
+        raise fail("shared: expected metric and settings, beside a corpus")
+    if raw["baseline"] not in arms:
+        raise fail(f"baseline: expected one of the arms {', '.join(arms)}, got {raw['baseline']!r}")
+    return Experiment(
+        name=raw["name"],
+        hypothesis=raw["hypothesis"].strip(),
+        metric=tuple(metric),
+        stopping_rule=raw["stopping_rule"].strip(),
+        recipe=(path.parent / raw["recipe"]).resolve(),
+        corpus=raw.get("corpus") or "",
+        settings=settings,
+        baseline=raw["baseline"],
+        seeds=tuple(seeds),
+        arms=arms,
+        shared=shared,
+    )
+
+
+def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> dict[str, Any]:
+    """Announce the experiment in its folder, or check that it is the one announced there. Raises LabError.
+
+    Arms and seeds may be added; the report says which were. What was announced may not change.
+    """
+    path = folder / RECORD
+    announced = {
+        "name": experiment.name,
+        "hypothesis": experiment.hypothesis,
+        "metric": list(experiment.metric),
+        "stopping_rule": experiment.stopping_rule,
+        "baseline": experiment.baseline,
+    }
+    settings = {run.name: _settings(run.config) for run in runs}
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = {**announced, "added_later": [], "runs": settings}
+        write_json(path, made)
+        return made
+    old = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in announced.items():
+        if old[key] != value:
+            raise LabError(
+                f"{path}: the {key} was announced as {old[key]!r}, now it is {value!r}; what was announced before the "
+                "runs stands: choose another --output for another experiment"
+            )
+    for name, values in settings.items():
+        before = old["runs"].get(name)
+        if before is not None and before != values:
+            changed = sorted(k for k in {*before, *values} if before.get(k) != values.get(k))
+            raise LabError(
+                f"{path}: {name} was planned with {changed[0]} = {before.get(changed[0])!r}, now "
+                f"{values.get(changed[0])!r} ({len(changed)} keys differ); name the arm differently or choose another "
+                "--output"
+            )
+    added = [name for name in settings if name not in old["runs"]]
+    made = {**old, "added_later": [*old["added_later"], *added], "runs": {**old["runs"], **settings}}
+    if added:
+        write_json(path, made)
+    return made
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted keys of a run, without where it lies."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Mapping[str, Any]) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                walk(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    walk("", configs.to_dict(config))
+    return {k: v for k, v in flat.items() if k not in ("output_dir", "data.path", "data.cache_dir")}
+
+
+def steps_done(run: PlannedRun) -> int:
+    rows = read_metrics(run.directory)
+    return rows[-1]["step"] + 1 if rows else 0
+
+
+def is_finished(run: PlannedRun) -> bool:
+    rows = read_metrics(run.directory)
+    return bool(rows) and rows[-1]["step"] + 1 >= run.config.training.train_steps and "validation_loss" in rows[-1]
+
+
+def why_unfinished(run: PlannedRun) -> str:
+    """One line for the report; empty for a finished run."""
+    if is_finished(run):
+        return ""
+    log = log_of(run)
+    if not log.exists():
+        return "not started"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    at = f"at step {steps_done(run)} of {run.config.training.train_steps}"
+    errors = [line for line in lines if line.startswith(("error:", "experiment:"))]
+    return f"{at}: {errors[-1] if errors else (lines[-1] if lines else 'no output')}"
+
+
+def log_of(run: PlannedRun) -> Path:
+    return run.directory.parent / "logs" / f"{run.name}.txt"
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    *,
+    jobs: int,
+    say: Callable[[str], object],
+    minutes: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Bring every run to its end, `jobs` processes of one core at a time; a failing run does not stop the others.
+
+    minutes: a run that takes longer is ended and counts as failed (it would resume at the next start). All processes
+    are ended when this function is left, however.
+    """
+    waiting = [run for run in runs if not is_finished(run)]
+    kept = len(runs) - len(waiting)
+    if kept:
+        say(f"{kept} of {len(runs)} runs are finished and kept")
+    active: list[tuple[PlannedRun, subprocess.Popen[bytes], float]] = []
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                run = waiting.pop(0)
+                say(f"{run.name}: {'resumes' if (run.directory / 'config.yaml').exists() else 'starts'}")
+                active.append((run, _start(run, environment or {}), time.monotonic()))
+            time.sleep(0.2)
+            for entry in list(active):
+                run, process, began = entry
+                if process.poll() is None:
+                    if minutes is None or time.monotonic() - began < 60 * minutes:
+                        continue
+                    process.kill()
+                    process.wait()
+                    with log_of(run).open("a", encoding="utf-8") as log:
+                        log.write(f"experiment: ended after {minutes:g} minutes\n")
+                active.remove(entry)
+                took = time.monotonic() - began
+                problem = why_unfinished(run)
+                say(f"{run.name}: " + (f"FAILED {problem}" if problem else f"finished in {took:.0f} s"))
+    finally:
+        for _, process, _ in active:
+            process.kill()
+            process.wait()
+
+
+def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    log_of(run).parent.mkdir(parents=True, exist_ok=True)
+    inherited = {k: v for k, v in os.environ.items() if k not in SINGLE_PROCESS}
+    path = os.pathsep.join(p for p in (str(ROOT), inherited.get("PYTHONPATH", "")) if p)
+    command = [sys.executable, "-m", "megatron_opus.training", str(run.recipe), *run.overrides]
+    if (run.directory / "config.yaml").exists():
+        command.append("--resume")
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(log_of(run).open("wb"))
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**inherited, **CORES, "PYTHONPATH": path, **environment},
+        )

@@ -1,0 +1,226 @@
+"""Experiments: what is announced, what is counted, what is reported."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_opus.config import ConfigError
+from megatron_opus.training import lab, lab_report
+from megatron_opus.training.statistics import interval, t_quantile
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted((ROOT / "configs/lab").glob("*.yaml"))
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("freedom", "published"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (120, 1.980)]
+)
+def test_t_quantiles_are_those_of_the_tables(freedom, published):
+    """Fault: the normal's 1.96 for three seeds, which halves the interval."""
+    assert t_quantile(freedom) == pytest.approx(published, abs=5e-4)
+
+
+def test_intervals():
+    """Fault: the population's deviation in place of the sample's, or an interval made up for a single seed."""
+    found = interval([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.half == pytest.approx(4.3027 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3), rel=1e-4)
+    assert interval([5.0]).half is None
+    assert interval([5.0]).text() == "5.0000"
+    assert interval([]) is None
+
+
+@pytest.mark.parametrize(
+    ("arm", "baseline", "ratio"),
+    [
+        ([(100, 4.0), (200, 2.0)], [(100, 4.0), (200, 3.0)], 0.75),  # better: where it reached the baseline's end
+        ([(100, 4.0), (200, 3.0)], [(100, 4.0), (200, 2.0)], 200 / 150),  # worse: where the baseline passed its end
+        ([(100, 4.0), (200, 3.0)], [(100, 4.0), (200, 3.0)], 1.0),
+        ([(100, 4.0), (400, 1.0)], [(100, 4.0), (200, 3.0)], 1.0),  # another budget: 200 against 200
+    ],
+)
+def test_the_ratio_to_target_is_interpolated_on_the_better_curve(arm, baseline, ratio):
+    """Fault: extrapolation beyond a curve, or a ratio that says `never` for every arm worse than random."""
+    assert lab_report.ratio_to_target(arm, baseline) == pytest.approx(ratio)
+    assert math.isnan(lab_report.ratio_to_target([(100, math.nan)], baseline))
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def experiment_file(tmp_path: Path, **changes: Any) -> Path:
+    raw = {
+        "name": "mini",
+        "hypothesis": "a is lower",
+        "metric": ["prose"],
+        "stopping_rule": "four steps",
+        "recipe": str(ROOT / "configs/pretrain_gpt2_tiny.yaml"),
+        "settings": {"training.train_steps": 4},
+        "baseline": "random",
+        "seeds": [1, 2, 3],
+        "arms": {"random": {"selection.strategy": "random"}, "opus": {"selection.strategy": "opus"}},
+        **changes,
+    }
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in raw.items() if v is not None}, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stopping_rule": None}, "stopping_rule is missing"),
+        ({"hypothesis": " "}, "hypothesis: expected text"),
+        ({"metric": "prose"}, "metric: expected a list"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"baseline": "opsu"}, "baseline: expected one of the arms random, opus"),
+        ({"stoping_rule": "x"}, "unknown key stoping_rule; did you mean stopping_rule?"),
+        ({"arms": {"random": {"seed": 3}}}, "random: seed is set by the laboratory"),
+        ({"corpus": "noisy", "settings": {"data.path": "x"}}, "settings: data.path is set by the laboratory"),
+        ({"shared": {"metric": ["x"]}}, "shared: expected metric and settings"),
+    ],
+)
+def test_an_incomplete_experiment_is_refused(tmp_path, changes, said):
+    """Fault: an experiment whose question or end is decided after its results are seen."""
+    with pytest.raises(lab.LabError, match=said.replace("?", r"\?")):
+        lab.read_experiment(experiment_file(tmp_path, **changes))
+
+
+def test_every_setting_is_checked_before_anything_starts(tmp_path):
+    """Fault: the last arm of a night's experiment fails at its start for a mistyped key."""
+    path = experiment_file(tmp_path, arms={"random": {}, "opus": {"selection.tmperature": 1.0}})
+    with pytest.raises(ConfigError, match=r"did you mean selection\.temperature"):
+        lab.read_experiment(path).runs(tmp_path, None)
+    path = experiment_file(tmp_path, settings={"parallel.tensor_model_parallel_size": 2})
+    with pytest.raises(ConfigError, match="tensor_model_parallel_size"):
+        lab.read_experiment(path).runs(tmp_path, None)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_protocol_is_complete_and_runs_random_as_its_baseline(path):
+    """Fault: a protocol that no longer loads, compares with another buffer, or takes fewer than three seeds."""
+    found = lab.read_experiment(path)
+    assert found.name == path.stem
+    assert len(found.seeds) >= 3
+    variants = [found, *([found.on_shared_text()] if found.shared else [])]
+    for variant in variants:
+        runs = variant.runs(Path("x"), None)
+        assert {run.config.selection.strategy for run in runs if run.arm == found.baseline} == {"random"}
+        assert len({(run.config.buffer_size, run.config.training.train_steps) for run in runs}) == 1
+        assert len({str(run.config.data.domain_weights) for run in runs}) == 1
+
+
+def test_what_was_announced_stands(tmp_path):
+    """Fault: a hypothesis or a setting changed after the runs, under the same name."""
+    first = lab.read_experiment(experiment_file(tmp_path))
+    made = lab.record(first, first.runs(tmp_path / "mini", None), tmp_path / "mini")
+    assert made["added_later"] == []
+    assert lab.record(first, first.runs(tmp_path / "mini", None), tmp_path / "mini") == made
+    for change, said in (
+        ({"hypothesis": "a is higher"}, "the hypothesis was announced as 'a is lower'"),
+        ({"settings": {"training.train_steps": 5}}, "was planned with training.train_steps = 4, now 5"),
+    ):
+        other = lab.read_experiment(experiment_file(tmp_path, **change))
+        with pytest.raises(lab.LabError, match=said):
+            lab.record(other, other.runs(tmp_path / "mini", None), tmp_path / "mini")
+    more = lab.read_experiment(experiment_file(tmp_path, seeds=[1, 2, 3, 4]))
+    made = lab.record(more, more.runs(tmp_path / "mini", None), tmp_path / "mini")
+    assert made["added_later"] == ["random-4", "opus-4"]
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+CONFIG = "name: x\nmodel: {num_layers: 1, hidden_size: 8, num_attention_heads: 1}\nselection: {strategy: STRATEGY}\n"
+
+
+def write_run(run: lab.PlannedRun, losses: dict[int, float], seconds: float, score: float = 0.0) -> None:
+    run.directory.mkdir(parents=True)
+    strategy = run.config.selection.strategy
+    (run.directory / "config.yaml").write_text(CONFIG.replace("STRATEGY", strategy))
+    rows = []
+    for step in range(max(losses) + 1):
+        rows.append({"step": step, "update_tokens": 100 * (step + 1), "step_seconds": seconds, "score_seconds": score})
+        if step in losses:
+            rows[-1]["validation_loss"] = {"prose": losses[step], "code": 9.0}
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> lab_report.Results:
+    """Random ends at 3.0 + seed / 10. Opus: 0.5 lower for seeds 1 and 2, which took twice as long; seed 3 failed."""
+    found = lab.read_experiment(experiment_file(folder))
+    runs = found.runs(folder, None)
+    record = lab.record(found, runs, folder)
+    for run in runs:
+        shift = run.seed / 10
+        if run.arm == "random":
+            write_run(run, {1: 4.0 + shift, 3: 3.0 + shift}, 1.0)
+        elif run.seed < 3:
+            write_run(run, {1: 4.0 + shift, 3: 2.5 + shift}, 2.0, 0.5)
+        else:
+            (folder / "logs").mkdir()
+            lab.log_of(run).write_text("step 1/4\nerror: rank 0: out of luck\n")
+    return lab_report.collect(found, runs, record)
+
+
+def test_arms_are_paired_with_the_baseline_by_seed(results):
+    """Fault: seeds compared with other seeds', the baseline's extra seed in a difference, seconds without scoring."""
+    random, opus = results.arms
+    assert (random.difference, random.token_ratio, random.overhead) == (None, None, None)
+    assert random.loss.mean == pytest.approx(3.2)
+    assert (opus.seeds, opus.strategy) == ([1, 2], "opus")
+    assert opus.loss.mean == pytest.approx(2.65)
+    assert opus.difference.mean == pytest.approx(-0.5)
+    assert opus.difference.half == pytest.approx(0.0, abs=1e-9)
+    reached = 200 + 200 * (1.0 / 1.5)  # from 4.0 to 2.5 in 200 tokens: 3.0 after two thirds
+    assert opus.token_ratio.mean == pytest.approx(reached / 400)
+    assert opus.second_ratio.mean == pytest.approx(2 * reached / 400)
+    assert opus.overhead.mean == pytest.approx(1.0)
+    assert opus.scoring_share.mean == pytest.approx(0.25)
+
+
+def test_failed_runs_are_listed_with_the_reason(results):
+    """Fault: an arm that looks better because its diverged seed is missing without a word."""
+    assert results.failed == [("opus-3", "at step 0 of 4: error: rank 0: out of luck")]
+    text = lab_report.table(results)
+    assert "opus    2/3" in text
+    assert "out of luck" in text
+    assert "a is lower" in text
+    assert "four steps" in text
+
+
+def test_json_and_csv_say_what_the_table_says(results, tmp_path):
+    """Fault: figures for further work that differ from the printed ones."""
+    lab_report.write(results, tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text())))
+    assert [row["arm"] for row in rows] == ["random", "opus"]
+    assert float(rows[1]["difference"]) == data["arms"][1]["difference"]["mean"] == pytest.approx(-0.5)
+    assert rows[0]["difference"] == ""
+    assert data["failed"][0]["run"] == "opus-3"
+    assert len(data["runs"]) == 5
+    assert (tmp_path / "report.txt").read_text() == lab_report.table(results) + "\n"
+
+
+def test_a_metric_that_was_not_evaluated_is_refused(results, folder, tmp_path):
+    """Fault: a KeyError after hours of training, or another domain's loss in the table."""
+    other = lab.read_experiment(experiment_file(tmp_path, metric=["prosa"]))
+    with pytest.raises(lab.LabError, match="evaluated prose, code, not prosa"):
+        lab_report.collect(other, other.runs(folder, None), {"added_later": []})

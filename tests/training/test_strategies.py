@@ -1,0 +1,150 @@
+"""Strategies in whole runs: the same selections for every layout, and after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import DistributedPool
+from gpt_runs import batch_of_step, share_of_rank, start
+from gpt_runs import recipe as small_recipe
+
+from megatron_opus.config import RunConfig, from_dict
+
+STEPS = 12
+ADO = {"enabled": True, "skip_steps": 0, "first_fit": 9, "refit_every": 2, "block_steps": 1, "min_log_epsilon": -1.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "high_ppl": {"strategy": "high_ppl", "score_micro_batch_size": 1},
+    "greats": {"strategy": "greats", "redundancy": {"scale": "paper"}},
+    "filter_then_weight": {"strategy": "filter_then_weight"},
+    "opus_in_ado_with_floors": {"strategy": "opus", "ado": ADO, "floors": {"minimum": {"prose": 0.25}}},
+}
+
+
+def recipe(cache: Path, output: Path, name: str, selection: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
+    """A model of two small layers on the embedded corpus, all four domains in every buffer."""
+    raw: dict[str, Any] = {
+        "name": name,
+        "output_dir": str(output),
+        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4},
+        "data": {
+            "cache_dir": str(cache),
+            "seq_length": 32,
+            "domain_weights": {"prose": 0.25, "docstrings": 0.25, "source": 0.25, "tables": 0.25},
+        },
+        "optimizer": {"lr": 3e-3, "min_lr": 1e-4, "lr_warmup_steps": 1, "lr_decay_steps": 40},
+        "parallel": {"zero_stage": 1},
+        "training": {
+            "global_batch_size": 4,
+            "micro_batch_size": 1,
+            "train_steps": STEPS,
+            "eval_interval": 0,
+            "eval_sequences": 4,
+            "checkpoint_interval": 0,
+            "tensorboard": False,
+        },
+        "selection": {"proxy_batch_size": 4, "score_length": 32, "debug_checks": True, **selection},
+    }
+    for section, values in sections.items():
+        raw[section] = {**raw[section], **values}
+    return from_dict(raw)
+
+
+def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
+    from megatron_opus.data.ledger import read_ledger
+    from megatron_opus.training.metrics import read_metrics
+    from megatron_opus.training.session import Session
+
+    said: list[str] = []
+    session = Session(config, resume=resume, versions={}, say=said.append)
+    session.train()
+    ledger = read_ledger(session.run_dir / "ledger")
+    return {
+        "rows": read_metrics(session.run_dir),
+        "ids": ledger["sample_id"].to_pylist(),
+        "order": ledger["draw_order"].to_pylist(),
+        "utility": np.array(ledger["utility"].to_pylist(), dtype=np.float64),
+        "domains": ledger["domain"].to_pylist(),
+        "weights": torch.cat([p.detach().float().flatten() for p in session.engine.module.parameters()]),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[DistributedPool]:
+    pool = DistributedPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, embedded_cache, tmp_path, kind):
+    """Fault: losses of another rank's candidates, per-domain losses of one rank's share, weights given to another
+    sequence: each shows as another id or loss within a few steps. Utilities agree up to the order of summation."""
+    selection = KINDS[kind]
+    one = alone.run(run, recipe(embedded_cache, tmp_path, "one", selection))[0]
+    four = world4.run(
+        run, recipe(embedded_cache, tmp_path, "four", selection, parallel={"tensor_model_parallel_size": 2})
+    )
+    for other in four:
+        assert other["ids"] == one["ids"]
+        assert other["order"] == one["order"]
+    np.testing.assert_allclose(four[0]["utility"], one["utility"], rtol=2e-3, atol=1e-9)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one["rows"], four[0]["rows"], strict=True)) < 1e-4
+    assert one["rows"][-1]["fallbacks"] == 0
+    if kind == "high_ppl":
+        assert one["rows"][-1]["geometry"] == ""
+        assert one["rows"][-1]["scored_tokens"] == STEPS * 8 * 32  # no proxy
+        assert all(r["selected_loss"] > r["candidate_loss"] for r in one["rows"])
+    if kind == "greats":
+        assert {row["geometry"] for row in one["rows"]} == {"sgd"}
+    if kind == "filter_then_weight":
+        assert any(row["effective_sequences"] < 3.99 for row in one["rows"])
+    if kind == "opus_in_ado_with_floors":
+        assert one["rows"][-1]["ado_fitted"] > 0
+        assert any(row["ado_share/prose"] != 0.25 for row in one["rows"])
+        taken = np.array(one["domains"])[np.array(one["order"]) >= 0].reshape(STEPS, 4)
+        assert ((taken == "prose").sum(1) >= 1).all()
+        assert all(row["floors_breached"] == row["floors_unsupplied"] == 0 for row in one["rows"])
+
+
+def test_a_resumed_mixture_ends_as_an_undisturbed_one(alone, embedded_cache, tmp_path):
+    """Fault: a curve, a policy or a fit missing from the checkpoint. Stopped between two fits; equal to the bit."""
+    selection = KINDS["opus_in_ado_with_floors"]
+    whole = alone.run(run, recipe(embedded_cache, tmp_path, "whole", selection))[0]
+    alone.run(run, recipe(embedded_cache, tmp_path, "cut", selection, training={"train_steps": 10}))
+    resumed = alone.run(run, recipe(embedded_cache, tmp_path, "cut", selection), True)[0]
+    keep = ("loss", "selected_share", "ado_share/prose", "ado_share/tables", "ado_failed_fits")
+    assert [[row[k] for k in keep] for row in resumed["rows"]] == [[row[k] for k in keep] for row in whole["rows"]]
+    assert resumed["ids"] == whole["ids"]
+    assert torch.equal(resumed["weights"], whole["weights"])
+
+
+def sequence_losses_of_rank(tp: int) -> tuple[torch.Tensor, float]:
+    from megatron_opus.training.engine import train_step
+
+    engine, groups = start(small_recipe(tp=tp))
+    batch = batch_of_step(0)
+    batch.loss_mask[1] *= 0.5  # a weight
+    batch.loss_mask[2] = 0.0  # weight zero
+    result = train_step(engine, share_of_rank(batch, groups, 2), per_sequence=True)
+    assert result.sequence_loss is not None
+    return result.sequence_loss, result.loss
+
+
+def test_losses_of_single_sequences_come_with_the_step(world2):
+    """Fault: losses in rank order of another layout, or scaled by the weights of the selection; a sequence of weight
+    zero that counts as loss 0. Tensor-parallel 2 and data-parallel 2 give the same K numbers on every rank."""
+    split = world2.run(sequence_losses_of_rank, 2)
+    shared = world2.run(sequence_losses_of_rank, 1)
+    for losses, _ in (*split, *shared):
+        assert losses.shape == (8,)
+        assert torch.isnan(losses[2])
+        torch.testing.assert_close(losses, split[0][0], rtol=1e-4, atol=1e-5, equal_nan=True)
+    for pair in (split, shared):
+        assert torch.equal(pair[0][0].nan_to_num(), pair[1][0].nan_to_num())
+    weights = torch.tensor([1, 0.5, 0, 1, 1, 1, 1, 1])
+    assert (weights * split[0][0].nan_to_num()).mean().item() == pytest.approx(split[0][1], rel=1e-4)
