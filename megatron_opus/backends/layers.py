@@ -33,8 +33,9 @@ def megatron_layers(model: nn.Module, shard_map: ShardMap, *, include_output_lay
         column = isinstance(module, ColumnParallelLinear)
         whole, rows, cols = shard_map(f"{name}.weight")
         local = (sum(n for _, n in rows), sum(n for _, n in cols))
-        if tuple(module.weight.shape) != local:
-            raise ValueError(f"{name}.weight: expected the local shape {local}, got {tuple(module.weight.shape)}")
+        found = tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # ZeRO 3 leaves nothing in the weight
+        if found != local:
+            raise ValueError(f"{name}.weight: expected the local shape {local}, got {found}")
         layers.append(
             ScoredLayer(
                 name=name,

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opus.backends.deepspeed import initialize, take_step
+from megatron_opus.backends.deepspeed import initialize
 from megatron_opus.backends.megatron import evaluation, forward_loss
+from megatron_opus.backends.stepping import take_step
 from megatron_opus.config import RunConfig
 from megatron_opus.training.schedule import learning_rate
 from megatron_opus.types import Batch, Groups
@@ -33,7 +34,7 @@ class StepResult:
 
 
 def build_engine(model: torch.nn.Module, config: RunConfig, groups: Groups) -> tuple[Any, str]:
-    """The DeepSpeed engine of this recipe around an initialised model, and which AdamW it uses. Collective.
+    """The DeepSpeed engine of this recipe around an initialised model, and which optimizer it uses. Collective.
 
     `engine.module` is the GPTModel: scoring and evaluation call it directly. `engine.get_lr()[0]` is the learning rate
     of the coming step. Raises ConfigError for batch sizes or a schedule that do not fit.
