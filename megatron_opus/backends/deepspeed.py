@@ -178,6 +178,11 @@ def initialize(
         for group in engine.optimizer.optimizer.param_groups:
             group.pop("step", None)  # where Apex counts
     partition = Partition(engine)
+    if partition.kind == "zero3" and partition.offloaded and o.name == "muon":
+        # DeepSpeed would make it in bf16, but restore it from a checkpoint in float32: another run after a resume
+        for flat, uses_muon in zip(partition.flat, engine.optimizer.sub_groups_using_muon, strict=True):
+            if uses_muon:
+                partition.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat, requires_grad=False)
     engine.step_settings = StepSettings(
         groups=groups,
         gradient_clipping=config.training.gradient_clipping,

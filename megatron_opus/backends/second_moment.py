@@ -55,6 +55,7 @@ class SecondMoment:
         """Of this rank alone."""
         return {"steps": self.steps, "v": dict(self._v)}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave on this rank, in a run of the same layout."""
         self.steps = state["steps"]
-        self._v = {name: v.to(device) for name, v in state["v"].items()}
+        self._v = {name: v.to(self._partition.key(self._weights[name]).device) for name, v in state["v"].items()}
