@@ -92,13 +92,19 @@ def evaluate(model: Any, batches: Mapping[str, Batch], groups: Groups, micro_bat
     counted token is NaN.
     """
     gpt = getattr(model, "module", model)
-    device = next(gpt.parameters()).device
+    parameters = list(gpt.parameters())
+    device, partitioned = parameters[0].device, any(hasattr(p, "ds_id") for p in parameters)
     sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)  # loss, tokens
     with evaluation(gpt):
         for row, batch in enumerate(batches.values()):
             first, last = (len(batch) * (groups.dp_rank + i) // groups.dp_size for i in (0, 1))
-            for start in range(first, last, micro_batch_size):
+            largest = -(-len(batch) // groups.dp_size)
+            for start in range(first, first + largest, micro_batch_size):
                 piece = batch.rows(start, min(start + micro_batch_size, last)).to(device)
+                if start >= last:
+                    if partitioned:  # ZeRO 3 gathers weights in each forward pass: as many on every rank
+                        forward_loss(gpt, batch.rows(0, 1).to(device))
+                    continue
                 counted = piece.loss_mask != 0
                 sums[row, 0] += forward_loss(gpt, piece)[counted].double().sum()
                 sums[row, 1] += counted.sum()
