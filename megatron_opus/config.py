@@ -323,8 +323,8 @@ def validate(config: RunConfig) -> None:
     kind = s.preconditioner.kind
     _require(
         kind in ("auto", "sgd", o.name) or (kind == "adamw" and o.name == "muon"),
-        f"selection.preconditioner.kind: {kind} needs state that optimizer.name {o.name} does not keep; expected auto, "
-        f"sgd, {o.name}{' or adamw' if o.name == 'muon' else ''}",
+        f"selection.preconditioner.kind: {kind} needs state that optimizer.name {o.name} does not keep; expected "
+        f"{', '.join(dict.fromkeys(['auto', 'sgd', o.name, *(['adamw'] if o.name == 'muon' else [])]))}",
     )
     if d.domain_weights is not None:
         _require(
