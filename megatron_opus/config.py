@@ -329,8 +329,27 @@ def validate(config: RunConfig) -> None:
         "optimizer.lr_warmup_fraction: expected 0 <= fraction < 1, and lr_warmup_steps 0 beside it, got "
         f"{o.lr_warmup_fraction} and {o.lr_warmup_steps}",
     )
-    for name, beta in (("adam_beta1", o.adam_beta1), ("adam_beta2", o.adam_beta2)):
+    for name, beta in (
+        ("adam_beta1", o.adam_beta1),
+        ("adam_beta2", o.adam_beta2),
+        ("muon_momentum", o.muon_momentum),
+        ("sgd_momentum", o.sgd_momentum),
+    ):
         _require(0 <= beta < 1, f"optimizer.{name}: expected 0 <= beta < 1, got {beta}")
+    _require(o.muon_lr > 0, f"optimizer.muon_lr: expected > 0, got {o.muon_lr}")
+    for name, decay in (("weight_decay", o.weight_decay), ("muon_weight_decay", o.muon_weight_decay)):
+        _require(decay >= 0, f"optimizer.{name}: expected >= 0, got {decay}")
+    _require(
+        p.offload_optimizer == "none" or p.zero_stage > 0,
+        "parallel.offload_optimizer: expected none at zero_stage 0, which keeps no partition that could lie elsewhere, "
+        f"got {p.offload_optimizer}; set parallel.zero_stage=1 or higher",
+    )
+    kind = s.preconditioner.kind
+    _require(
+        kind in ("auto", "sgd", o.name) or (kind == "adamw" and o.name == "muon"),
+        f"selection.preconditioner.kind: {kind} needs state that optimizer.name {o.name} does not keep; expected "
+        f"{', '.join(dict.fromkeys(['auto', 'sgd', o.name, *(['adamw'] if o.name == 'muon' else [])]))}",
+    )
     if d.domain_weights is not None:
         _require(
             all(w >= 0 for w in d.domain_weights.values()) and sum(d.domain_weights.values()) > 0,
@@ -375,7 +394,7 @@ def validate_estimator(s: SelectionConfig) -> None:
 
 def validate_world(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError when `world_size` processes cannot be laid out as the recipe asks."""
-    p, t = config.parallel, config.training
+    p, o, t = config.parallel, config.optimizer, config.training
     tp = p.tensor_model_parallel_size
     _require(
         world_size % tp == 0,
@@ -391,6 +410,27 @@ def validate_world(config: RunConfig, world_size: int) -> None:
         _require(value % unit == 0, f"{name}: expected a multiple of {unit} ({what}), got {value}")
     if config.selection.scope == "rank_local":
         check_floors(config.selection.floors, t.global_batch_size // dp)
+
+    _require(
+        o.name != "muon" or tp == 1 or p.zero_stage != 1 or not accumulates_in_fp32(config, dp),
+        "parallel.zero_stage: 1 with optimizer.name muon, bf16, accumulation steps and tensor parallelism is refused "
+        "by DeepSpeed's BF16_Optimizer; set parallel.zero_stage=2, or raise micro_batch_size until one step has one "
+        "microbatch",
+    )
+
+
+def accumulates_in_fp32(config: RunConfig, dp_size: int) -> bool:
+    """bf16 microbatch gradients are summed in float32 under ZeRO: eight bits of mantissa lose small ones."""
+    t = config.training
+    return (
+        t.precision == "bf16" and config.parallel.zero_stage > 0 and t.global_batch_size > t.micro_batch_size * dp_size
+    )
+
+
+def keeps_second_moment(config: RunConfig) -> bool:
+    """Scoring in AdamW's geometry a run whose matrices Muon updates: the selector keeps a second moment itself."""
+    s = config.selection
+    return config.optimizer.name == "muon" and s.strategy == "opus" and s.preconditioner.kind == "adamw"
 
 
 def _require(condition: bool, message: str) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_opus.config import (
     DataConfig,
+    Geometry,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PreconditionerConfig,
     RunConfig,
+    SelectionConfig,
     TrainingConfig,
 )
 from megatron_opus.types import Batch, Groups
@@ -46,6 +49,9 @@ def recipe(
     sp: bool = False,
     model: ModelConfig = GPT2,
     micro_batch_size: int = 2,
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw",
+    offload: Literal["none", "cpu"] = "none",
+    kind: Geometry = "auto",
     **training: Any,
 ) -> RunConfig:
     return RunConfig(
@@ -53,8 +59,12 @@ def recipe(
         seed=7,
         model=model,
         data=DataConfig(seq_length=LENGTH),
-        parallel=ParallelConfig(tensor_model_parallel_size=tp, zero_stage=zero, sequence_parallel=sp),
-        optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_warmup_steps=2, weight_decay=0.1),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp, zero_stage=zero, sequence_parallel=sp, offload_optimizer=offload
+        ),
+        optimizer=OptimizerConfig(
+            name=optimizer, lr=1e-2, muon_lr=2e-2, min_lr=1e-3, lr_warmup_steps=2, weight_decay=0.1, sgd_momentum=0.9
+        ),
         training=TrainingConfig(
             **{
                 "global_batch_size": K,
@@ -65,6 +75,7 @@ def recipe(
                 **training,
             }
         ),
+        selection=SelectionConfig(preconditioner=PreconditionerConfig(kind=kind)),
     )
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,11 +15,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_opus.backends import cpu_shims, extras
-from megatron_opus.config import ConfigError, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_opus.backends import cpu_shims, muon
+from megatron_opus.backends.gradients import gradients_of
+from megatron_opus.backends.optimizers import build_optimizer
+from megatron_opus.backends.partition import Partition
+from megatron_opus.backends.second_moment import SecondMoment
+from megatron_opus.backends.stepping import StepSettings
+from megatron_opus.config import ConfigError, ParallelConfig, RunConfig, accumulates_in_fp32, keeps_second_moment
 from megatron_opus.types import Groups
 
-__all__ = ["ModelParallelUnit", "global_gradient_norm", "init_distributed", "initialize", "take_step"]
+__all__ = ["ModelParallelUnit", "deepspeed_config", "init_distributed", "initialize"]
 
 
 def init_distributed(parallel: ParallelConfig) -> torch.device:
@@ -58,14 +61,6 @@ def init_distributed(parallel: ParallelConfig) -> torch.device:
     return device
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """What a step needs beside the engine; kept on it as `engine.step_settings`."""
-
-    groups: Groups
-    gradient_clipping: float
-
-
 class ModelParallelUnit:
     """megatron-core's parallel state under the names that DeepSpeed asks for."""
 
@@ -88,18 +83,6 @@ class ModelParallelUnit:
         return parallel_state.get_data_parallel_group()
 
 
-def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices with weight decay, norms and biases without; a tied weight once."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # The rate is 0 until the scheduler sets that of step 0: DeepSpeed's bf16 optimizer of stage 0 takes a step on zero
-    # gradients when it starts, which would decay the initial weights.
-    common = {"lr": 0.0, "initial_lr": optimizer.lr}
-    return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optimizer.weight_decay, **common},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, **common},
-    ]
-
-
 def gradient_bucket(parameters: int) -> int:
     """Elements that ZeRO reduces at a time: DeepSpeed's default buffer of 500 million is larger than a small model."""
     return min(200_000_000, max(1, parameters))
@@ -110,7 +93,7 @@ def deepspeed_config(config: RunConfig, dp_size: int, parameters: int) -> dict[s
 
     Raises ConfigError unless K = micro_batch_size x accumulation steps x data-parallel size.
     """
-    t, stage = config.training, config.parallel.zero_stage
+    t = config.training
     steps, rest = divmod(t.global_batch_size, t.micro_batch_size * dp_size)
     if rest or not steps:
         raise ConfigError(
@@ -122,43 +105,68 @@ def deepspeed_config(config: RunConfig, dp_size: int, parameters: int) -> dict[s
         "train_batch_size": t.global_batch_size,
         "train_micro_batch_size_per_gpu": t.micro_batch_size,
         "gradient_accumulation_steps": steps,
-        # Stage 0 is clipped in take_step: its fp32 path keeps no norm, and its bf16 path leaves the shards of every
-        # tensor-parallel rank but the first out of it.
-        "gradient_clipping": 0.0 if stage == 0 else t.gradient_clipping,
+        "gradient_clipping": 0.0 if clips_by_itself(config) else t.gradient_clipping,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": gradient_bucket(parameters),
-            "allgather_bucket_size": gradient_bucket(parameters),
-        },
+        "zero_optimization": zero_settings(config, parameters),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # which one fits the machine is decided in extras.py
         "steps_per_print": 10**9,
     }
-    if bf16 and stage > 0 and steps > 1:
-        # Eight bits of mantissa lose small microbatch gradients in a running sum.
+    if accumulates_in_fp32(config, dp_size):
         values["data_types"] = {"grad_accum_dtype": "fp32"}
+    return values
+
+
+def clips_by_itself(config: RunConfig) -> bool:
+    """Norm and clipping are done in `take_step` rather than by DeepSpeed.
+
+    DeepSpeed's stage 0 keeps no norm in fp32 and leaves the shards of every tensor-parallel rank but the first out of
+    it in bf16; with Muon, the other stages would clip the orthogonalised update instead of the gradient.
+    """
+    return config.parallel.zero_stage == 0 or config.optimizer.name == "muon"
+
+
+def zero_settings(config: RunConfig, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization` section for a rank with so many parameters."""
+    stage, bucket = config.parallel.zero_stage, gradient_bucket(parameters)
+    values: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.parallel.offload_optimizer == "cpu":
+        values["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage == 3:
+        values |= {
+            # vectors stay whole; a matrix is gathered for the module that uses it and given back after it
+            "stage3_param_persistence_threshold": 8 * config.model.hidden_size,
+            "stage3_prefetch_bucket_size": min(50_000_000, bucket),
+            "stage3_max_live_parameters": bucket,
+            "stage3_max_reuse_distance": 0,
+        }
+    if config.optimizer.name == "muon" and (stage == 3 or config.training.precision == "bf16"):
+        # Stage 3 insists on it. At stage 2 in bf16 DeepSpeed 0.19 merges the range of a Muon gradient with the one
+        # before it in the bucket and loses that one, an AdamW gradient that was to be summed in float32.
+        values["reduce_scatter"] = False
     return values
 
 
 def initialize(
     model: nn.Module, config: RunConfig, groups: Groups, lr_of_step: Callable[[int], float]
 ) -> tuple[Any, str]:
-    """DeepSpeed engine around `model` with AdamW, and which AdamW it is. Collective.
+    """DeepSpeed engine around `model` with the recipe's optimizer, and which one it is. Collective.
 
-    `lr_of_step(s)` is the learning rate of optimizer step s, from 0. The engine's scheduler is a torch LambdaLR.
+    `lr_of_step(s)` is the learning rate of optimizer step s, from 0; groups with another rate follow in proportion.
+    The engine's scheduler is a torch LambdaLR.
     """
     import deepspeed
 
-    o = config.optimizer
-    optimizer, taken = extras.adamw(
-        parameter_groups(model, o), extras.detect_apex(), lr=0.0, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps
-    )
+    o, names = config.optimizer, {name: p for name, p in model.named_parameters() if muon.gets_muon(name, p)}
+    optimizer, taken = build_optimizer(model, o, offload=config.parallel.offload_optimizer == "cpu")
+    # BF16_Optimizer refuses Muon beside any mpu; without tensor parallelism there is nothing for an mpu to say
+    alone = o.name == "muon" and groups.tp_size == 1
     with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory tables; warnings are logged
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, lambda step: lr_of_step(step) / o.lr),
-            mpu=ModelParallelUnit(),
+            mpu=None if alone else ModelParallelUnit(),
             config=deepspeed_config(config, groups.dp_size, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
@@ -169,63 +177,18 @@ def initialize(
         engine.optimizer.optimizer.state.clear()
         for group in engine.optimizer.optimizer.param_groups:
             group.pop("step", None)  # where Apex counts
-    engine.step_settings = StepSettings(groups=groups, gradient_clipping=config.training.gradient_clipping)
+    partition = Partition(engine)
+    if partition.kind == "zero3" and partition.offloaded and o.name == "muon":
+        # DeepSpeed would make it in bf16, but restore it from a checkpoint in float32: another run after a resume
+        for flat, uses_muon in zip(partition.flat, engine.optimizer.sub_groups_using_muon, strict=True):
+            if uses_muon:
+                partition.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat, requires_grad=False)
+    engine.step_settings = StepSettings(
+        groups=groups,
+        gradient_clipping=config.training.gradient_clipping,
+        gradients=gradients_of(partition, engine.module) if clips_by_itself(config) else None,
+        second_moment=SecondMoment(partition, names, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_eps)
+        if keeps_second_moment(config)
+        else None,
+    )
     return engine, taken
-
-
-def global_gradient_norm(model: nn.Module, groups: Groups) -> torch.Tensor:
-    """2-norm of the whole gradient, float32 scalar: shards of all tensor-parallel ranks, replicated parameters once.
-
-    p.grad must already be averaged over data-parallel ranks.
-    """
-    with_gradient = [p for p in model.parameters() if p.grad is not None]
-    device = with_gradient[0].device
-    squares = torch.zeros(2, dtype=torch.float32, device=device)  # sharded, replicated
-    for kind, sharded in enumerate((True, False)):
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-            for p in with_gradient
-            if bool(getattr(p, "model_parallel", False)) == sharded
-        ]
-        if norms:
-            squares[kind] = torch.stack(norms).square().sum()
-    if groups.tp is not None:
-        dist.all_reduce(squares[0], group=groups.tp)
-    return squares.sum().sqrt()
-
-
-def take_step(engine: Any) -> tuple[float, bool]:
-    """The last microbatch's `engine.step()`: gradient norm before clipping, and whether weights were updated.
-
-    A NaN or Inf anywhere in the gradient leaves weights, optimizer state and learning rate as they are, at every stage.
-    """
-    groups, clipping = engine.step_settings.groups, engine.step_settings.gradient_clipping
-    if engine.zero_optimization_stage() == 0:
-        norm = global_gradient_norm(engine.module, groups)
-        finite = bool(torch.isfinite(norm))
-        for parameter in engine.module.parameters():
-            if parameter.grad is None:
-                continue
-            if not finite:
-                parameter.grad = None
-            elif clipping > 0 and norm + 1e-6 > clipping:
-                parameter.grad.mul_(clipping / (norm + 1e-6))
-        if not finite:
-            return _skip_stage_0(engine), False
-        engine.step()
-        return norm.item(), True
-    engine.step()
-    norm = engine.get_global_grad_norm()
-    value = float(norm) if norm is not None else math.nan
-    applied = bool(engine.was_step_applied())
-    return (value if applied else math.inf), applied
-
-
-def _skip_stage_0(engine: Any) -> float:
-    """Count a step without taking it, as the ZeRO stages do: no scheduler step, no optimizer step."""
-    engine.zero_grad()
-    engine.micro_steps += 1
-    engine.global_steps += 1
-    engine.global_samples += engine.train_batch_size()
-    engine.skipped_steps += 1
-    return math.inf

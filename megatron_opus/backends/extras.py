@@ -104,6 +104,19 @@ def adamw(groups: list[dict[str, Any]], apex: Extra, **hyper: Any) -> tuple[torc
     return torch.optim.AdamW(groups, **hyper), "PyTorch AdamW"
 
 
+def host_adamw(groups: list[dict[str, Any]], **hyper: Any) -> tuple[torch.optim.Optimizer, str]:
+    """AdamW over tensors in host memory, and what it is: DeepSpeed's vectorised one beside a GPU, PyTorch's without.
+
+    DeepSpeed compiles its own on first use (minutes, and a compiler is needed); where there is nothing to offload
+    from, that buys nothing. Raises what DeepSpeed's build raises.
+    """
+    if torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **hyper), "DeepSpeed CPU AdamW"
+    return torch.optim.AdamW(groups, **hyper), "PyTorch AdamW on the host"
+
+
 def report(asked_attention: str = "auto") -> list[tuple[str, str, str]]:
     """(package, status, what is used) for the start-up lines. Raises as `attention_backend` does."""
     apex, engine = detect_apex(), detect_transformer_engine()

@@ -1,27 +1,30 @@
-"""Where Adam's second moment lives, for torch optimizers and DeepSpeed engines. No communication, matched by parameter.
+"""Hyper-parameters, second moments and momenta of torch optimizers and DeepSpeed engines.
 
-engine                      flat storage of exp_avg_sq on this rank
-torch / ZeRO 0 fp32         state[p], whole
-ZeRO 0 bf16, unfused        state[fp32_groups[g][k]], whole, one fp32 master per parameter
-ZeRO 0 bf16, FusedAdam      state[fp32_groups_flat[g]], whole, the group's parameters one after the other
-ZeRO 1 / 2, BF16_Optimizer  state[flat partition of g], the fragment that `p._hp_mapping` describes
+No communication; everything is found by the parameter's identity. Where state lies in an engine: see partition.py.
+Muon's momentum is the exception at ZeRO 1 and 2 without offload: one flat tensor of the **whole** matrices of which
+this rank owns any part (`params_in_partition`), so that several ranks hold the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_opus.types import AdamHyper, Fragment, Geometry, Hyper, OptimizerState, SgdHyper
+from megatron_opus.backends import muon
+from megatron_opus.backends.muon import UnsupportedOptimizer
+from megatron_opus.backends.partition import Partition, find
+from megatron_opus.backends.second_moment import SecondMoment
+from megatron_opus.types import AdamHyper, Fragment, Geometry, Hyper, MuonHyper, OptimizerState, SgdHyper
+
+__all__ = ["DeepSpeedState", "TorchState", "UnsupportedOptimizer", "optimizer_state"]
 
 SECOND_MOMENT = "exp_avg_sq"
-
-
-class UnsupportedOptimizer(TypeError):
-    """An optimizer whose update the selector cannot describe."""
+MOMENTUM = "momentum_buffer"
+Kind = Literal["adamw", "muon", "sgd"]
 
 
 def optimizer_state(optimizer: Any) -> OptimizerState:
@@ -35,31 +38,24 @@ def optimizer_state(optimizer: Any) -> OptimizerState:
     )
 
 
-def _kind(optimizer: Any) -> Literal["adamw", "sgd"]:
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
+def _kind(optimizer: Any, group: dict[str, Any]) -> Kind:
+    """What updates the parameters of this group."""
+    classes = type(optimizer).__mro__
+    names = {cls.__name__ for cls in classes}
+    # torch has a Muon of its own, with other numbers
+    from_deepspeed = any(cls.__module__.startswith("deepspeed.") for cls in classes)
+    if from_deepspeed and names & {"MuonWithAuxAdam", "SingleDeviceMuonWithAuxAdam"}:
+        return "muon" if group["use_muon"] else "adamw"
+    if from_deepspeed and names & {"Muon", "SingleDeviceMuon"}:
+        return "muon"
     if names & {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}:
         return "adamw"
     if "SGD" in names:
         return "sgd"
     raise UnsupportedOptimizer(
-        f"optimizer: expected Adam, AdamW, FusedAdam, DeepSpeedCPUAdam or SGD, got {type(optimizer).__name__}"
+        "optimizer: expected Adam, AdamW, FusedAdam, DeepSpeedCPUAdam, SGD or DeepSpeed's Muon, got "
+        f"{type(optimizer).__module__}.{type(optimizer).__name__}"
     )
-
-
-class _Groups:
-    """Parameter -> its group, by identity: never by position in the model."""
-
-    def __init__(self, param_lists: Sequence[Sequence[Tensor]]) -> None:
-        self._where = {id(p): (g, k) for g, group in enumerate(param_lists) for k, p in enumerate(group)}
-
-    def __call__(self, weight: Tensor) -> tuple[int, int]:
-        try:
-            return self._where[id(weight)]
-        except KeyError:
-            raise UnsupportedOptimizer(
-                f"a scored weight of shape {list(weight.shape)} belongs to no parameter group of the optimizer; freeze "
-                "it (requires_grad=False) so that it is not scored, or give it to the optimizer"
-            ) from None
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:
@@ -72,116 +68,164 @@ def _numbers(values: Sequence[float | Tensor]) -> list[float]:
     return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
 
 
-def _hypers(kind: str, geometry: Geometry, found: Sequence[tuple[dict[str, Any], dict[str, Any], bool]]) -> list[Hyper]:
-    """Hyper-parameters for each (parameter group, state of the parameter, whether a real step was taken)."""
-    wanted = kind if geometry == "auto" else geometry
-    if wanted not in (kind, "sgd"):
-        raise UnsupportedOptimizer(f"geometry {wanted}: the optimizer in use is {kind} and keeps no state for it")
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What is known of one weight's coming step."""
+
+    weight: Tensor
+    kind: Kind
+    group: dict[str, Any]
+    state: dict[str, Any]
+    steps: int | None  # completed steps as the engine counts them; None: nobody counts them for us
+
+
+def _hypers(found: Sequence[_Found], geometry: Geometry, has_muon: bool, own: SecondMoment | None) -> list[Hyper]:
     # FusedAdam counts its steps in the group, torch and DeepSpeedCPUAdam in the state
-    steps = _numbers([state.get("step", group.get("step", 0)) if started else 0 for group, state, started in found])
-    rates = _numbers([group["lr"] for group, _, _ in found])
-    if wanted == "sgd":
-        return [SgdHyper(lr=lr) for lr in rates]
+    steps = _numbers([0 if f.steps == 0 else f.state.get("step", f.group.get("step", 0)) for f in found])
+    rates = _numbers([f.group["lr"] for f in found])
     result: list[Hyper] = []
-    for (group, state, started), step, lr in zip(found, steps, rates, strict=True):
-        if group.get("amsgrad") or (state and not started and SECOND_MOMENT not in state):
+    for f, step, lr in zip(found, steps, rates, strict=True):
+        wanted = f.kind if geometry == "auto" else geometry
+        if wanted == "muon" and f.kind == "adamw" and has_muon:
+            wanted = "adamw"  # a Muon run has AdamW weights, and that is what moves them
+        if wanted == "sgd":
+            result.append(SgdHyper(lr=lr * _sgd_factor(f) if f.kind == "sgd" else lr))
+        elif wanted == "adamw" and f.kind == "muon" and own is not None:
+            result.append(own.hyper(lr))
+        elif wanted != f.kind:
+            remedy = "; set selection.preconditioner.kind=adamw before the run starts" if f.kind == "muon" else ""
             raise UnsupportedOptimizer(
-                f"optimizer: expected AdamW with its second moment under {SECOND_MOMENT!r} and without amsgrad, found "
-                f"state {sorted(map(str, state))}, amsgrad {bool(group.get('amsgrad'))}"
+                f"geometry {wanted}: a scored weight is updated by {f.kind} and no state for {wanted} is kept{remedy}"
             )
-        beta1, beta2 = (float(b) for b in group["betas"])
-        result.append(AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=float(group["eps"]), step=int(step)))
+        elif wanted == "adamw":
+            result.append(_adam(f, int(step), lr))
+        else:
+            result.append(_muon(f, lr))
     return result
+
+
+def _adam(f: _Found, step: int, lr: float) -> AdamHyper:
+    missing = f.state and f.steps != 0 and SECOND_MOMENT not in f.state
+    if f.group.get("amsgrad") or missing:
+        raise UnsupportedOptimizer(
+            f"optimizer: expected AdamW with its second moment under {SECOND_MOMENT!r} and without amsgrad, found "
+            f"state {sorted(map(str, f.state))}, amsgrad {bool(f.group.get('amsgrad'))}"
+        )
+    beta1, beta2 = (float(b) for b in f.group["betas"])
+    return AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=float(f.group["eps"]), step=step)
+
+
+def _muon(f: _Found, lr: float) -> MuonHyper:
+    weight: Any = f.weight
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    if len(shape) != 2 or getattr(weight, "is_expert_group", False) or getattr(weight, "muon_num_heads", None):
+        raise UnsupportedOptimizer(
+            f"Muon: expected whole two-dimensional matrices, got shape {list(shape)}, expert group "
+            f"{bool(getattr(weight, 'is_expert_group', False))}, heads {getattr(weight, 'muon_num_heads', None)}; "
+            "such a weight is orthogonalised in parts, which the selector does not describe: give it to AdamW"
+        )
+    # without a count, a momentum is there after the first step
+    steps = f.steps if f.steps is not None else int(MOMENTUM in f.state)
+    return MuonHyper(
+        lr=lr,
+        momentum=float(f.group["momentum"]),
+        nesterov=muon.nesterov(),
+        scale=muon.shape_scale(*shape),
+        coefficients=muon.coefficients(f.group.get("ns_method", "gram")),
+        step=steps,
+    )
+
+
+def _sgd_factor(f: _Found) -> float:
+    """Share of a new gradient in SGD's coming step: 1, but 1 + mu with Nesterov and 1 - dampening once it runs."""
+    if f.group.get("nesterov"):
+        return 1.0 + float(f.group["momentum"])
+    running = f.state.get(MOMENTUM) is not None
+    return 1.0 - float(f.group.get("dampening", 0.0)) if running else 1.0
+
+
+def _kinds(optimizer: Any, groups: Iterable[dict[str, Any]]) -> list[Kind]:
+    return [_kind(optimizer, group) for group in groups]
 
 
 class TorchState:
     """A torch optimizer in one process, or replicated over data-parallel ranks."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.kind = _kind(optimizer)
         self.sharded_over_dp = False
         self._optimizer = optimizer
-        self._groups = _Groups([group["params"] for group in optimizer.param_groups])
+        self._has_muon = "muon" in _kinds(optimizer, optimizer.param_groups)
+        self._where = {
+            id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])
+        }
 
     def hypers(self, weights: Sequence[torch.nn.Parameter], geometry: Geometry = "auto") -> list[Hyper]:
         found = []
         for weight in weights:
-            state = self._optimizer.state.get(weight, {})
-            found.append((self._optimizer.param_groups[self._groups(weight)[0]], state, SECOND_MOMENT in state))
-        return _hypers(self.kind, geometry, found)
-
-    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
-        return []
+            group = self._optimizer.param_groups[find(self._where, weight)[0]]
+            kind, state = _kind(self._optimizer, group), self._optimizer.state.get(weight, {})
+            found.append(_Found(weight=weight, kind=kind, group=group, state=state, steps=None if state else 0))
+        return _hypers(found, geometry, self._has_muon, None)
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
-        return [Fragment(start=0, values=self._optimizer.state[weight][SECOND_MOMENT].flatten())]
+        return self._fragment(weight, SECOND_MOMENT)
+
+    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        group = self._optimizer.param_groups[find(self._where, weight)[0]]
+        return self._fragment(weight, MOMENTUM) if _kind(self._optimizer, group) == "muon" else []
+
+    def _fragment(self, weight: torch.nn.Parameter, name: str) -> Sequence[Fragment]:
+        state = self._optimizer.state.get(weight, {})
+        return [Fragment(start=0, values=state[name].flatten())] if state.get(name) is not None else []
 
 
 class DeepSpeedState:
-    """A DeepSpeed engine at ZeRO stage 0, 1 or 2."""
+    """A DeepSpeed engine at ZeRO stage 0, 1, 2 or 3, with the optimizer's tensors on the device or on the host.
+
+    One built by this package keeps a second moment for Muon's weights where the recipe asks for AdamW's geometry.
+    """
 
     def __init__(self, engine: Any) -> None:
-        stage = engine.zero_optimization_stage()
-        if stage > 2:
-            raise UnsupportedOptimizer(f"zero_stage: expected 0, 1 or 2, got {stage}")
         self._engine = engine
-        self._wrapper = engine.optimizer
-        self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
-        self.kind = _kind(self._optimizer)
-        self._flat: list[Tensor] | None = None  # one flat tensor per group
-        self._masters: list[list[Tensor]] | None = None  # one tensor per parameter
-        wrapper = self._wrapper
-        if hasattr(wrapper, "bit16_groups"):  # ZeRO 1 and 2
-            params, self._flat = wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups
-            self.sharded_over_dp = True
-        elif hasattr(wrapper, "bf16_groups"):  # BF16_Optimizer: ZeRO 1 with fp32 gradient accumulation
-            params, self._flat = wrapper.bf16_groups, wrapper.fp32_groups_flat_partition
-            self.sharded_over_dp = True
-        elif hasattr(wrapper, "fp32_groups_flat"):  # FP16_Optimizer around a fused Adam, also for bf16
-            params, self._flat = wrapper.fp16_groups, wrapper.fp32_groups_flat
-            self.sharded_over_dp = False
-        elif hasattr(wrapper, "fp32_groups"):  # FP16_UnfusedOptimizer, also for bf16
-            params, self._masters = wrapper.fp16_groups, wrapper.fp32_groups
-            self.sharded_over_dp = False
-        elif isinstance(wrapper, torch.optim.Optimizer):
-            params = [group["params"] for group in wrapper.param_groups]
-            self._masters = params
-            self.sharded_over_dp = False
-        else:
-            raise UnsupportedOptimizer(f"DeepSpeed optimizer wrapper {type(wrapper).__name__}: layout not known")
-        self._params = params
-        self._groups = _Groups(params)
+        self._partition = Partition(engine)
+        self._optimizer = self._partition.optimizer
+        self._has_muon = "muon" in _kinds(self._optimizer, self._optimizer.param_groups)
+        self._own: SecondMoment | None = getattr(getattr(engine, "step_settings", None), "second_moment", None)
+        self.sharded_over_dp = self._partition.sharded_over_dp
 
     def hypers(self, weights: Sequence[torch.nn.Parameter], geometry: Geometry = "auto") -> list[Hyper]:
+        # bf16 at stage 0 takes a dummy step on zero gradients when it starts: only the engine knows it was none
+        steps = self._engine.global_steps - self._engine.skipped_steps
         found = []
         for weight in weights:
-            g, k = self._groups(weight)
-            state = self._optimizer.state.get(self._key(g, k), {})
-            # bf16 at stage 0 takes a dummy step on zero gradients when it starts: only the engine knows it was none
-            started = self._engine.global_steps > 0 and SECOND_MOMENT in state
-            found.append((self._optimizer.param_groups[g], state, started))
-        return _hypers(self.kind, geometry, found)
-
-    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
-        return []
+            group = self._partition.group(weight)
+            state = self._optimizer.state.get(self._partition.key(weight), {})
+            kind = _kind(self._optimizer, group)
+            found.append(_Found(weight=weight, kind=kind, group=group, state=state, steps=steps))
+        return _hypers(found, geometry, self._has_muon, self._own)
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
-        g, k = self._groups(weight)
-        if self.sharded_over_dp:
-            mapping: Any = vars(weight)["_hp_mapping"]  # set by DeepSpeed on every parameter it partitions
-            if mapping is None:
-                return []  # another data-parallel rank owns all of it
-            values = self._optimizer.state[self._key(g, k)][SECOND_MOMENT]
-            owned = values.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
-            return [Fragment(start=mapping.lp_fragment_address.start, values=owned)]
-        values = self._optimizer.state[self._key(g, k)][SECOND_MOMENT].flatten()
-        if self._flat is not None:
-            start = sum(p.numel() for p in self._params[g][:k])
-            values = values.narrow(0, start, weight.numel())
-        return [Fragment(start=0, values=values)]
+        if self._own is not None and self._own.keeps(weight):
+            return self._own.fragments(weight)
+        return self._fragment(weight, SECOND_MOMENT)
 
-    def _key(self, group: int, index: int) -> Tensor:
-        if self._flat is not None:
-            return self._flat[group]
-        assert self._masters is not None
-        return self._masters[group][index]
+    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        p = self._partition
+        if _kind(self._optimizer, p.group(weight)) != "muon":
+            return []
+        if p.kind != "zero12" or p.offloaded:
+            return self._fragment(weight, MOMENTUM)
+        start = 0
+        for other in p.wrapper.params_in_partition[p.where(weight)[0]]:
+            if other is weight:
+                buffer = self._optimizer.state.get(p.key(weight), {}).get(MOMENTUM)
+                return [] if buffer is None else [Fragment(start=0, values=buffer.narrow(0, start, weight.numel()))]
+            start += other.numel()
+        return []
+
+    def _fragment(self, weight: torch.nn.Parameter, name: str) -> Sequence[Fragment]:
+        owned = self._partition.owned(weight)
+        values = self._optimizer.state.get(self._partition.key(weight), {}).get(name)
+        if owned is None or values is None:
+            return []
+        return [Fragment(start=owned.start, values=values.flatten().narrow(0, owned.offset, owned.n))]

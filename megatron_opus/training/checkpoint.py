@@ -4,6 +4,7 @@
         engine/            DeepSpeed: weights, optimizer state, schedule
         state.pt           what the loop gave: buffer, generators, counters; the same on every rank
         rng_00000.pt ..    random states of each rank
+        moment_00000.pt .. each rank's part of the selector's own second moment, where it keeps one
         complete.json      written last: step, layout, configuration, fingerprints, and the size of every file above
 
 A directory without `complete.json` is not a checkpoint. It is ignored, and removed only when the same step is saved
@@ -80,6 +81,7 @@ def save(
     own writing raises on that rank alone, whose process must then end so that the launcher ends the others.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    moment = engine.step_settings.second_moment
     path = _shared(lambda: _new_directory(directory, step))
     engine.save_checkpoint(str(path), tag="engine", save_latest=False)
 
@@ -87,11 +89,14 @@ def save(
         if rank == 0:
             torch.save(dict(state), path / "state.pt")
         torch.save(_rng_states(), path / f"rng_{rank:05d}.pt")
+        if moment is not None:
+            torch.save(moment.state_dict(), path / f"moment_{rank:05d}.pt")
 
     _everywhere(write_local)
 
     def mark_complete() -> Path:
-        missing = [r for r in range(world) if not (path / f"rng_{r:05d}.pt").is_file()]
+        kinds = ("rng",) if moment is None else ("rng", "moment")
+        missing = [r for r in range(world) if not all((path / f"{k}_{r:05d}.pt").is_file() for k in kinds)]
         if missing:
             raise CheckpointError(
                 f"checkpoint {path}: files of ranks {missing} are not visible to rank 0; "
@@ -125,6 +130,9 @@ def load(engine: Any, path: Path, *, fingerprints: Mapping[str, str], config: Ru
         raise CheckpointError(f"checkpoint {path}: DeepSpeed found nothing to load in {path / 'engine'}")
     for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
+    moment = engine.step_settings.second_moment
+    if moment is not None:
+        moment.load_state_dict(torch.load(path / f"moment_{dist.get_rank():05d}.pt", map_location="cpu"))
     # Written by this program with numpy arrays and generator states in it: not a file to take from a stranger.
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
     _restore_rng(torch.load(path / f"rng_{dist.get_rank():05d}.pt", map_location="cpu", weights_only=False))

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opus.backends.deepspeed import initialize, take_step
+from megatron_opus.backends.deepspeed import initialize
 from megatron_opus.backends.megatron import evaluation, forward_loss
+from megatron_opus.backends.stepping import take_step
 from megatron_opus.config import RunConfig
 from megatron_opus.training.schedule import learning_rate
 from megatron_opus.types import Batch, Groups
@@ -34,7 +35,7 @@ class StepResult:
 
 
 def build_engine(model: torch.nn.Module, config: RunConfig, groups: Groups) -> tuple[Any, str]:
-    """The DeepSpeed engine of this recipe around an initialised model, and which AdamW it uses. Collective.
+    """The DeepSpeed engine of this recipe around an initialised model, and which optimizer it uses. Collective.
 
     `engine.module` is the GPTModel: scoring and evaluation call it directly. `engine.get_lr()[0]` is the learning rate
     of the coming step. Raises ConfigError for batch sizes or a schedule that do not fit.
@@ -114,13 +115,19 @@ def evaluate(model: Any, batches: Mapping[str, Batch], groups: Groups, micro_bat
     counted token is NaN.
     """
     gpt = getattr(model, "module", model)
-    device = next(gpt.parameters()).device
+    parameters = list(gpt.parameters())
+    device, partitioned = parameters[0].device, any(hasattr(p, "ds_id") for p in parameters)
     sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)  # loss, tokens
     with evaluation(gpt):
         for row, batch in enumerate(batches.values()):
             first, last = (len(batch) * (groups.dp_rank + i) // groups.dp_size for i in (0, 1))
-            for start in range(first, last, micro_batch_size):
+            largest = -(-len(batch) // groups.dp_size)
+            for start in range(first, first + largest, micro_batch_size):
                 piece = batch.rows(start, min(start + micro_batch_size, last)).to(device)
+                if start >= last:
+                    if partitioned:  # ZeRO 3 gathers weights in each forward pass: as many on every rank
+                        forward_loss(gpt, batch.rows(0, 1).to(device))
+                    continue
                 counted = piece.loss_mask != 0
                 sums[row, 0] += forward_loss(gpt, piece)[counted].double().sum()
                 sums[row, 1] += counted.sum()

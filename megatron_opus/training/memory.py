@@ -1,13 +1,19 @@
 """Bytes that one rank needs, by arithmetic on the recipe. Nothing is allocated.
 
-P: parameters of this rank, D: data-parallel size, e: bytes of a weight (4, or 2 in bf16).
+P: parameters of this rank, D: data-parallel size, e: bytes of a weight (4, or 2 in bf16), s: numbers that the optimizer
+keeps for each parameter (AdamW 2, Muon 1, SGD 1 with momentum and 0 without; one more where the selector keeps a second
+moment for Muon's matrices).
 
-                       weights  gradients             optimizer (masters and moments)
-ZeRO 0, fp32           4 P      4 P                   8 P
-ZeRO 0, bf16           2 P      2 P, 4 P in the step  12 P
-ZeRO 1                 e P      e P                   12 P / D
-ZeRO 1, bf16, accum.   2 P      2 P + 4 P             12 P / D
-ZeRO 2                 e P      (e or 4) P / D        12 P / D     plus a bucket of gradients on their way
+                       weights  gradients             optimizer (masters and state)
+ZeRO 0, fp32           4 P      4 P                   4 s P
+ZeRO 0, bf16           2 P      2 P, 4 P in the step  4 (1 + s) P
+ZeRO 1                 e P      e P                   4 (1 + s) P / D
+ZeRO 1, bf16, accum.   2 P      2 P + 4 P             4 (1 + s) P / D
+ZeRO 2                 e P      (e or 4) P / D        4 (1 + s) P / D  plus a bucket of gradients on their way
+ZeRO 3                 e P / D  as ZeRO 2             4 (1 + s) P / D  plus gathered weights; e P while it starts
+
+With Muon at ZeRO 1 and 2, a second copy of its momentum waits until the step is known to be good. An optimizer that is
+offloaded from a GPU costs nothing there; whether the host can hold it is not looked into.
 
 Activations are what autograd saves without recomputation, per layer in elements of e bytes (Korthikanti et al. 2022,
 Table 2, without the s x s terms): see `_saved_per_layer`.
@@ -19,10 +25,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_opus.backends.deepspeed import gradient_bucket
 from megatron_opus.backends.sharding import ffn_size, head_channels, is_column_cut, padded_vocab_size, query_groups
-from megatron_opus.config import RunConfig
+from megatron_opus.config import RunConfig, keeps_second_moment
 from megatron_opus.strategy_config import GHOST, PERPLEXITY
 from megatron_opus.training.model import count_parameters, parameter_shapes
 
@@ -41,7 +48,7 @@ class Layout:
 
     tp: int
     dp: int
-    zero_stage: int
+    zero_stage: Literal[0, 1, 2, 3]
     micro_batch_size: int
 
     @property
@@ -64,6 +71,7 @@ class MemoryEstimate:
     sketches: float  # projections of the scored matrices, the proxy's gradient, multipliers
     gradients_kept: float  # buffers that live between steps
     overhead: float
+    startup: float  # before the weights are cut (ZeRO 3)
     training: float  # gradients, activations and logits of one microbatch
     step: float  # gradients and the optimizer's temporaries
     scoring: float  # activations, factors, logits and features
@@ -71,12 +79,12 @@ class MemoryEstimate:
     @property
     def total(self) -> float:
         stays = self.weights + self.optimizer + self.sketches + self.gradients_kept
-        return SLACK * (stays + max(self.training, self.step, self.scoring)) + self.overhead
+        return SLACK * (stays + max(self.startup, self.training, self.step, self.scoring)) + self.overhead
 
     def lines(self) -> list[str]:
         """One line per part, in GiB."""
         return [f"  {f.name:15} {getattr(self, f.name) / GIB:8.2f} GiB" for f in dataclasses.fields(self)] + [
-            f"  {'total':15} {self.total / GIB:8.2f} GiB: what stays, the largest of training, step, scoring, 10% slack"
+            f"  {'total':15} {self.total / GIB:8.2f} GiB: what stays, the largest of startup to scoring, 10% slack"
         ]
 
 
@@ -98,12 +106,12 @@ def estimate(config: RunConfig, layout: Layout, *, device: str) -> MemoryEstimat
     e = 2 if bf16 else 4
     p = count_parameters(_with_positions(config).model, padded=True, tp_size=layout.tp)
     accumulates = t.global_batch_size > layout.micro_batch_size * dp
-    kept = 0.0
+    kept, startup, gathered = 0.0, 0.0, 0.0
+    optimizer, temporaries = _optimizer(config, layout, device)
     if layout.zero_stage == 0:
-        optimizer, gradients = (12.0 if bf16 else 8.0) * p, float(e * p)
-        step = gradients + (4.0 * p if bf16 else 0.0) + _adam_temporaries(config, layout, device)
+        gradients = float(e * p)
+        step = gradients + (4.0 * p if bf16 else 0.0)
     else:
-        optimizer = 12.0 * p / dp
         bucket = float(e * gradient_bucket(p))
         if layout.zero_stage == 1:
             gradients = float(e * p)
@@ -118,17 +126,45 @@ def estimate(config: RunConfig, layout: Layout, *, device: str) -> MemoryEstimat
             step += gradients
         elif bf16 and accumulates:
             step = 4.0 * p / dp
-        step += _adam_temporaries(config, layout, device)
+        if layout.zero_stage == 3:
+            startup = float(e * p)  # the model is built whole and then cut
+            gathered = bucket if dp > 1 else 0.0
+    forward = _forward(config, layout, layout.micro_batch_size, config.data.seq_length, frozen=False)
     return MemoryEstimate(
-        weights=float(e * p),
+        weights=float(e * p) / (dp if layout.zero_stage == 3 else 1),
         optimizer=optimizer,
         gradients_kept=kept,
         sketches=_sketches(config, layout) if config.selection.strategy in GHOST else 0.0,
         overhead=OVERHEAD[device],
-        training=gradients + _forward(config, layout, layout.micro_batch_size, config.data.seq_length, frozen=False),
-        step=step,
-        scoring=_scoring(config, layout),
+        startup=startup,
+        training=gathered + gradients + forward,
+        step=step + temporaries,
+        scoring=gathered + _scoring(config, layout),
     )
+
+
+def _optimizer(config: RunConfig, layout: Layout, device: str) -> tuple[float, float]:
+    """Bytes of masters and state that stay, and of temporaries in the step, on the device."""
+    o, dp = config.optimizer, layout.dp
+    p = count_parameters(_with_positions(config).model, padded=True, tp_size=layout.tp)
+    shapes = parameter_shapes(_with_positions(config).model, padded=True)
+    blocks = [math.prod(s) / layout.tp for n, s in shapes.items() if n.startswith("decoder.layers.") and len(s) == 2]
+    by_muon = sum(blocks) if o.name == "muon" else 0.0
+    numbers = {"adamw": 2.0, "muon": 2.0, "sgd": float(o.sgd_momentum > 0)}[o.name] * (p - by_muon)
+    numbers += by_muon * (2.0 if keeps_second_moment(config) else 1.0)
+    offloaded = config.parallel.offload_optimizer == "cpu"
+    if by_muon and layout.zero_stage in (1, 2) and not offloaded:
+        # whole matrices, also those of which this rank owns a part, and the copy that awaits the end of the step
+        numbers += by_muon + 4 * max(blocks) * dp
+    if layout.zero_stage > 0 or config.training.precision == "bf16":
+        numbers += p
+    stays = 4.0 * numbers / (dp if layout.zero_stage > 0 else 1)
+    temporaries = _step_temporaries(config, layout, device)
+    if by_muon:
+        temporaries += 16.0 * max(blocks)  # one matrix being orthogonalised
+        if layout.zero_stage == 3:
+            temporaries += 8.0 * min(by_muon, gradient_bucket(p))  # gradients and momenta gathered for it
+    return (0.0 if offloaded and device == "cuda" else stays), temporaries
 
 
 def _with_positions(config: RunConfig) -> RunConfig:
@@ -137,8 +173,8 @@ def _with_positions(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(m, max_position_embeddings=rows))
 
 
-def _adam_temporaries(config: RunConfig, layout: Layout, device: str) -> float:
-    """PyTorch's AdamW on a CPU makes two tensors as large as the one it updates; fused kernels make none.
+def _step_temporaries(config: RunConfig, layout: Layout, device: str) -> float:
+    """PyTorch's optimizers on a CPU make two tensors as large as the one they update; fused kernels make none.
 
     That is one parameter at stage 0, and the whole flat partition above.
     """

@@ -6,17 +6,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_opus.backends.sharding import tensor_parallel_degrees
-from megatron_opus.config import ConfigError, RunConfig, validate_world
+from megatron_opus.config import ConfigError, RunConfig, validate, validate_world
 from megatron_opus.training.memory import GIB, Layout, MemoryEstimate, estimate, layout_of
 
 MAX_RANKS = 1024  # the largest layout that is suggested
 SUGGESTIONS = 5
+STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 
 
 class PreflightError(RuntimeError):
@@ -115,7 +117,7 @@ def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[Layou
     for tp in tensor_parallel_degrees(config.model):
         dp = 1
         while tp * dp <= MAX_RANKS:
-            for stage in (0, 1, 2):
+            for stage in STAGES:
                 for micro in micro_sizes:
                     layout = Layout(tp=tp, dp=dp, zero_stage=stage, micro_batch_size=micro)
                     if layout not in seen and _possible(config, layout):
@@ -134,10 +136,11 @@ def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[Layou
 def _possible(config: RunConfig, layout: Layout) -> bool:
     asked = replace(
         config,
-        parallel=replace(config.parallel, tensor_model_parallel_size=layout.tp),
+        parallel=replace(config.parallel, tensor_model_parallel_size=layout.tp, zero_stage=layout.zero_stage),
         training=replace(config.training, micro_batch_size=layout.micro_batch_size),
     )
     try:
+        validate(asked)
         validate_world(asked, layout.ranks)
     except ConfigError:
         return False

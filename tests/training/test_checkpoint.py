@@ -32,7 +32,16 @@ def run_and_save(arguments: dict[str, Any], directory: str) -> list[tuple[float,
     steps(engine, groups, 0, 3)
     generator = torch.Generator().manual_seed(5)
     save_now(engine, directory, config, 3, generator=generator.get_state(), ids=np.arange(3))
-    return [*steps(engine, groups, 3, 6), (random.random(), float(np.random.rand()))]
+    return [*steps(engine, groups, 3, 6), (random.random(), float(np.random.rand())), second_moments(engine)]
+
+
+def second_moments(engine: Any) -> tuple[float, float]:
+    """Steps and sum of what the selector keeps itself."""
+    moment = engine.step_settings.second_moment
+    if moment is None:
+        return 0.0, 0.0
+    state = moment.state_dict()
+    return float(state["steps"]), sum(float(v.double().sum()) for v in state["v"].values())
 
 
 def resume_and_run(arguments: dict[str, Any], directory: str) -> list[tuple[float, float]]:
@@ -45,7 +54,7 @@ def resume_and_run(arguments: dict[str, Any], directory: str) -> list[tuple[floa
     state = checkpoint.load(engine, path, fingerprints=PRINTS, config=config)
     assert state["ids"].tolist() == [0, 1, 2]
     assert torch.equal(state["generator"], torch.Generator().manual_seed(5).get_state())
-    return [*steps(engine, groups, 3, 6), (random.random(), float(np.random.rand()))]
+    return [*steps(engine, groups, 3, 6), (random.random(), float(np.random.rand())), second_moments(engine)]
 
 
 @pytest.mark.parametrize(
@@ -58,8 +67,18 @@ def resume_and_run(arguments: dict[str, Any], directory: str) -> list[tuple[floa
         {"zero": 0, "precision": "bf16"},
         {"zero": 1, "precision": "bf16"},
         {"zero": 2, "precision": "bf16", "tp": 2},
+        {"zero": 3},
+        {"zero": 3, "precision": "bf16", "tp": 2, "model": DROPOUT},
+        {"zero": 2, "offload": "cpu"},
+        {"zero": 3, "offload": "cpu", "precision": "bf16"},
+        {"zero": 0, "optimizer": "sgd", "precision": "bf16"},
+        {"zero": 3, "optimizer": "sgd"},
+        *({"zero": zero, "optimizer": "muon", "kind": "adamw"} for zero in (0, 1, 2, 3)),
+        *({"zero": zero, "optimizer": "muon", "kind": "adamw", "precision": "bf16"} for zero in (0, 1, 2, 3)),
+        {"zero": 2, "optimizer": "muon", "kind": "adamw", "offload": "cpu"},
+        {"zero": 3, "optimizer": "muon", "kind": "adamw", "offload": "cpu", "precision": "bf16"},
     ],
-    ids=["zero0", "zero1", "zero2-tp2", "zero1-tp2-sp", "zero0-bf16", "zero1-bf16", "zero2-bf16-tp2"],
+    ids=lambda a: "-".join(str(v) for k, v in a.items() if k != "model"),
 )
 def test_resumed_run_is_bit_identical(world2: Any, tmp_path: Path, arguments: dict[str, Any]) -> None:
     """State that is not saved (a tracker's dropout state, fp32 masters, the schedule) shows in the next loss."""

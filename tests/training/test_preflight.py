@@ -131,7 +131,7 @@ from test_preflight import measured_config
 from megatron_opus.training.engine import train_step
 from megatron_opus.types import Batch
 
-config = measured_config()
+config = measured_config(*sys.argv[3:])
 torch.nn.Linear(64, 64)(torch.randn(4, 64)).sum().backward()
 before = psutil.Process().memory_info().rss
 engine, groups = start(config)
@@ -147,7 +147,7 @@ print(json.dumps(peak - before))
 """
 
 
-def measured_config() -> RunConfig:
+def measured_config(zero: str, optimizer: str) -> RunConfig:
     return model(
         "small",
         **{
@@ -160,18 +160,20 @@ def measured_config() -> RunConfig:
             "training.global_batch_size": 4,
             "training.micro_batch_size": 2,
             "selection.strategy": "random",
-            "parallel.zero_stage": 1,
+            "parallel.zero_stage": zero,
+            "optimizer.name": optimizer,
         },
     )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-def test_estimate_against_a_real_run() -> None:
+@pytest.mark.parametrize(("zero", "optimizer"), [("1", "adamw"), ("3", "muon")])
+def test_estimate_against_a_real_run(zero: str, optimizer: str) -> None:
     """Arithmetic that nobody compares with a run drifts from the code until it refuses what fits.
 
     Peak resident memory of two steps; the estimate may be above it by half, and below it by a twentieth.
     """
-    arguments = [sys.executable, "-c", MEASURE, str(ROOT), str(ROOT / "tests")]
+    arguments = [sys.executable, "-c", MEASURE, str(ROOT), str(ROOT / "tests"), zero, optimizer]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "2"}
     import os
 
@@ -180,6 +182,6 @@ def test_estimate_against_a_real_run() -> None:
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
-    config = measured_config()
+    config = measured_config(zero, optimizer)
     need = estimate(config, layout_of(config, 1), device="cpu").total
     assert 0.65 <= measured / need <= 1.05, f"measured {measured / GIB:.2f} GiB, estimated {need / GIB:.2f} GiB"

@@ -1,0 +1,102 @@
+"""Training with a scoring pass before every microbatch, bit for bit the training without: every stage and optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from gpt_runs import GPT2, LENGTH, QWEN3, batch_of_step, recipe, share_of_rank, start
+from small_models import random_batch
+
+from megatron_opus.config import SelectionConfig
+from megatron_opus.types import Batch
+
+STEPS = 3
+DROPOUT = dataclasses.replace(GPT2, hidden_dropout=0.1, attention_dropout=0.1)
+NORMS = dataclasses.replace(QWEN3, hidden_dropout=0.1)
+
+
+def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
+    from megatron_opus.backends.layers import megatron_layers
+    from megatron_opus.backends.megatron import forward_loss, weight_shard
+    from megatron_opus.backends.optimizer_state import optimizer_state
+    from megatron_opus.scoring.scoring_pass import ScoringPass
+
+    shard = functools.partial(weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    layers, state = megatron_layers(engine.module, shard), optimizer_state(engine)
+    selection = dataclasses.replace(SelectionConfig(), score_length=LENGTH // 2)
+    scorer = ScoringPass(
+        engine.module, layers, state, selection, forward_loss, groups=groups, device=torch.device(engine.device)
+    )
+    mine = [random_batch(4, LENGTH, seed=i).rows(2 * groups.dp_rank, 2 * groups.dp_rank + 2) for i in (1, 2)]
+    return lambda: scorer(*mine)
+
+
+def everything(engine: Any) -> dict[str, torch.Tensor]:
+    """Weights (at stage 3: this rank's parts), optimizer state, random states."""
+    from megatron_opus.backends.megatron import rng_tracker
+    from megatron_opus.backends.partition import Partition
+
+    found = {
+        f"weight {name}": getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.module.named_parameters()
+    }
+    for i, state in enumerate(Partition(engine).optimizer.state.values()):
+        found |= {f"state {i} {k}": torch.as_tensor(v).clone() for k, v in state.items()}
+    found["random"] = torch.get_rng_state()
+    return found | {f"random {k}": v for k, v in rng_tracker().get_states().items()}
+
+
+def run(arguments: dict[str, Any], scored: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], bool]:
+    from megatron_opus.training.engine import train_step
+
+    config = recipe(**arguments)
+    engine, groups = start(config)
+    score = scorer_of(engine, groups, config)
+    finite = True
+
+    def microbatches(batch: Batch) -> Iterator[Batch]:
+        nonlocal finite
+        for micro in share_of_rank(batch, groups, 2):
+            if scored:  # before the first microbatch of a step, and between the accumulated ones
+                finite = finite and bool(torch.isfinite(score().alignment).all())
+            yield micro
+
+    losses = []
+    for step in range(STEPS):
+        result = train_step(engine, microbatches(batch_of_step(step)))
+        losses.append((result.loss, result.grad_norm))
+    return losses, everything(engine), finite
+
+
+def compare(pool: Any, arguments: dict[str, Any]) -> None:
+    plain, scored = (pool.run(run, arguments, flag) for flag in (False, True))
+    for (losses, state, _), (losses_scored, state_scored, finite) in zip(plain, scored, strict=True):
+        assert finite
+        assert losses_scored == losses
+        assert state_scored.keys() == state.keys()
+        for name, value in state.items():
+            assert torch.equal(state_scored[name], value), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_scoring_disturbs_nothing(world2: Any, optimizer: str, zero: int, precision: str) -> None:
+    """Fault: a gradient hook, a ZeRO bucket, a gathered parameter or a random state that the pass leaves changed."""
+    compare(world2, {"optimizer": optimizer, "zero": zero, "precision": precision, "model": DROPOUT})
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_scoring_disturbs_no_offloaded_optimizer(world2: Any, zero: int) -> None:
+    """Fault: gradients that are accumulated on the host between microbatches."""
+    compare(world2, {"optimizer": "muon", "kind": "adamw", "zero": zero, "offload": "cpu", "model": DROPOUT})
+
+
+@pytest.mark.parametrize(("zero", "optimizer"), [(0, "muon"), (2, "muon"), (3, "adamw"), (3, "muon")])
+def test_scoring_disturbs_nothing_under_tensor_parallelism(world4: Any, zero: int, optimizer: str) -> None:
+    """Fault: sums of partial gradients (query/key norms, sequence parallelism) run by the pass, or left out after."""
+    compare(world4, {"optimizer": optimizer, "zero": zero, "tp": 2, "sp": True, "model": NORMS})
