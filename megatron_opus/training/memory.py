@@ -9,8 +9,8 @@ ZeRO 1                 e P      e P                   12 P / D
 ZeRO 1, bf16, accum.   2 P      2 P + 4 P             12 P / D
 ZeRO 2                 e P      (e or 4) P / D        12 P / D     plus a bucket of gradients on their way
 
-Activations are what autograd saves without recomputation, per layer in elements of e bytes (Korthikanti et al. 2022,
-Table 2, without the s x s terms): see `_saved_per_layer`.
+Activations are what autograd saves, per layer in elements of e bytes (Korthikanti et al. 2022, Table 2, without the
+s x s terms): see `_saved_per_layer`. With recomputation: the input of every layer, and all of one layer at a time.
 """
 
 from __future__ import annotations
@@ -180,7 +180,12 @@ def _forward(config: RunConfig, layout: Layout, batch: int, length: int, *, froz
     m = config.model
     e = 2 if config.training.precision == "bf16" else 4
     tokens = batch * length
-    saved = m.num_layers * _saved_per_layer(config, layout, frozen=frozen) * tokens * e
+    layers = float(m.num_layers)
+    kept = 0.0
+    if config.training.recompute == "full" and not frozen:  # each layer's input, and all of one layer at a time
+        layers = 1.0
+        kept = m.num_layers * m.hidden_size / (layout.tp if config.parallel.sequence_parallel else 1)
+    saved = (kept + layers * _saved_per_layer(config, layout, frozen=frozen)) * tokens * e
     vocabulary = padded_vocab_size(m) / layout.tp
     logits = tokens * vocabulary * (8.0 if e == 4 else 10.0)  # as computed, and the float32 softmax that is kept
     head_gradient = 0.0 if frozen else e * vocabulary * m.hidden_size  # of a tied weight, before it is added up
