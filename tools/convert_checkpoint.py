@@ -24,9 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("hf-to-opus", help="a Hugging Face directory to one file per tensor-parallel rank")
-    back = commands.add_parser(
-        "opus-to-hf", help="a run, a checkpoint or converted weights to a Hugging Face directory"
-    )
+    back = commands.add_parser("opus-to-hf", help="a run, a checkpoint or converted weights to a Hugging Face one")
     for command in (there, back):
         command.add_argument("--input", type=Path, required=True, metavar="DIR")
         command.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -41,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="tokenizer files to copy (default: where weights or data are from)",
+        help="tokenizer files to copy (default: the weights' or the data's)",
     )
     return parser.parse_args(argv)
 

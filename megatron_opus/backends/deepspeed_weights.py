@@ -1,9 +1,9 @@
 """The weights inside a DeepSpeed checkpoint, read parameter by parameter without DeepSpeed running.
 
 ZeRO 0-2   mp_rank_RR_model_states.pt: the local shards of tensor-parallel rank RR, in the precision of training
-ZeRO 3     zero_pp_rank_D_mp_rank_RR_optim_states.pt: for each data-parallel rank D, its part of every local shard, one
-           after the other in the order of `param_shapes`, float32. A shard of n numbers is cut into parts of
-           ceil(n / data-parallel size), the last one padded.
+ZeRO 3     [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt: for each data-parallel rank D, its part of every local
+           shard, one after the other in the order of `param_shapes`, float32. A shard of n numbers is cut into parts
+           of ceil(n / data-parallel size), the last one padded.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class DeepSpeedShards:
         return self._directory / f"mp_rank_{rank:02d}_model_states.pt"
 
     def _partition(self, rank: int, dp: int, kind: str) -> Path:
-        return self._directory / f"zero_pp_rank_{dp}_mp_rank_{rank:02d}_{kind}_states.pt"
+        path = self._directory / f"zero_pp_rank_{dp}_mp_rank_{rank:02d}_{kind}_states.pt"
+        bf16 = path.with_name(f"bf16_{path.name}")  # what the optimizer's files are called in bf16
+        return bf16 if bf16.is_file() else path
 
 
 def _narrow(groups: list[Tensor], start: int, length: int) -> Tensor:

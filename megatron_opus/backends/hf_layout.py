@@ -11,8 +11,8 @@ linear_fc1 [f, h] or [2f, h]      h.i.mlp.c_fc [h, f]                  gate_proj
 linear_fc2 [h, f]                 h.i.mlp.c_proj [f, h]                down_proj
 output_layer [V', h]              lm_head [V, h]                       lm_head [V, h]
 
-GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its columns. V' is V rounded up; its last rows are zeros that
-no published tensor holds.
+GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its columns. V' is V rounded up; no
+published tensor holds its last rows, which are zeros.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def read_config(directory: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
 
 
 def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128) -> ModelConfig:
-    """Our description of a published model. Raises ConfigError for a missing key or a variant that we do not compute."""
+    """Our description of a published model. Raises ConfigError for keys missing or not computed here."""
 
     def need(key: str) -> Any:
         if raw.get(key) is None:

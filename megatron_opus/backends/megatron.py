@@ -298,7 +298,7 @@ def _cut(whole: Tensor, ranges: Ranges, dim: int) -> Tensor:
     return torch.cat([whole.narrow(dim, start, length) for start, length in ranges], dim=dim)
 
 
-def _exclude_padding(model: nn.Module, first: int) -> None:
+def _exclude_padding(model: GPTModel, first: int) -> None:
     """Give rows `first` and above of this rank's part of the vocabulary probability 0: no token has them.
 
     GPT-2's logits lie far below zero, so that a padding row of zeros would take nearly all of the probability. In

@@ -145,7 +145,7 @@ def opus_to_hf(
         base = next((found for found in map(_base_config, origins) if found is not None), None)
         _write_json(partial / hf_layout.CONFIG_FILE, hf_layout.published_config(model, dtype, base))
         offered = [tokenizer] if tokenizer else origins
-        copied = next((names for origin in offered if (names := _copy_companions(origin, partial))), ())
+        copied = next((found for origin in offered if (found := _copy_companions(origin, partial))), ())
     return Converted(output=output, tensors=len(tensors), bytes=total, companions=copied)
 
 

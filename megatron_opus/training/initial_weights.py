@@ -73,13 +73,9 @@ def refuse_other_model(source: WeightSource, model: ModelConfig) -> None:
         }
 
     theirs, ours = shape(source.model), shape(model)
-    different = [
-        f"  model.{key}: expected {theirs[key]}, got {ours[key]}" for key in theirs if theirs[key] != ours[key]
-    ]
-    if different:
-        raise WeightsError(
-            "\n".join([f"model.init_from: {source.where} is another model than the recipe's:", *different])
-        )
+    faults = [f"  model.{key}: expected {want}, got {ours[key]}" for key, want in theirs.items() if ours[key] != want]
+    if faults:
+        raise WeightsError("\n".join([f"model.init_from: {source.where} is another model than the recipe's:", *faults]))
 
 
 @torch.no_grad()
@@ -96,7 +92,7 @@ def _fill(model: nn.Module, source: WeightSource, config: ModelConfig, groups: G
         if not torch.isfinite(value).all():
             raise WeightsError(f"{source.where}: {name} holds NaN or Inf")
         parameter.copy_(value)
-        digests[name] = zlib.crc32(memoryview(value.flatten().view(torch.uint8).numpy()))
+        digests[name] = zlib.crc32(value.flatten().view(torch.uint8).numpy().data)
     return digests
 
 
