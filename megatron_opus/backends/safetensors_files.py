@@ -20,7 +20,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_HELD = 64 * 2**20  # bytes read through one mapping before it is given back: its pages count as the process's memory
+_BAND = 8 * 2**20  # bytes copied at a time
+_HELD = 16 * 2**20  # bytes read through one mapping before it is given back
 
 
 class WeightFileError(ConfigError):
@@ -57,14 +58,24 @@ class SafetensorsFiles:
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
         """A copy of the (start, length) ranges of the first dimensions, the others whole."""
-        path = self._where[name]
+        given = [slice(start, start + length) for start, length in ranges]
+        rest = [slice(0, n) for n in self._shapes[name][len(given) :]]
+        first, *others = given + rest
+        size = [first.stop - first.start, *(x.stop - x.start for x in others)]
+        out = torch.empty(size, dtype=self._dtypes[name])
+        # In bands: the pages of a mapping count as this process's memory for as long as it is held.
+        rows = max(1, _BAND * size[0] // max(1, out.numel() * out.element_size()))
+        for at in range(0, size[0], rows):
+            band = slice(first.start + at, min(first.start + at + rows, first.stop))
+            out[at : at + rows] = self._mapped(self._where[name]).get_slice(name)[(band, *others)]
+            self._read += out[at : at + rows].numel() * out.element_size()
+        return out
+
+    def _mapped(self, path: Path) -> Any:
         if self._open is None or self._open[0] != path or self._read > _HELD:
             self.close()
             self._open = (path, safe_open(path, framework="pt"))
-        view = self._open[1].get_slice(name)
-        piece = view[tuple(slice(start, start + length) for start, length in ranges)].clone()
-        self._read += piece.numel() * piece.element_size()
-        return piece
+        return self._open[1]
 
     def close(self) -> None:
         """Give back what is mapped; reading opens again."""

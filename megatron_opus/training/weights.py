@@ -30,6 +30,7 @@ from megatron_opus.types import Ranges
 
 WEIGHTS_FILE = "weights.json"
 FORMAT = 1
+_BAND_ROWS = 4096
 LISTED = 20  # faults of one kind that an error lists
 
 
@@ -50,15 +51,17 @@ class WeightSource(ABC):
         Rows of the vocabulary beyond `model.vocab_size` are zeros: no token has them, whatever a file holds there.
         """
         size = self.model.vocab_size if name in hf_layout.VOCABULARY else None
-        if size is None:
+        if size is None or all(start + n <= size for start, n in rows):
             return self._read(name, rows, columns)
-        real = tuple((start, min(start + n, size) - start) for start, n in rows if start < size)
-        parts = [self._read(name, real, columns)] if real else []
-        padding = sum(n for _, n in rows) - sum(n for _, n in real)
-        if padding:
-            width = self.shapes[name][1] if columns is None else sum(n for _, n in columns)
-            parts.append(torch.zeros(padding, width, dtype=self.dtype(name)))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        width = self.shapes[name][1] if columns is None else sum(n for _, n in columns)
+        out = torch.zeros(sum(n for _, n in rows), width, dtype=self.dtype(name))
+        at = 0
+        for start, n in rows:
+            for first in range(start, min(start + n, size), _BAND_ROWS):  # a second whole table would be the peak
+                band = min(_BAND_ROWS, min(start + n, size) - first)
+                out[at + first - start : at + first - start + band] = self._read(name, ((first, band),), columns)
+            at += n
+        return out
 
     def whole(self, name: str) -> Tensor:
         return self.read(name, ((0, self.shapes[name][0]),), None)

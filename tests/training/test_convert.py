@@ -348,21 +348,22 @@ print(json.dumps([added(hf_to_opus, source, work + "/ours", tp_size=2),
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
-    """Fault: a whole model in memory, by reading it or by mappings whose pages stay. 132 MB in tensors of at most 12 MB.
+    """Fault: a whole model in memory, by reading it or by mappings whose pages stay. 220 MB, at most 12 MB each.
 
-    64 MB are read through one mapping before it is given back; a parameter and its pieces come on top.
+    Up to 24 MB are mapped at a time, a parameter and its copy in another order come on top: measured 60 to 80 MB, for
+    the allocator does not give back at once. Half of the model leaves room for that.
     """
-    shape = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 6, "head_dim": 64}
+    shape = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 10, "head_dim": 64}
     source = hf_models.save(tmp_path / "hf", "qwen3", **shape)
     total = (source / "model.safetensors").stat().st_size
-    assert total > 130e6
+    assert total > 210e6
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     for peak in json.loads(done.stdout.splitlines()[-1]):
-        assert peak < 64 * 2**20 + 3 * 12.6e6, f"{peak / 1e6:.0f} MB for {total / 1e6:.0f} MB of weights"
+        assert peak < total / 2, f"{peak / 1e6:.0f} MB for {total / 1e6:.0f} MB of weights"
 
 
 def test_the_sharded_model_names_its_shape(tmp_path: Path) -> None:
