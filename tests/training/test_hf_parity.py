@@ -67,6 +67,9 @@ def test_a_round_trip_changes_no_bit(model: Path, tmp_path: Path, tp: int, dtype
         assert value.dtype == after[name].dtype == dtype
         assert torch.equal(value, after[name]), name
     assert torch.equal(hf_models.published_logits(tmp_path / "back"), hf_models.published_logits(source))
+    (tmp_path / "ours/source_config.json").unlink()  # as after training from random weights: no config.json to go by
+    opus_to_hf(tmp_path / "ours", tmp_path / "alone")
+    assert torch.equal(hf_models.published_logits(tmp_path / "alone"), hf_models.published_logits(source))
 
 
 def trained(recipe: Any, output: Path) -> dict[str, Any]:
