@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The bash half of launch/pretrain_*.sh: `run.sh SCRIPT [key=value ...]` becomes `deepspeed SCRIPT [key=value ...]`.
+# The bash half of launch/pretrain_*.sh and cpt_*.sh: `run.sh SCRIPT [key=value ...]` becomes
+# `deepspeed SCRIPT [key=value ...]`.
 #   DEEPSPEED_ARGS   options of the launcher: DEEPSPEED_ARGS="--num_gpus 2 --master_port 29501"
 #   DRY_RUN=1        print the command and the resolved configuration, start nothing
 set -euo pipefail

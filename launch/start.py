@@ -1,4 +1,4 @@
-"""The Python half of launch/pretrain_*.sh: what has to happen before torch is imported, then the trainer."""
+"""The Python half of launch/pretrain_*.sh, cpt_*.sh: what has to happen before torch is imported, then the trainer."""
 
 from __future__ import annotations
 

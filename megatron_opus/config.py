@@ -56,6 +56,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     init_method_std: float = 0.02
     attention_backend: Literal["auto", "sdpa", "transformer_engine"] = "auto"
+    init_from: str | None = None  # weights to start from: a Hugging Face, converted or run directory; None: random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,9 @@ class TrainingConfig:
     global_batch_size: int = 16  # sequences per optimizer step: the K of the method
     train_steps: int = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "full"] = (
+        "none"  # full: keep only each layer's input, compute the rest again in backward
+    )
     gradient_clipping: float = 1.0
     eval_interval: int = 100  # steps; 0: only at the end
     eval_sequences: int = 32  # per validation domain

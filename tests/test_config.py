@@ -228,13 +228,28 @@ def test_the_recipes_hold_the_published_values() -> None:
 )
 def test_a_recipe_typed_without_overrides_fits_the_usual_numbers_of_devices(path: Path, ranks: int) -> None:
     """Guards against `deepspeed launch/x.sh` failing on a machine with one, two or four devices."""
-    validate_world(load(path), ranks)
+    recipe = load(path)
+    tp = recipe.parallel.tensor_model_parallel_size
+    validate_world(recipe, max(ranks, tp) if path.stem == "cpt_qwen3_8b" else ranks)  # 8 billion fit no single device
 
 
 def test_the_paper_recipes_fit_eight_devices() -> None:
-    """Guards against the README's 8-GPU command being refused."""
-    for name in ("xl", "large"):
-        validate_world(load(CONFIGS / f"pretrain_gpt2_{name}.yaml"), 8)
+    """Guards against the README's 8-GPU commands being refused."""
+    for name in ("pretrain_gpt2_xl", "pretrain_gpt2_large", "cpt_qwen3_8b"):
+        validate_world(load(CONFIGS / f"{name}.yaml"), 8)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_continued_pretraining_recipe_holds_the_published_values(optimizer: str) -> None:
+    """Guards against a tuned value slipping into either variant of the Qwen3-8B recipe."""
+    c = load(CONFIGS / "cpt_qwen3_8b.yaml", [] if optimizer == "muon" else ["optimizer.name=adamw"])
+    o, s, t = c.optimizer, c.selection, c.training
+    assert (o.name, o.lr, o.muon_lr, o.adam_beta1, o.adam_beta2) == (optimizer, 1e-6, 1e-5, 0.9, 0.95)
+    assert (o.weight_decay, o.muon_weight_decay, o.lr_warmup_fraction) == (0.01, 0.01, 0.01)
+    assert (c.data.seq_length, s.rho, s.score_length, s.proxy_batch_size, s.temperature) == (4096, 0.5, 512, 4, 0.9)
+    assert (t.precision, t.recompute, c.parallel.zero_stage) == ("bf16", "full", 1)
+    assert c.buffer_size == 16 * (8 // c.parallel.tensor_model_parallel_size)
+    assert 0.5e9 <= t.train_steps * t.global_batch_size * c.data.seq_length <= 1.51e9
 
 
 # --- combinations ---------------------------------------------------------------------------------------------------

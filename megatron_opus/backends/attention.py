@@ -116,17 +116,19 @@ class SdpaCoreAttention(MegatronModule):
         value: Tensor,
         attention_mask: DocumentMask | None,
         attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
+        attention_bias: DocumentMask | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
         """query_SBNC, key_SBGC, value_SBGC -> [S, B, N * C]. Raises TypeError for a mask of Megatron's kind."""
+        if attention_mask is None:
+            attention_mask = attention_bias  # the mask's way through recomputed layers, see forward_loss
         if not (attention_mask is None or isinstance(attention_mask, DocumentMask)):
             raise TypeError(
                 f"attention_mask: expected None (causal) or a DocumentMask, got {type(attention_mask).__name__}; "
                 "call the model through forward_loss"
             )
-        if attention_bias is not None or packed_seq_params is not None:
-            raise TypeError("SdpaCoreAttention: expected no attention_bias and no packed_seq_params")
+        if packed_seq_params is not None:
+            raise TypeError("SdpaCoreAttention: expected no packed_seq_params")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         with _tensor_parallel_rng() if dropout else contextlib.nullcontext():
@@ -158,11 +160,11 @@ class TransformerEngineCoreAttention(MegatronModule):
         value: Tensor,
         attention_mask: DocumentMask | None,
         attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
+        attention_bias: DocumentMask | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
         """query_SBNC, key_SBGC, value_SBGC -> [S, B, N * C]."""
-        if attention_mask is not None:
+        if attention_mask is not None or isinstance(attention_bias, DocumentMask):
             return self.documents(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         return self.fused(
             query,

@@ -39,6 +39,9 @@ def install() -> bool:
 
         setattr(current_device, _MARK, True)
         torch.cuda.current_device = current_device  # type: ignore[assignment]
+        # Recomputing a layer restores every generator, the one of a device that is not there as well.
+        megatron_random._get_cuda_rng_state = _no_device_state
+        megatron_random._set_cuda_rng_state = _no_device_state
         _return_large_blocks()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for one and warn that there is none
     from deepspeed import ops
@@ -46,6 +49,10 @@ def install() -> bool:
     # Otherwise the first init_distributed spends more than a minute compiling a collective that gloo replaces.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return True
+
+
+def _no_device_state(*args: Any, **kwargs: Any) -> None:
+    """In place of reading and writing a CUDA generator's state."""
 
 
 def _return_large_blocks() -> None:

@@ -139,6 +139,7 @@ def transformer_config(
     tp_size: int,
     sequence_parallel: bool,
     device: Literal["cpu", "cuda", "meta"],
+    recompute: Literal["none", "full"] = "none",
 ) -> TransformerConfig:
     """Megatron's configuration of this model on this device. Fusions only on CUDA, and only those without extras."""
     cuda = device == "cuda"
@@ -171,6 +172,9 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         batch_p2p_sync=False,
+        recompute_granularity=None if recompute == "none" else "full",
+        recompute_method=None if recompute == "none" else "uniform",
+        recompute_num_layers=None if recompute == "none" else 1,
         bias_dropout_fusion=cuda,
         # The fused GELU needs a bias to add; without one, PyTorch's kernel is already a single one.
         bias_activation_fusion=fused_gelu or (cuda and config.swiglu),
@@ -185,6 +189,7 @@ def build_gpt(
     seed: int = 0,
     vocab_size_padded: int | None = None,
     sequence_parallel: bool = False,
+    recompute: Literal["none", "full"] = "none",
     device: Literal["cpu", "cuda", "meta"] | None = None,
 ) -> GPTModel:
     """GPTModel of this rank, initialised, in `params_dtype`, on `device` (default: the accelerator, else the CPU).
@@ -202,7 +207,12 @@ def build_gpt(
     vocabulary = vocab_size_padded or padded_vocab_size(config)
     kind: Literal["cpu", "cuda", "meta"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     megatron_config = transformer_config(
-        config, params_dtype=params_dtype, tp_size=tp_size, sequence_parallel=sequence_parallel, device=kind
+        config,
+        params_dtype=params_dtype,
+        tp_size=tp_size,
+        sequence_parallel=sequence_parallel,
+        device=kind,
+        recompute=recompute,
     )
     with torch.device(kind):
         model = GPTModel(
@@ -221,6 +231,8 @@ def build_gpt(
         _init_weights(model, _with_vocabulary(config, vocabulary), tp_rank=tp_rank, tp_size=tp_size, seed=seed)
     if tp_size > 1:
         _sum_partial_gradients(model)
+    if config.vocab_size is not None and config.vocab_size < vocabulary:
+        _exclude_padding(model, config.vocab_size - tp_rank * (vocabulary // tp_size))
     return model
 
 
@@ -286,6 +298,21 @@ def _cut(whole: Tensor, ranges: Ranges, dim: int) -> Tensor:
     return torch.cat([whole.narrow(dim, start, length) for start, length in ranges], dim=dim)
 
 
+def _exclude_padding(model: GPTModel, first: int) -> None:
+    """Give rows `first` and above of this rank's part of the vocabulary probability 0: no token has them.
+
+    GPT-2's logits lie far below zero, so that a padding row of zeros would take nearly all of the probability. In
+    place: a second copy of the logits would be the largest tensor of the step.
+    """
+
+    def hook(module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
+        logits = output[0]
+        logits[..., max(0, first) :] = torch.finfo(logits.dtype).min
+
+    if first < model.output_layer.output_size_per_partition:
+        model.output_layer.register_forward_hook(hook)
+
+
 def _sum_partial_gradients(model: nn.Module) -> None:
     """Sum over the tensor-parallel group the gradients of replicated parameters that each rank sees only in part.
 
@@ -325,8 +352,15 @@ def forward_loss(model: Any, batch: Batch) -> Tensor:
             f"under sequence parallelism, got {length}; pad it or set parallel.sequence_parallel=false"
         )
     documents = None if batch.document_ids is None else DocumentMask.from_ids(batch.document_ids)
+    # What recomputation keeps of a layer's arguments must be tensors; it passes the bias by without keeping it.
+    recomputed = config.recompute_granularity == "full" and gpt.training
+    bias = {"extra_block_kwargs": {"attention_bias": documents}} if recomputed and documents is not None else {}
     losses = model(
-        input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=documents, labels=batch.labels
+        input_ids=batch.tokens,
+        position_ids=batch.position_ids,
+        attention_mask=None if bias else documents,
+        labels=batch.labels,
+        **bias,
     )
     return losses.float()
 

@@ -15,8 +15,8 @@ ZeRO 3                 e P / D  as ZeRO 2             4 (1 + s) P / D  plus gath
 With Muon at ZeRO 1 and 2, a second copy of its momentum waits until the step is known to be good. An optimizer that is
 offloaded from a GPU costs nothing there; whether the host can hold it is not looked into.
 
-Activations are what autograd saves without recomputation, per layer in elements of e bytes (Korthikanti et al. 2022,
-Table 2, without the s x s terms): see `_saved_per_layer`.
+Activations are what autograd saves, per layer in elements of e bytes (Korthikanti et al. 2022, Table 2, without the
+s x s terms): see `_saved_per_layer`. With recomputation: the input of every layer, and all of one layer at a time.
 """
 
 from __future__ import annotations
@@ -215,8 +215,12 @@ def _saved_per_layer(config: RunConfig, layout: Layout, *, frozen: bool) -> floa
 
 def _saved(config: RunConfig, layout: Layout, tokens: int, *, frozen: bool = True) -> float:
     """Bytes that all layers keep for a backward pass over so many tokens."""
-    e = 2 if config.training.precision == "bf16" else 4
-    return config.model.num_layers * _saved_per_layer(config, layout, frozen=frozen) * tokens * e
+    m, e = config.model, 2 if config.training.precision == "bf16" else 4
+    layers, kept = float(m.num_layers), 0.0
+    if config.training.recompute == "full" and not frozen:  # each layer's input, and all of one layer at a time
+        layers = 1.0
+        kept = m.num_layers * m.hidden_size / (layout.tp if config.parallel.sequence_parallel else 1)
+    return (kept + layers * _saved_per_layer(config, layout, frozen=frozen)) * tokens * e
 
 
 def _forward(config: RunConfig, layout: Layout, batch: int, length: int, *, frozen: bool) -> float:

@@ -56,6 +56,7 @@ def build_model(config: RunConfig) -> nn.Module:
         params_dtype=DTYPES[config.training.precision],
         seed=config.seed,
         sequence_parallel=config.parallel.sequence_parallel,
+        recompute=config.training.recompute,
     )
 
 

@@ -30,6 +30,7 @@ from megatron_opus.training import checkpoint, preflight
 from megatron_opus.training.agreement import check_agreement, environment, together, weight_digests
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.engine import build_engine
+from megatron_opus.training.initial_weights import load_initial_weights
 from megatron_opus.training.loop import TrainingLoop
 from megatron_opus.training.metrics import read_metrics
 from megatron_opus.training.model import build_model, count_parameters, resolve
@@ -82,6 +83,8 @@ class Session:
         for name, status, used in extras.report(config.model.attention_backend):
             say(f"{name}: {status}; {used}")
         model = build_model(config)
+        if config.model.init_from and not (resume and checkpoint.shared_latest(self.run_dir / "checkpoints")):
+            say(load_initial_weights(model, config, groups))
         _check_weights(model, groups)
         engine, optimizer_name = build_engine(model, config, groups)
         say(

@@ -134,7 +134,8 @@ def plain_gpt2(weights: dict[str, Tensor], batch: Batch, heads: int, layers: int
         x = x + linear(y, f"{layer}.self_attention.linear_proj")
         y = linear(norm(x, f"{layer}.pre_mlp_layernorm"), f"{layer}.mlp.linear_fc1")
         x = x + linear(functional.gelu(y, approximate="tanh"), f"{layer}.mlp.linear_fc2")
-    logits = norm(x, "decoder.final_layernorm") @ weights["embedding.word_embeddings.weight"].T
+    # Rows that only fill up the vocabulary are no tokens: probability 0.
+    logits = norm(x, "decoder.final_layernorm") @ weights["embedding.word_embeddings.weight"][: GPT2.vocab_size].T
     return functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
 
 

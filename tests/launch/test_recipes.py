@@ -36,7 +36,7 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("name", ["pretrain_gpt2_xl", "pretrain_gpt2_large", "pretrain_gpt2_tiny"])
+@pytest.mark.parametrize("name", ["pretrain_gpt2_xl", "pretrain_gpt2_large", "pretrain_gpt2_tiny", "cpt_qwen3_8b"])
 def test_a_dry_run_from_a_shell_shows_the_command_and_the_configuration(name: str) -> None:
     """Guards against a dry run that shows the recipe without the overrides, or values other than those of a run."""
     result = call("bash", f"launch/{name}.sh", "training.train_steps=3", DRY_RUN="1")

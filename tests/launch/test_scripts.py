@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-POLYGLOTS = sorted((ROOT / "launch").glob("pretrain_*.sh"))
+POLYGLOTS = sorted(p for kind in ("pretrain", "cpt") for p in (ROOT / "launch").glob(f"{kind}_*.sh"))
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
 TOOLS = Path(sys.executable).parent  # deepspeed and shellcheck of the environment that runs the tests
 BARE_PATH = "/usr/bin:/bin"
@@ -105,7 +105,7 @@ def test_a_polyglot_is_python_and_names_its_own_recipe(script: Path) -> None:
 
 def test_the_polyglots_differ_in_names_only() -> None:
     """Guards against values that hide in one script instead of its recipe."""
-    bodies = {re.sub(r"# Pre-trains .*", "", p.read_text().replace(p.stem, "RECIPE")) for p in POLYGLOTS}
+    bodies = {re.sub(r"# (Pre-trains|Continues) .*", "", p.read_text().replace(p.stem, "RECIPE")) for p in POLYGLOTS}
     assert len(bodies) == 1
 
 
