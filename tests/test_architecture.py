@@ -18,7 +18,8 @@ MAX_TOOL_LINES = 200
 MAY_IMPORT = {
     "schema": {"schema"},
     "strategy_config": {"strategy_config", "schema"},
-    "config": {"config", "strategy_config", "schema"},
+    "config": {"config", "checks", "strategy_config", "schema"},
+    "checks": {"checks", "config", "strategy_config", "schema"},  # config for its types only
     "types": {"types"},
     "selection": {"selection", "config", "strategy_config", "types"},
     "scoring": {"scoring", "selection", "config", "types"},

@@ -32,7 +32,7 @@ from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.scoring.scoring_pass import ScoringPass, undisturbed
 from megatron_opus.selection import reference
-from megatron_opus.types import AdamHyper, Batch, Groups, ScoredLayer
+from megatron_opus.types import AdamHyper, Batch, Groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,23 +101,25 @@ class Workbench:
         return ScoringPass(self.model, self.layers, state, config, forward_loss, groups=Groups(), device=self.device)
 
     def plain(self, batch: Batch) -> None:
-        """Forward and activation-gradient backward down to the first scored layer's output: what scoring must cost."""
-        first: ScoredLayer = self.layers[0]
+        """Forward and activation-gradient backward down to the lowest scored output: what scoring cannot do without."""
         leaves: list[Tensor] = []
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            leaf = (output[0] if isinstance(output, tuple) else output).detach().requires_grad_()
-            leaves.append(leaf)
-            out = leaf.clone()
-            return (out, *output[1:]) if isinstance(output, tuple) else out
+            out = output[0] if isinstance(output, tuple) else output
+            if out.requires_grad:
+                return None
+            leaves.append(out.detach().requires_grad_())
+            fresh = leaves[-1].clone()
+            return (fresh, *output[1:]) if isinstance(output, tuple) else fresh
 
-        handle = first.module.register_forward_hook(hook)
+        handles = [layer.module.register_forward_hook(hook) for layer in self.layers]
         try:
             with undisturbed(self.model):
                 losses = forward_loss(self.model, batch)
                 torch.autograd.grad((losses * batch.loss_mask).sum(), leaves)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def oracle(self, pool: Pool) -> Tensor:
         """[N] float64: the alignment of reference.py, one candidate's gradients in memory at a time."""

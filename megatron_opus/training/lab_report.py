@@ -241,7 +241,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             if not curves:
                 continue
             xs, losses = band(curves)
-            style = {"linestyle": "--", "color": "black"} if arm.arm == e.baseline else {}
+            style: dict[str, Any] = {"linestyle": "--", "color": "black"} if arm.arm == e.baseline else {}
             means, halves = [v.mean for v in losses], [v.half or 0.0 for v in losses]
             (line,) = axes.plot(xs, means, marker=".", label=f"{arm.arm} ({len(curves)})", **style)
             axes.fill_between(
