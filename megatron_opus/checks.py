@@ -196,11 +196,6 @@ def validate_world(config: RunConfig, world_size: int) -> None:
     )
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def accumulates_in_fp32(config: RunConfig, dp_size: int) -> bool:
     """bf16 microbatch gradients are summed in float32 under ZeRO: eight bits of mantissa lose small ones."""
     t = config.training

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import yaml
 
 from megatron_opus import checks, schema
-from megatron_opus.checks import accumulates_in_fp32 as accumulates_in_fp32
 from megatron_opus.schema import ConfigError
 from megatron_opus.strategy_config import (
     AdoConfig,

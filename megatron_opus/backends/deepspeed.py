@@ -21,7 +21,8 @@ from megatron_opus.backends.optimizers import build_optimizer
 from megatron_opus.backends.partition import Partition
 from megatron_opus.backends.second_moment import SecondMoment
 from megatron_opus.backends.stepping import StepSettings
-from megatron_opus.config import ConfigError, ParallelConfig, RunConfig, accumulates_in_fp32, keeps_second_moment
+from megatron_opus.checks import accumulates_in_fp32
+from megatron_opus.config import ConfigError, ParallelConfig, RunConfig, keeps_second_moment
 from megatron_opus.types import Groups
 
 __all__ = ["ModelParallelUnit", "deepspeed_config", "init_distributed", "initialize"]
