@@ -247,7 +247,7 @@ def test_the_continued_pretraining_recipe_holds_the_published_values(optimizer: 
     assert (o.name, o.lr, o.muon_lr, o.adam_beta1, o.adam_beta2) == (optimizer, 1e-6, 1e-5, 0.9, 0.95)
     assert (o.weight_decay, o.muon_weight_decay, o.lr_warmup_fraction) == (0.01, 0.01, 0.01)
     assert (c.data.seq_length, s.rho, s.score_length, s.proxy_batch_size, s.temperature) == (4096, 0.5, 512, 4, 0.9)
-    assert (t.precision, t.recompute, c.parallel.zero_stage) == ("bf16", "full", 1)
+    assert (t.precision, t.recompute, c.parallel.zero_stage) == ("bf16", "full", 2)
     assert c.buffer_size == 16 * (8 // c.parallel.tensor_model_parallel_size)
     assert 0.5e9 <= t.train_steps * t.global_batch_size * c.data.seq_length <= 1.51e9
 
