@@ -42,7 +42,7 @@ def build_scorer(
     one process; `token_losses` defaults to the cross entropy of `model(tokens)` (a tensor, or an object with
     `.logits`) [B, T, V] against the labels. `config` says whether the
     output layer and the token embedding are scored (`score_output_layer`, `score_embedding`).
-    optimizer: torch Adam / AdamW / SGD, or a DeepSpeed engine at ZeRO 0-2.
+    optimizer: torch Adam / AdamW / SGD, or one of DeepSpeed's Muons, or a DeepSpeed engine at any ZeRO stage.
     config: its `score_length` (512) is the number of tokens of each sequence that are scored.
 
     Raises ConfigError, UnsupportedOptimizer.

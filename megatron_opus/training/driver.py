@@ -173,7 +173,7 @@ class SelectionDriver:
             window_seed=key("scoring-window", self._config.seed, self.counters.step) >> 1,
         )
         length = min(s.score_length, self._config.data.seq_length) * s.score_windows
-        self.counters.scored_tokens += (len(candidates) + len(proxy_ids)) * length
+        self.counters.scored_tokens += (len(candidates) + signals.proxy_read * len(proxy_ids)) * length
         if signals.geometry != self._geometry:
             self._geometry = signals.geometry
             self.notices.append(f"step {self.counters.step}: scoring in the geometry of {signals.geometry}")

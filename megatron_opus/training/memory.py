@@ -236,7 +236,7 @@ def _forward(config: RunConfig, layout: Layout, batch: int, length: int, *, froz
     return saved + max(logits + head_gradient, widest)
 
 
-def _scored_matrices(config: RunConfig, layout: Layout) -> list[tuple[int, int, bool]]:
+def scored_matrices(config: RunConfig, layout: Layout) -> list[tuple[int, int, bool]]:
     """(rows, columns, columns are cut) of this rank's part of every scored matrix."""
     s, tp = config.selection, layout.tp
     shapes = parameter_shapes(_with_positions(config).model, padded=True)
@@ -264,7 +264,7 @@ def _sketches(config: RunConfig, layout: Layout) -> float:
     composed copy of either is made when the preconditioner is read.
     """
     k = config.selection.sketch
-    matrices = _scored_matrices(config, layout)
+    matrices = scored_matrices(config, layout)
     total = 0.0
     if k.operator in ("two_sided", "two_stage"):
         side = math.sqrt(k.dim if k.operator == "two_sided" else k.intermediate_dim)
@@ -295,7 +295,7 @@ def _scoring(config: RunConfig, layout: Layout) -> float:
         return _forward(config, layout, batch, length, frozen=True) - _saved(config, layout, batch * length)
     largest = max(share, -(-s.proxy_batch_size // layout.dp))
     batch = min(s.score_micro_batch_size or largest, largest)
-    matrices = _scored_matrices(config, layout)
+    matrices = scored_matrices(config, layout)
     e = 2 if config.training.precision == "bf16" else 4
     with_features = k.alignment == "features" or s.redundancy.scale != "off"
     held = factors = 0.0
