@@ -27,11 +27,15 @@ GUARDS: dict[str, tuple[str, ...]] = {
     ),
     "2 a row-sharded second moment is used as if it were the whole matrix": (
         "scoring/test_zero.py::test_partitioned_state_gives_the_replicated_scores",
-        "scoring/test_sharded.py::test_tensor_parallel_scores_are_the_unsharded_ones",
+        "scoring/test_sharded.py::test_sharded_scores_are_the_unsharded_ones",
         "selection/test_precondition.py::test_fragments_that_cut_rows_add_up",
     ),
-    # 3 (Muon's momentum exists on one rank only; the others score that layer with the identity and without its rate) is
-    # for the tests of the Muon geometry to guard
+    "3 Muon's momentum exists on one rank only: the others score that layer with the identity and without its rate": (
+        "scoring/test_estimators.py::test_muon_geometry_agrees_with_the_oracle",
+        "scoring/test_zero.py::test_every_geometry_agrees_with_the_oracle",
+        "scoring/test_zero.py::test_every_zero_stage_gives_the_unpartitioned_scores",
+        "selection/test_precondition.py::test_the_muon_multiplier_is_the_polynomial_of_the_momentum",
+    ),
     "4 a capture that yields no gradients scores everything zero: selection is silently uniform": (
         "scoring/test_scoring_pass.py::test_what_cannot_be_scored_raises",
         "selection/test_sampling.py::test_equal_utilities_fall_back_and_say_so",
@@ -44,7 +48,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     ),
     "6 hashes by local size and layer order: another sharding gives other sketches": (
         "selection/test_sketch.py::test_shards_add_up",
-        "scoring/test_sharded.py::test_tensor_parallel_scores_are_the_unsharded_ones",
+        "scoring/test_sharded.py::test_sharded_scores_are_the_unsharded_ones",
         "training/test_run.py::test_tensor_parallel_makes_the_same_selections",
     ),
     "7 one rank scores all candidates while the others idle": (
@@ -79,22 +83,24 @@ def test_every_defect_is_guarded(defect):
 def test_every_candidate_gradient_is_formed_once(monkeypatch, size):
     """Fault: the gradient of each candidate is formed once for its alignment and again for its interactions (defect 9).
     The operator that forms whole gradients sees every candidate once in every layer, and the proxy as one gradient for
-    each micro-batch with a proxy sequence in it; the model runs forward once for each micro-batch."""
+    each of its micro-batches; the model runs forward once for each micro-batch."""
     seen: list[int] = []
-    features = sketch.CountSketch.features
+    features = sketch.Materialise.features
 
-    def counted(self, kept, projected, precondition):
+    def counted(self, kept, projected, multiplier=None):
         seen.append(kept.shape[0])
-        return features(self, kept, projected, precondition)
+        return features(self, kept, projected, multiplier)
 
-    monkeypatch.setattr(sketch.CountSketch, "features", counted)
+    monkeypatch.setattr(sketch.Materialise, "features", counted)
     model = TinyGPT(layers=1)
-    config = SelectionConfig(score_micro_batch_size=size, sketch=SketchConfig(operator="materialise", dim=256))
+    config = SelectionConfig(
+        score_micro_batch_size=size, sketch=SketchConfig(operator="materialise", dim=256, alignment="features")
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     scorer = build_scorer(model, optimizer, config=config, token_losses=token_losses)
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
     scorer(random_batch(6), random_batch(2, seed=1))
     layers = len(scorer.layers)
-    assert len(forwards) == (1 if size is None else 3)
+    assert len(forwards) == (2 if size is None else 3)
     assert sum(seen) == layers * (6 + 1)

@@ -44,7 +44,9 @@ def setup(steps=12, tied=False):
 
 def select(alignment="features", form="separable", operator="two_sided", dim=2**21, one_sided_dim=4096, **kwargs):
     return SelectionConfig(
-        sketch=SketchConfig(operator=operator, dim=dim, alignment=alignment, one_sided_dim=one_sided_dim),
+        sketch=SketchConfig(
+            operator=operator, dim=dim, alignment=alignment, one_sided_dim=one_sided_dim, scope="layer"
+        ),
         preconditioner=PreconditionerConfig(form=form),
         **{"score_length": 16, **kwargs},
     )

@@ -48,7 +48,7 @@ def oracle(model, opt, candidates, proxy):
 def wide(operator="materialise", form="exact", dim=2**21, **kwargs):
     """So many buckets that the sketch error is below the tolerance: what is left is the method itself."""
     return SelectionConfig(
-        sketch=SketchConfig(operator=operator, dim=dim),
+        sketch=SketchConfig(operator=operator, dim=dim, alignment="features", scope="layer"),
         preconditioner=PreconditionerConfig(form=form),
         score_length=16,
         **kwargs,
@@ -123,7 +123,7 @@ def test_scopes_estimate_the_same_numbers(scope):
     align, _ = oracle(model, opt, candidates, proxy)
     estimates = []
     for seed in range(60):
-        config = SelectionConfig(sketch=SketchConfig(dim=256, seed=seed, scope=scope))
+        config = SelectionConfig(sketch=SketchConfig(dim=256, seed=seed, scope=scope, alignment="features"))
         estimates.append(megatron_opus.score(model, candidates, proxy, opt, config=config).alignment)
     stacked = torch.stack(estimates)
     error = stacked.std(0) / 60**0.5
@@ -258,7 +258,7 @@ def test_what_cannot_be_scored_raises():
         megatron_opus.score(model, candidates, proxy, opt, token_losses=lambda m, b: token_losses(m, b).mean())
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     config = SelectionConfig(preconditioner=PreconditionerConfig(kind="adamw"))
-    with pytest.raises(UnsupportedOptimizer, match="keeps no state"):
+    with pytest.raises(UnsupportedOptimizer, match="no state for adamw"):
         megatron_opus.score(model, candidates, proxy, sgd, config=config)
 
     class Skips(TinyGPT):
@@ -323,7 +323,7 @@ def test_factors_are_freed_layer_by_layer(monkeypatch):
     monkeypatch.setattr(capture, "project", recording_project)
     monkeypatch.setattr(TwoSided, "features", counting_features)
     model, opt, candidates, proxy = setup()
-    config = SelectionConfig(sketch=SketchConfig(operator="two_sided", dim=64), score_length=16)
+    config = SelectionConfig(sketch=SketchConfig(operator="two_sided", dim=64, alignment="features"), score_length=16)
     megatron_opus.score(model, candidates, proxy, opt, config=config)
     assert layers == len(plain_layers(model))
     # the proxy, then the candidates: all inputs and one gradient at first, one of each in the end

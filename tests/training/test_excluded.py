@@ -125,7 +125,7 @@ def test_only_candidates_with_infinite_factors_are_excluded(
         name,
         model=MODEL,
         training={"train_steps": STEPS},
-        selection={"proxy_momentum": 0.5, **selection},
+        selection={"proxy_momentum": 0.5, "sketch": {"alignment": "features"}, **selection},
         **sections,
     )
     results = world2.run(damaged_run, config, "token", "few")
@@ -169,7 +169,7 @@ def test_a_sequence_without_a_counting_token_in_its_window_is_excluded(world2, e
         "masked",
         model=MODEL,
         training={"train_steps": STEPS},
-        selection={"proxy_momentum": 0.5, "score_length": 16},
+        selection={"proxy_momentum": 0.5, "sketch": {"alignment": "features"}, "score_length": 16},
     )
     for result in world2.run(damaged_run, config, "mask", "few"):
         check_damage(result, reason={"non-finite loss"})

@@ -31,6 +31,7 @@ def command(cache: Path, runs: Path, name: str, *more: str) -> list[str]:
         *(f"name={name}", f"output_dir={runs}", f"data.cache_dir={cache}"),
         *("model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4", "model.hidden_dropout=0.1"),
         *("data.seq_length=32", "data.unselected=return", "selection.score_length=32", "selection.proxy_momentum=0.9"),
+        "selection.sketch.alignment=features",
         *("training.global_batch_size=4", "training.micro_batch_size=2", "selection.proxy_batch_size=4"),
         *(
             f"training.train_steps={STEPS}",
@@ -56,7 +57,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def kill_at(process: subprocess.Popen[str], folder: Path, rows: int, delay: float) -> None:
     """SIGKILL to the launcher and all ranks once `rows` steps are recorded, and a little later."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while len(read_metrics(folder)) < rows:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run does not get on"

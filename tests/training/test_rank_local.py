@@ -11,7 +11,7 @@ from megatron_opus.training import rank_local
 from megatron_opus.types import Groups, Selection, Signals
 
 STEPS, N, K = 8, 8, 4
-LOCAL = {"scope": "rank_local", "proxy_momentum": 0.5}
+LOCAL = {"scope": "rank_local", "proxy_momentum": 0.5, "sketch": {"alignment": "features"}}
 TRAINING = {"train_steps": STEPS, "checkpoint_interval": 4}
 OPTIMIZER = {"lr_decay_steps": STEPS}
 
