@@ -212,6 +212,12 @@ GEOMETRIES = {
 }
 
 
+# Gradients are summed in another order over three steps, 1e-7 a sum, and AdamW divides by sqrt(v). Five Newton-Schulz
+# steps multiply the smallest singular directions, which carry that rounding, by 3.4445^5 = 485 in every training step
+# and once more in the frozen multiplier, float32 against the oracle's float64. Measured: 5e-5 and 3e-4 at most.
+TOLERANCE, NEWTON_SCHULZ = 1e-4, 1e-3
+
+
 def exactly(kind: Geometry) -> SelectionConfig:
     """No sketch error in the alignment, and next to none in the interaction (2^17 buckets: 4e-3 of |u||v|)."""
     config = selection("materialise", "exact", 2**17, alignment="direction")
@@ -244,7 +250,7 @@ def test_every_geometry_agrees_with_the_oracle(world2, partition_table, optimize
             against="oracle",
             layout=f"gpt2, DP 2, ZeRO 0, {optimizer}, geometry {GEOMETRIES[optimizer, kind]}",
             estimator="direction, exact",
-            tolerance=1e-4,  # the frozen multiplier in float32 against float64: small singular values, times 3.4^5
+            tolerance=NEWTON_SCHULZ if GEOMETRIES[optimizer, kind] == "muon" else TOLERANCE,
         )
 
 
@@ -253,9 +259,7 @@ def test_every_geometry_agrees_with_the_oracle(world2, partition_table, optimize
 )
 @pytest.mark.parametrize(("optimizer", "kind"), [g for g in GEOMETRIES if g[1] != "sgd" and g[0] != "sgd"])
 def test_every_zero_stage_gives_the_unpartitioned_scores(world2, partition_table, optimizer, kind, stage, offload):
-    """Fault: partitioned, whole-on-one-rank or offloaded state read from the wrong place, or its parts added twice.
-
-    Tolerance: gradients are summed in another order over three steps, and AdamW and Newton-Schulz amplify that."""
+    """Fault: partitioned, whole-on-one-rank or offloaded state read from the wrong place, or its parts added twice."""
     place = ", offload" if offload == "cpu" else ""
     for name, config in (("direction, exact", exactly(kind)), ("one_sided", sketched(kind))):
         truth = unpartitioned(world2, "gpt2", optimizer, config)[0]
@@ -269,7 +273,7 @@ def test_every_zero_stage_gives_the_unpartitioned_scores(world2, partition_table
                 against="the same at ZeRO 0",
                 layout=f"gpt2, DP 2, ZeRO {stage}{place}, {optimizer}, geometry {kind}",
                 estimator=name,
-                tolerance=2e-4,
+                tolerance=NEWTON_SCHULZ if (optimizer, kind) == ("muon", "auto") else TOLERANCE,
             )
 
 
@@ -290,5 +294,5 @@ def test_tensor_parallel_times_zero_in_every_geometry(world2, world4, partition_
             against=f"the same at TP {tp}, ZeRO 0",
             layout=f"{model}, TP 2 x DP 2, ZeRO {stage}, {optimizer}",
             estimator="one_sided",
-            tolerance=2e-4,
+            tolerance=NEWTON_SCHULZ if optimizer == "muon" else TOLERANCE,
         )
