@@ -205,7 +205,10 @@ class Capture:
         matrix, sums = self._matrix_of[index], self._sums
         weight = self._layer_weights[matrix]
         if part.gradient:
-            self._add_gradient(index, projected.flatten(0, 1).float().mT @ kept.flatten(0, 1).float())
+            # a sum over all tokens, in whatever order they lie: transposed back, nothing is copied
+            order = (1, 0) if self._layers[index].sequence_first else (0, 1)
+            a_NI, b_NO = (x.permute(*order, 2).flatten(0, 1).float() for x in (kept, projected))
+            self._add_gradient(index, b_NO.mT @ a_NI)
             return
         if not self._reading.candidate:
             # the proxy gradient is a sum over sequences: one long sequence of all their tokens

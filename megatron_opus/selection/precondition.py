@@ -48,11 +48,27 @@ class Buckets:
     def apply(self, x: Tensor) -> Tensor:
         """[..., d] float32 -> [..., count]."""
         flat = x.reshape(-1, x.shape[-1])
-        out = torch.zeros(len(flat), self.count, dtype=x.dtype, device=x.device)
-        for start, length, bucket in self.runs:
-            stop = start + length
-            out[:, bucket : bucket + length].addcmul_(flat[:, start:stop], self.weight[start:stop])
+        out = torch.empty(len(flat), self.count, dtype=x.dtype, device=x.device)
+        first = self._covering()
+        if not first:
+            out.zero_()
+        for i, (start, length, bucket) in enumerate(self.runs):
+            slice_, weight = flat[:, start : start + length], self.weight[start : start + length]
+            target = out[:, bucket : bucket + length]
+            if i < first:
+                torch.mul(slice_, weight, out=target)
+            else:
+                target.addcmul_(slice_, weight)
         return out.view(*x.shape[:-1], self.count)
+
+    def _covering(self) -> int:
+        """How many of the first runs (one, or two of a rotated block) fill every bucket once; 0: they do not."""
+        for k in (1, 2):
+            lead = sorted((bucket, length) for _, length, bucket in self.runs[:k])
+            ends = [bucket for bucket, _ in lead[1:]] + [self.count]
+            if lead[0][0] == 0 and all(bucket + n == end for (bucket, n), end in zip(lead, ends, strict=True)):
+                return k
+        return 0
 
 
 Projection = Tensor | Buckets | None
