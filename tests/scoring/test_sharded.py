@@ -201,12 +201,17 @@ def bytes_by_formula(model: ModelConfig, config: SelectionConfig, tp: int, dp: i
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("layout", ["TP 1 x DP 2", *LAYOUTS])
+@pytest.mark.parametrize("layout", ["TP 1 x DP 2", "TP 1 x DP 4", "TP 2 x DP 2", *LAYOUTS])
 def test_exact_estimators_agree_with_the_oracle(world2, world4, partition_table, name, masked, layout):
     """Fault: labels shifted twice (defect 1), another attention pattern in scoring than in training (defect 5), a mask
     ignored, a factor lost in some layout only. The direct alignment with the exact second moment, and a two-sided
     sketch with room for every index against the oracle in the same separable form: no sketch error is left."""
-    world, tp, sp = LAYOUTS.get(layout, (2, 1, False))
+    world, tp, sp = {
+        **LAYOUTS,
+        "TP 1 x DP 2": (2, 1, False),
+        "TP 1 x DP 4": (4, 1, False),
+        "TP 2 x DP 2": (4, 2, False),
+    }[layout]
     pool = world2 if world == 2 else world4
     for estimator, config, which in (
         ("direction, exact", selection("materialise", "exact", alignment="direction"), "oracle"),

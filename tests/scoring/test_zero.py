@@ -157,7 +157,7 @@ def test_partitioned_state_gives_the_replicated_scores(world2, stage, form):
         assert relative(result["inter"], truth["inter"]) < 1e-4
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_state_is_found_at_every_stage(world2, stage):
     """Fault: bf16 engines keep their state under fp32 masters, per parameter, per group or per partition; the wrong
     key finds nothing or another parameter. bf16 gradients differ by rounding: 2^-8 each, v by twice that."""
