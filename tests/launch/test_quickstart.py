@@ -196,7 +196,7 @@ def test_an_interruption_ends_every_process_and_says_how_to_go_on(clone: Path, s
         assert time.monotonic() < deadline, "the run never started"
         time.sleep(0.05)
     os.kill(process.pid, sent)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "./launch/quickstart.sh name=x seed=2 --resume \n" in said
     with pytest.raises(ProcessLookupError):

@@ -55,6 +55,7 @@ def test_every_rank_selects_its_share_of_its_own(two_ranks, embedded_cache, tmp_
         "global",
         training={"train_steps": 1},
         optimizer=OPTIMIZER,
+        selection={"sketch": LOCAL["sketch"]},
         data={"unselected": "return"},
     )
     everyone = world2.run(run, config)[0]
