@@ -34,6 +34,7 @@ def engine_scores(
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw",
     offload: Literal["none", "cpu"] = "none",
     with_oracle: bool = False,
+    sp: bool = False,
 ) -> dict[str, Any]:
     """Train with the real engine, then score: moments assembled over the data-parallel group, and the signals."""
     import torch.distributed as dist
@@ -53,7 +54,9 @@ def engine_scores(
         name="test",
         model=model_config,
         data=DataConfig(seq_length=LENGTH),
-        parallel=ParallelConfig(tensor_model_parallel_size=tp, zero_stage=stage, offload_optimizer=offload),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp, zero_stage=stage, offload_optimizer=offload, sequence_parallel=sp
+        ),
         optimizer=OptimizerConfig(name=optimizer, lr=3e-3, muon_lr=2e-2),
         training=TrainingConfig(
             micro_batch_size=1, global_batch_size=4, train_steps=10, precision=precision, gradient_clipping=1.0
@@ -62,7 +65,7 @@ def engine_scores(
     )
     device = init_distributed(run.parallel)
     groups = init_parallel(run.parallel)
-    model = build_gpt(model_config, seq_length=LENGTH, params_dtype=DTYPES[precision], seed=3)
+    model = build_gpt(model_config, seq_length=LENGTH, params_dtype=DTYPES[precision], seed=3, sequence_parallel=sp)
     engine, _ = build_engine(model, run, groups)
     iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
     share = 4 // groups.dp_size
@@ -278,21 +281,28 @@ def test_every_zero_stage_gives_the_unpartitioned_scores(world2, partition_table
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "model", "stage"), [("adamw", "qwen3", 3), ("muon", "gpt2", 2), ("muon", "qwen3", 3)]
+    ("optimizer", "model", "stage", "sp"),
+    [
+        ("adamw", "qwen3", 3, False),
+        ("muon", "gpt2", 2, False),
+        ("muon", "qwen3", 3, False),
+        ("muon", "gpt2", 0, True),
+        ("muon", "qwen3", 2, True),
+    ],
 )
-def test_tensor_parallel_times_zero_in_every_geometry(world2, world4, partition_table, optimizer, model, stage):
+def test_tensor_parallel_times_zero_in_every_geometry(world2, world4, partition_table, optimizer, model, stage, sp):
     """Fault: a multiplier of the shard applied to tokens of another rank, or sent over the wrong group. Muon's shards
     are orthogonalised one by one, so the truth has the same tensor-parallel degree."""
     config = sketched("auto")
     tp = 1 if optimizer == "adamw" else 2
     truth = unpartitioned(world2, model, optimizer, config, tp)[0]
-    for result in world4.run(engine_scores, model, stage, 2, "fp32", config, optimizer=optimizer):
+    for result in world4.run(engine_scores, model, stage, 2, "fp32", config, optimizer=optimizer, sp=sp):
         partition_table.check(
             result,
             truth["align"],
             truth["inter"],
             against=f"the same at TP {tp}, ZeRO 0",
-            layout=f"{model}, TP 2 x DP 2, ZeRO {stage}, {optimizer}",
+            layout=f"{model}, TP 2{', SP' * sp} x DP 2, ZeRO {stage}, {optimizer}",
             estimator="one_sided",
             tolerance=NEWTON_SCHULZ if optimizer == "muon" else TOLERANCE,
         )
