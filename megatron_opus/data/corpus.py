@@ -22,6 +22,7 @@ from megatron_opus.data import manifest as manifests
 from megatron_opus.data import tokenizers
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.permutation import key, permute
+from megatron_opus.data.views import open_entry
 from megatron_opus.types import Batch, TokenDocuments
 
 _PIECE = 1 << 20  # tokens read at once when everything is read
@@ -105,14 +106,14 @@ class Corpus:
 
     @classmethod
     def open(cls, directory: str | Path, config: DataConfig, open_documents: OpenDocuments) -> Corpus:
-        """Open a directory of tools/prepare_data.py. open_documents: (name, prefix) -> TokenDocuments.
+        """Open a directory of tools/prepare_data.py, build_proxy.py. open_documents: (name, prefix) -> TokenDocuments.
 
         Raises ManifestError, TokenizerError, CorpusError, and what `open_documents` raises for damaged files.
         """
         directory = Path(directory)
         manifest = manifests.read(directory)
         tokenizer = tokenizers.reopen(directory / manifests.TOKENIZER_DIRECTORY, manifest.tokenizer)
-        documents = {(e.role, e.name): open_documents(e.name, directory / e.prefix) for e in manifest.datasets}
+        documents = {(e.role, e.name): open_entry(directory, e, open_documents) for e in manifest.datasets}
         return cls(manifest, documents, tokenizer, config)
 
     def content_digests(self) -> dict[str, str]:

@@ -29,7 +29,7 @@ class DatasetEntry:
 
     name: str
     role: Role
-    prefix: str  # of the .bin / .idx files, relative to the manifest
+    prefix: str  # of the .bin / .idx files, relative to the manifest (or that of `base`)
     dtype: str  # of the tokens on disk
     documents: int
     tokens: int  # end-of-document tokens included
@@ -41,6 +41,9 @@ class DatasetEntry:
     empty: int = 0  # documents without text
     skipped: int = 0  # malformed records left out by on_error skip
     skipped_records: list[dict[str, Any]] = field(default_factory=list)  # file, line, problem: the first MAX_LISTED
+    base: str = ""  # the prepared directory that has the files, relative to this one; empty: this one; see `views`
+    excluded: str = ""  # file, relative to the manifest, of the documents of the base that are left out
+    excluded_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,10 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """sha256 over roles, names, token files and tokenizer: what the tokens are, wherever they came from."""
-        what = [[e.role, e.name, e.dtype, e.bin_sha256, e.idx_sha256] for e in self.datasets]
+        what = [
+            [e.role, e.name, e.dtype, e.bin_sha256, e.idx_sha256, *([e.excluded_sha256] if e.excluded else [])]
+            for e in self.datasets
+        ]
         text = json.dumps([VERSION, self.tokenizer["fingerprint"], what])
         return hashlib.sha256(text.encode()).hexdigest()
 
