@@ -20,15 +20,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data import proxy_report
+from megatron_opus.data import masks, proxy_report
 from megatron_opus.data.benchmarks import load_benchmarks
 from megatron_opus.data.encoders import Encoder
 from megatron_opus.data.files import PARTIAL, atomic_file, locked
+from megatron_opus.data.join import Storage
 from megatron_opus.data.manifest import DatasetEntry, Manifest
-from megatron_opus.data.prepare import Storage
 from megatron_opus.data.proxy_choice import Choice, Survey, choose, survey
 from megatron_opus.data.proxy_scores import CandidateDocuments, ProxyError, Scorer, Scoring, refuse_difference
-from megatron_opus.data.views import open_entry, write_spans
+from megatron_opus.data.views import WithoutDocuments, open_entry, write_spans
 from megatron_opus.types import TokenDocuments
 
 Kind = Literal["bench", "std"]
@@ -206,6 +206,8 @@ def _write(
                 documents=entry.documents - len(spans),
                 tokens=entry.tokens - int((spans[:, 2] - spans[:, 1]).sum()),
                 held_out=entry.held_out + len(spans),
+                masked_tokens=_masked_tokens(documents, number, spans),
+                scores={},  # of the documents by their number, which is another one now
                 excluded=path.relative_to(output).as_posix(),
                 excluded_sha256=write_spans(path, spans),
             )
@@ -219,7 +221,17 @@ def _write(
         datasets=entries,
         settings={SETTINGS_KEY: settings},
         provenance={**documents.manifest.provenance, "proxy": proxy_report.summary(scorer, choice, found)},
+        decontamination=documents.manifest.decontamination,
     )
+
+
+def _masked_tokens(documents: CandidateDocuments, domain: int, spans: np.ndarray) -> int:
+    """Tokens that are not learned in what is left of a domain."""
+    unlearned = documents.unlearned[domain]
+    if unlearned is None:
+        return 0
+    left = WithoutDocuments(documents.streams[domain], spans).ranges(unlearned)
+    return int((left[:, 1] - left[:, 0]).sum())
 
 
 def _write_proxy(config: ProxyConfig, scorer: Scorer, choice: Choice, storage: ReadableStorage) -> DatasetEntry:
@@ -230,11 +242,21 @@ def _write_proxy(config: ProxyConfig, scorer: Scorer, choice: Choice, storage: R
     folder = config.output / "proxy"
     folder.mkdir(exist_ok=True)
     raw = folder / _TOKENS
+    unlearned, written_tokens = [np.empty((0, 2), dtype=np.int64)], 0
     with raw.open("wb") as stream:
         for row in choice.chosen:
-            stream.write(documents.one(int(row["domain"]), int(row["document"])).ids.astype(dtype).tobytes())
+            document = documents.one(int(row["domain"]), int(row["document"]))
+            stream.write(document.ids.astype(dtype).tobytes())
+            unlearned.append(documents.unlearned_within(document) + written_tokens)
+            written_tokens += len(document.ids)
     written: Any = storage.write_documents(folder / name, dtype, [raw], [choice.chosen["tokens"].astype(np.int32)])
     raw.unlink()
+    spans = np.concatenate(unlearned)
+    masked: dict[str, Any] = {}
+    if len(spans):
+        count = int((spans[:, 1] - spans[:, 0]).sum())
+        digest = masks.write(folder / name, masks.SUFFIX, spans)
+        masked = {"masked_tokens": count, "mask_spans": len(spans), "mask_sha256": digest}
     with atomic_file(folder / "documents.jsonl") as out:
         for line in proxy_report.listing(scorer, choice.chosen):
             out.write(line)
@@ -253,4 +275,5 @@ def _write_proxy(config: ProxyConfig, scorer: Scorer, choice: Choice, storage: R
         bin_sha256=written.bin_sha256,
         idx_sha256=written.idx_sha256,
         sources=sources,
+        **masked,
     )

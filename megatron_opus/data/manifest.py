@@ -14,6 +14,7 @@ FORMAT = "megatron_opus.data"
 VERSION = 1
 FILE_NAME = "manifest.json"
 TOKENIZER_DIRECTORY = "tokenizer"
+CONTAMINATED_FILE = "decontamination.jsonl"  # documents dropped for a benchmark overlap, one a line
 
 Role = Literal["candidates", "proxy", "validation"]
 ROLES: tuple[Role, ...] = ("candidates", "proxy", "validation")
@@ -44,6 +45,12 @@ class DatasetEntry:
     base: str = ""  # the prepared directory that has the files, relative to this one; empty: this one; see `views`
     excluded: str = ""  # file, relative to the manifest, of the documents of the base that are left out
     excluded_sha256: str = ""
+    duplicates: int = 0  # documents dropped because an earlier one of the same role has the same text
+    contaminated: int = 0  # documents dropped because they overlap a benchmark item, listed in CONTAMINATED_FILE
+    masked_tokens: int = 0  # of metadata, which are not learned; see masks.py
+    mask_spans: int = 0  # in the file
+    mask_sha256: str = ""  # of <prefix>.mask.npy; empty: there is none
+    scores: dict[str, Any] = field(default_factory=dict)  # key, min, mean, max, sha256 of <prefix>.score.npy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class Manifest:
     datasets: list[DatasetEntry]
     settings: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)  # free: the embedded corpus records its Python version
+    decontamination: dict[str, Any] = field(default_factory=dict)  # rule and benchmark files; empty: none was asked for
 
     def of_role(self, role: Role) -> list[DatasetEntry]:
         return [entry for entry in self.datasets if entry.role == role]
@@ -59,7 +67,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 over roles, names, token files and tokenizer: what the tokens are, wherever they came from."""
         what = [
-            [e.role, e.name, e.dtype, e.bin_sha256, e.idx_sha256, *([e.excluded_sha256] if e.excluded else [])]
+            [e.role, e.name, e.dtype, e.bin_sha256, e.idx_sha256, *(s for s in (e.mask_sha256, e.excluded_sha256) if s)]
             for e in self.datasets
         ]
         text = json.dumps([VERSION, self.tokenizer["fingerprint"], what])
@@ -97,7 +105,11 @@ def read(directory: Path) -> Manifest:
     try:
         entries = [DatasetEntry(**entry) for entry in data["datasets"]]
         return Manifest(
-            tokenizer=data["tokenizer"], datasets=entries, settings=data["settings"], provenance=data["provenance"]
+            tokenizer=data["tokenizer"],
+            datasets=entries,
+            settings=data["settings"],
+            provenance=data["provenance"],
+            decontamination=data.get("decontamination", {}),
         )
     except (KeyError, TypeError) as error:
         raise ManifestError(f"{path}: damaged ({error}); prepare the data again") from error

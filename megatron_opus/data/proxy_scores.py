@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from megatron_opus.data import benchmarks, encoders, tokenizers
+from megatron_opus.data import benchmarks, encoders, masks, tokenizers
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data.benchmarks import BenchmarkItem
 from megatron_opus.data.encoders import Encoder, EncoderError, LexicalEncoder, Nearest
@@ -25,6 +25,7 @@ from megatron_opus.data.files import atomic_file, write_json
 from megatron_opus.data.overlap import BenchmarkText
 from megatron_opus.data.permutation import uniform
 from megatron_opus.data.records import text_digest
+from megatron_opus.data.views import open_unlearned
 from megatron_opus.types import TokenDocuments
 
 RECORD = np.dtype(
@@ -80,7 +81,10 @@ class CandidateDocuments:
         self.tokenizer = tokenizers.reopen(directory / manifests.TOKENIZER_DIRECTORY, self.manifest.tokenizer)
         self.entries = self.manifest.of_role("candidates")
         self.streams = [open_documents(e.name, directory / e.prefix) for e in self.entries]
-        self.tokens = sum(stream.num_tokens for stream in self.streams)
+        self.unlearned = [
+            open_unlearned(directory, e, s) if e.mask_sha256 else None
+            for e, s in zip(self.entries, self.streams, strict=True)
+        ]
 
     def pieces(self) -> list[Piece]:
         """Consecutive documents of about 4 M tokens, each in one piece."""
@@ -104,6 +108,21 @@ class CandidateDocuments:
 
     def one(self, domain: int, number: int) -> Document:
         return next(self.read(Piece(number=0, domain=domain, first=number, stop=number + 1)))
+
+    def unlearned_within(self, document: Document) -> np.ndarray:
+        """[n, 2] int64: the token ranges of the document, from its first token, that are not learned."""
+        spans = self.unlearned[document.domain]
+        if spans is None:
+            return np.empty((0, 2), dtype=np.int64)
+        return masks.ranges(masks.within(spans, document.start, len(document.ids)))
+
+    def own_text(self, document: Document, text: str) -> str:
+        """Its text without the metadata that is not learned: another header makes no other document."""
+        spans = self.unlearned[document.domain]
+        if spans is None:
+            return text
+        left = document.ids[~masks.within(spans, document.start, len(document.ids))]
+        return self.tokenizer.decode(left.tolist())
 
     def text(self, document: Document, first: int = 0, stop: int | None = None) -> str:
         return self.tokenizer.decode(document.ids[first:stop].tolist())
@@ -214,7 +233,7 @@ class Scorer:
             records["nearest"] = records["overlap"] = -1
             texts = [self.documents.text(document) for document in batch]
             for record, document, text in zip(records, batch, texts, strict=True):
-                record["digest"] = text_digest(text)[0]
+                record["digest"] = text_digest(self.documents.own_text(document, text))[0]
                 record["tokens"] = len(document.ids)
                 found = overlap.find(text) if overlap is not None else None
                 record["overlap"] = -1 if found is None else found

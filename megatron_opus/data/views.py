@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_opus.data import manifest as manifests
+from megatron_opus.data import masks
 from megatron_opus.data.files import atomic_file
 from megatron_opus.data.manifest import DatasetEntry, ManifestError
 from megatron_opus.types import TokenDocuments
@@ -29,12 +30,28 @@ def open_entry(
     """
     if not entry.base:
         return open_documents(entry.name, directory / entry.prefix)
-    base = Path(os.path.normpath(directory / entry.base))
+    base = _base(directory, entry)
     _check_base(directory, base, entry)
     documents = open_documents(entry.name, base / entry.prefix)
     if not entry.excluded:
         return documents
     return WithoutDocuments(documents, read_spans(directory / entry.excluded, entry.excluded_sha256))
+
+
+def open_unlearned(directory: Path, entry: DatasetEntry, documents: TokenDocuments) -> np.ndarray:
+    """[spans, 2] int64: the token ranges of `documents` (of `open_entry`) that are not learned; see masks.
+
+    Raises MaskError.
+    """
+    place = _base(directory, entry) / entry.prefix
+    if not isinstance(documents, WithoutDocuments):
+        return masks.open_spans(entry.name, place, entry.mask_spans, entry.tokens)
+    return documents.ranges(masks.open_spans(entry.name, place, entry.mask_spans, documents.base.num_tokens))
+
+
+def _base(directory: Path, entry: DatasetEntry) -> Path:
+    # `..` is meant of the directory itself, not of a link to it.
+    return Path(os.path.normpath(directory.resolve() / entry.base)) if entry.base else directory
 
 
 def _check_base(directory: Path, base: Path, entry: DatasetEntry) -> None:
@@ -45,7 +62,7 @@ def _check_base(directory: Path, base: Path, entry: DatasetEntry) -> None:
         )
     for found in manifests.read(base).of_role(entry.role):
         if found.name == entry.name and not found.base:
-            mine, theirs = (e.bin_sha256 + e.idx_sha256 for e in (entry, found))
+            mine, theirs = ((e.bin_sha256, e.idx_sha256, e.mask_sha256) for e in (entry, found))
             if mine == theirs:
                 return
     raise ManifestError(
@@ -96,7 +113,7 @@ class WithoutDocuments:
                 "build the proxy again"
             )
         self.name = base.name
-        self._base = base
+        self.base = base
         self._numbers = spans[:, 0]
         self._removed = np.concatenate([[0], np.cumsum(stops - starts)])  # tokens left out before the next gap
         self._gaps = starts - self._removed[:-1]  # where each gap would be, in tokens of this stream
@@ -107,7 +124,7 @@ class WithoutDocuments:
     def document_ends(self) -> np.ndarray:
         """[documents], int64, ascending, exclusive. Built at the first use."""
         if self._document_ends is None:
-            ends = np.delete(self._base.document_ends, self._numbers)
+            ends = np.delete(self.base.document_ends, self._numbers)
             before = np.searchsorted(self._numbers - np.arange(len(self._numbers)), np.arange(len(ends)), side="right")
             self._document_ends = ends - self._removed[before]
         return self._document_ends
@@ -122,13 +139,22 @@ class WithoutDocuments:
                 yield start + int(self._removed[gap]), piece
             start, length, gap = start + piece, length - piece, gap + 1
 
+    def ranges(self, spans: np.ndarray) -> np.ndarray:
+        """[n, 2] ascending token ranges of the other stream, none across documents, in tokens of this one."""
+        # The gap before a token: starts ascend, and a document's tokens lie between the starts around it.
+        starts = self._gaps + self._removed[:-1]
+        stops = starts + np.diff(self._removed)
+        before = np.searchsorted(starts, spans[:, 0], side="right")
+        inside = (before > 0) & (spans[:, 0] < stops[np.maximum(before - 1, 0)]) if len(stops) else before > 0
+        return (spans - self._removed[before][:, None])[~inside]
+
     def tokens(self, start: int, length: int) -> np.ndarray:
         """[length], int64, tokens of the stream from `start`. Raises IndexError outside of the stream."""
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(
                 f"{self.name}: tokens {start}..{start + length} asked for, the stream has {self.num_tokens}"
             )
-        parts = [self._base.tokens(first, count) for first, count in self.pieces(start, length)]
+        parts = [self.base.tokens(first, count) for first, count in self.pieces(start, length)]
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
