@@ -137,9 +137,10 @@ class SentenceEncoder:
             found.update(name.encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         backend = getattr(self._model.tokenizer, "backend_tokenizer", None)
-        found.update(
-            (backend.to_str() if backend is not None else json.dumps(self._model.tokenizer.get_vocab())).encode()
-        )
+        words: dict[str, Any] = json.loads(backend.to_str()) if backend else self._model.tokenizer.get_vocab()
+        for state in ("padding", "truncation"):  # of the last call
+            words.pop(state, None)
+        found.update(json.dumps(words, sort_keys=True).encode())
         return {
             "encoder": self.name,
             "weights": found.hexdigest(),

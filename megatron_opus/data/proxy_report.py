@@ -108,9 +108,8 @@ def text(scorer: Scorer, choice: Choice, found: Survey, manifest: Manifest) -> s
             "text: never proxy, still candidates"
         )
     if not random:
-        lines.append(
-            f"  compared     by the beginning or in windows: {found.cut:,} documents were longer than the window"
-        )
+        if found.cut:
+            lines.append(f"  cut          {found.cut:,} documents were compared by their beginning only")
         if choice.cutoff <= 0:
             none = int((choice.chosen["score"] <= 0).sum())
             lines.append(

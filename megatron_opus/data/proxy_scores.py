@@ -156,6 +156,7 @@ class Scoring:
             "corpus": documents.manifest.fingerprint(),
             "benchmarks": {n: f"{len(i)} items, sha256 {benchmarks.digest(i)[:16]}" for n, i in by_name.items()},
             "order": benchmarks.digest(self.items)[:16],
+            "piece_tokens": _PIECE_TOKENS,
             **chosen,
         }
 
