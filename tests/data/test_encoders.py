@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lexical_is_tfidf() -> None:
-    """Fault: a wrong idf, or one that depends on how the corpus was cut. The oracle is scikit-learn's TfidfVectorizer."""
+    """Fault: a wrong idf, or one that depends on how the corpus was cut. Oracle: scikit-learn's TfidfVectorizer."""
     encoder = LexicalEncoder(columns=1 << 18)
     for text in TEXTS:
         encoder.count([text])
@@ -95,7 +95,7 @@ def test_models_that_do_not_load(model: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(EncoderError, match="not in the local cache and not to be had from the Hub"):
         SentenceEncoder("someone/some-model", device="cpu")
     monkeypatch.undo()
-    with pytest.raises(EncoderError, match="expected a model that loads on nodevice, got: .*lexical"):
+    with pytest.raises(EncoderError, match=r"expected a model that loads on nodevice, got: .*lexical"):
         SentenceEncoder(str(model), device="nodevice")
     for settings, message in (
         ({"precision": "int4"}, "expected one of fp32"),
