@@ -68,22 +68,18 @@ class Benchmarks:
         self._items = items  # length in words -> [n-grams] int64, index into names
         self._names = names  # file, record, field of each item
         self._places = _places(n)
+        self._present = {length: _table(own) for length, own in hashes.items()}
 
     def find(self, text: str) -> Overlap | None:
         """The first benchmark item that the text overlaps."""
         words = words_of(text)
-        numbers = np.fromiter(
-            map(self._numbers.get, words, itertools.repeat(0)), dtype=np.uint64, count=len(words)
-        )  # fmt: skip
-        # Runs of words that benchmarks have at all; most text ends here, or leaves little to look up.
-        known = np.concatenate([[0], np.cumsum(numbers != 0)])
-        for length, hashes in self._hashes.items():
-            if len(numbers) < length:
+        numbers = np.fromiter(map(self._numbers.get, words, itertools.repeat(0)), dtype=np.uint64, count=len(words))
+        for length, found in _run_hashes(numbers, self._places):
+            if length not in self._hashes:
                 continue
-            starts = np.flatnonzero(known[length:] - known[:-length] == length)
-            if not len(starts):
-                continue
-            wanted = _hash(numbers, starts, length, self._places)
+            hashes, (shift, present) = self._hashes[length], self._present[length]
+            starts = np.flatnonzero(present[found >> shift])  # most runs end here, without a search
+            wanted = found[starts]
             at = np.searchsorted(hashes, wanted)
             at[at == len(hashes)] = 0
             hits = np.flatnonzero(hashes[at] == wanted)
@@ -132,9 +128,9 @@ def build(config: Decontamination, path: Path) -> dict[str, Any]:
             used += 1
             length = min(len(words), config.n)
             ids = np.array([numbers.setdefault(word, len(numbers) + 1) for word in words], dtype=np.uint64)
-            starts = np.arange(len(words) - length + 1)
-            runs.setdefault(length, []).append(_hash(ids, starts, length, places))
-            owners.setdefault(length, []).append(np.full(len(starts), len(names), dtype=np.int64))
+            *_, (_, hashes) = _run_hashes(ids, places[:length])
+            runs.setdefault(length, []).append(hashes)
+            owners.setdefault(length, []).append(np.full(len(hashes), len(names), dtype=np.int64))
             names.append((index, line, field))
         if not found:
             fields = f"in the fields {', '.join(config.fields)}" if config.fields else "in it"
@@ -168,14 +164,27 @@ def _places(n: int) -> np.ndarray:
     ) + np.uint64(1)
 
 
-def _hash(numbers: np.ndarray, starts: np.ndarray, length: int, places: np.ndarray) -> np.ndarray:
-    """[starts] uint64: of the runs of `length` words from each start; the sums wrap around."""
-    total = np.zeros(len(starts), dtype=np.uint64)
-    for j in range(length):
-        # The word's number is scattered first: small numbers times a constant would leave regular patterns.
-        word = (numbers[starts + j] * np.uint64(0x9E3779B97F4A7C15)) ^ (numbers[starts + j] << np.uint64(31))
-        total += word * places[j]
-    return total
+def _run_hashes(numbers: np.ndarray, places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(length, uint64 hashes of all runs of so many words) for the lengths 1, 2, ... up to that of `places`.
+
+    A run's hash is that of the run shorter by its last word, plus one product; sums wrap around. Words that no
+    benchmark has are 0 and add nothing.
+    """
+    # A word's number is scattered first: small numbers times a constant would leave regular patterns.
+    words = (numbers * np.uint64(0x9E3779B97F4A7C15)) ^ (numbers << np.uint64(31))
+    total = np.zeros(len(words) + 1, dtype=np.uint64)
+    for length in range(1, min(len(words), len(places)) + 1):
+        total = total[:-1] + words[length - 1 :] * places[length - 1]
+        yield length, total
+
+
+def _table(hashes: np.ndarray) -> tuple[np.uint64, np.ndarray]:
+    """(shift, [2^k] bool): whether some hash begins with these k bits, with some 16 places for each hash."""
+    bits = min(26, max(8, int(len(hashes) * 16).bit_length()))
+    shift = np.uint64(64 - bits)
+    present = np.zeros(1 << bits, dtype=bool)
+    present[hashes >> shift] = True
+    return shift, present
 
 
 # --- benchmark files ------------------------------------------------------------------------------------------------

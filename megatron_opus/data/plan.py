@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import tokenizers
 from megatron_opus.data.decontaminate import Decontamination
+from megatron_opus.data.document import template_keys
 from megatron_opus.data.files import write_json
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.records import (
@@ -114,6 +115,7 @@ def resolve(config: PrepareConfig) -> list[DatasetSpec]:
                     f"dataset {dataset.name} ({dataset.role}): expected a limit of at least 1, got {limit}"
                 )
         read = reads(config, dataset)
+        template_keys(read.metadata_template)  # raises for one that cannot be filled in
         if dataset.bucket is not None and not (read.bucket_key or read.score_key):
             raise PrepareError(f"dataset {dataset.name} ({dataset.role}): a bucket needs a score; see --score-key")
         files = [file for pattern in dataset.sources for file in _expand(dataset, pattern)]

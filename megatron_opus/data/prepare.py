@@ -8,6 +8,7 @@ written last: a directory that has one is complete.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -257,7 +258,7 @@ class _Work:
         done = 0 if dataset.limited else len(jobs)
         chosen = self._chooser.choose(dataset, jobs[:done])
         while not chosen.full and done < len(jobs):
-            more = min(len(jobs), done + 2 * max(1, self.config.workers))
+            more = min(len(jobs), done + _pieces(chosen, dataset, done, max(1, self.config.workers)))
             self._run("tokenizing", jobs[done:more])
             done = more
             chosen = self._chooser.choose(dataset, jobs[:done])
@@ -318,6 +319,13 @@ class _Work:
         if result is None:
             raise PrepareError(f"{source}: its checksum is missing; remove {self.root} and prepare again")
         return {"path": recorded(self.config.output, source), "bytes": job.shard.bytes, "sha256": result["sha256"]}
+
+
+def _pieces(chosen: Chosen, dataset: DatasetSpec, done: int, workers: int) -> int:
+    """How many more pieces to tokenize for a limited dataset: as many as it lacks by what the others gave."""
+    parts = [(chosen.documents, dataset.max_documents), (chosen.tokens, dataset.max_tokens)]
+    share = max(found / limit for found, limit in parts if limit is not None)
+    return 2 * workers + (math.ceil(done * (1 / share - 1)) if share > 0 else 0)
 
 
 def _wanted(config: PrepareConfig, dataset: DatasetSpec) -> streams.Wanted:

@@ -116,7 +116,7 @@ def fetch(
         except SourceError:
             raise
         except Exception as error:  # the libraries raise many kinds
-            raise SourceError(f"{source}: datasets could not open it: {error}") from error
+            raise SourceError(f"{source}: datasets could not open it: {_short(error)}") from error
         if last is not None and last["revision"] != revision:
             raise SourceError(f"{source}: has changed since its fetching began; remove {directory.parent.parent}")
         _Fetching(source, wanted, directory, part_bytes, count_tokens, progress).run(opened, revision, parts)
@@ -132,6 +132,10 @@ def fetch(
     names = ("revision", "documents", "bytes", "digest", "exhausted")
     identity = {"path": source, **{name: last[name] for name in names}}
     return Fetched(shards=tuple(shards), identity=identity, exhausted=last["exhausted"])
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _part(directory: Path, number: int) -> Path:
@@ -254,8 +258,8 @@ class _Fetching:
                     return
                 except Exception as error:  # the library raises many kinds
                     raise SourceError(
-                        f"{self._source}: the stream broke off after {documents} documents ({error}); the same command "
-                        "goes on behind the last complete part"
+                        f"{self._source}: the stream broke off after {documents} documents ({_short(error)}); the same "
+                        "command goes on behind the last complete part"
                     ) from error
                 documents += 1
                 yield row

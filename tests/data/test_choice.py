@@ -75,7 +75,7 @@ def test_compressed_files(tmp_path: Path) -> None:
         run(tmp_path / suffix, spec("x", "candidates", path), shard_bytes=500)
         assert texts_of(tmp_path / suffix, "candidates", "x") == texts
         for n, bad in enumerate(
-            (data[: len(data) - 40], b"not an archive at all", data[:2000] + b"\0" * 200 + data[2200:])
+            (data[: len(data) - 40], b"not an archive at all", data[:400] + b"\0" * 30 + data[430:])
         ):
             path.write_bytes(bad)
             for workers in (1, 2):
