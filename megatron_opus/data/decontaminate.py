@@ -104,6 +104,42 @@ class Benchmarks:
         return cls(words, hashes, items, names, meta["n"])
 
 
+class Collector:
+    """Gathers the n-grams of items one by one."""
+
+    def __init__(self, n: int, min_words: int) -> None:
+        self.numbers: dict[str, int] = {}
+        self.names: list[tuple[int, int, str]] = []
+        self._n, self._min_words, self._places = n, min_words, _places(n)
+        self._runs: dict[int, list[np.ndarray]] = {}
+        self._owners: dict[int, list[np.ndarray]] = {}
+
+    def add(self, name: tuple[int, int, str], text: str, min_words: int | None = None) -> bool:
+        """Whether the text is long enough to be looked for. name: number of the file, record, field."""
+        words = words_of(text)
+        if len(words) < (self._min_words if min_words is None else min_words):
+            return False
+        length = min(len(words), self._n)
+        ids = np.array([self.numbers.setdefault(word, len(self.numbers) + 1) for word in words], dtype=np.uint64)
+        *_, (_, hashes) = _run_hashes(ids, self._places[:length])
+        self._runs.setdefault(length, []).append(hashes)
+        self._owners.setdefault(length, []).append(np.full(len(hashes), len(self.names), dtype=np.int64))
+        self.names.append(name)
+        return True
+
+    def arrays(self) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """length in words -> [n-grams] uint64 hashes, ascending; and int64 indices into `names`. Longest first."""
+        hashes, items = {}, {}
+        for length, parts in sorted(self._runs.items(), reverse=True):
+            hashes[length], first = np.unique(np.concatenate(parts), return_index=True)
+            items[length] = np.concatenate(self._owners[length])[first]
+        return hashes, items
+
+    def benchmarks(self, files: Sequence[str]) -> Benchmarks:
+        names = [(files[file], line, field) for file, line, field in self.names]
+        return Benchmarks(self.numbers, *self.arrays(), names, self._n)
+
+
 def build(config: Decontamination, path: Path) -> dict[str, Any]:
     """Write the n-grams of the benchmark files to `path`; what was read, for the manifest.
 
@@ -112,26 +148,13 @@ def build(config: Decontamination, path: Path) -> dict[str, Any]:
     """
     if not 1 <= config.min_words <= config.n:
         raise SourceError(f"decontamination: expected 1 <= shortest item <= n, got {config.min_words} and {config.n}")
-    numbers: dict[str, int] = {}
-    runs: dict[int, list[np.ndarray]] = {}
-    owners: dict[int, list[np.ndarray]] = {}
-    names: list[tuple[int, int, str]] = []
-    places = _places(config.n)
+    collected = Collector(config.n, config.min_words)
     described = []
     for index, file in enumerate(config.files):
         found = used = 0
         for line, field, text in benchmark_items(file, config.fields):
             found += 1
-            words = words_of(text)
-            if len(words) < config.min_words:
-                continue
-            used += 1
-            length = min(len(words), config.n)
-            ids = np.array([numbers.setdefault(word, len(numbers) + 1) for word in words], dtype=np.uint64)
-            *_, (_, hashes) = _run_hashes(ids, places[:length])
-            runs.setdefault(length, []).append(hashes)
-            owners.setdefault(length, []).append(np.full(len(hashes), len(names), dtype=np.int64))
-            names.append((index, line, field))
+            used += collected.add((index, line, field), text)
         if not found:
             fields = f"in the fields {', '.join(config.fields)}" if config.fields else "in it"
             raise SourceError(f"{file}: a benchmark file with no text {fields}; see --decontaminate-fields")
@@ -141,16 +164,14 @@ def build(config: Decontamination, path: Path) -> dict[str, Any]:
                 "--decontaminate-min-words"
             )
         described.append({"path": file, "sha256": file_sha256(file), "items": used, "too_short": found - used})
-    arrays: dict[str, np.ndarray] = {}
-    for length, parts in sorted(runs.items(), reverse=True):
-        hashes, first = np.unique(np.concatenate(parts), return_index=True)
-        arrays[f"hashes{length}"], arrays[f"items{length}"] = hashes, np.concatenate(owners[length])[first]
+    hashes, items = collected.arrays()
+    arrays = {f"hashes{m}": part for m, part in hashes.items()} | {f"items{m}": part for m, part in items.items()}
     meta = {
         "n": config.n,
-        "words": list(numbers),
-        "lengths": sorted(runs, reverse=True),
+        "words": list(collected.numbers),
+        "lengths": list(hashes),
         "files": list(config.files),
-        "items": names,
+        "items": collected.names,
     }
     with atomic_file(path) as stream:
         np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]

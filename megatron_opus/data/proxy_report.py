@@ -107,6 +107,10 @@ def text(scorer: Scorer, choice: Choice, found: Survey, manifest: Manifest) -> s
             f"  kept out     {found.overlapping:,} documents ({found.overlapping_tokens:,} tokens) contain benchmark "
             "text: never proxy, still candidates"
         )
+        short = scorer.overlap.too_short if scorer.overlap else 0
+        lines.append(
+            f"               ({short:,} of {len(scorer.scoring.items):,} items are too short to be looked for)"
+        )
     if not random:
         if found.cut:
             lines.append(f"  cut          {found.cut:,} documents were compared by their beginning only")
@@ -193,13 +197,14 @@ def draw(scorer: Scorer, choice: Choice, found: Survey, path: Path) -> Path:
     bins = np.flatnonzero(found.histogram)
     first, last = int(bins[0]), int(bins[-1]) + 1
     edges = np.linspace(-1, 1, BINS + 1)[first : last + 1]
-    left.stairs(found.histogram[first:last], edges, fill=True, color="#b9c4d0", label="all candidates")
+    left.stairs(found.histogram[first:last], edges, fill=True, color="#b9c4d0", label="candidates")
     left.stairs(found.chosen_histogram[first:last], edges, fill=True, color="#c8553d", label="proxy")
     left.axvline(choice.cutoff, color="black", linewidth=1, linestyle="--", label=f"cut-off {choice.cutoff:.3f}")
     left.set_yscale("log")
     random = scorer.scoring.encoder is None
     left.set(xlabel="hash of the text" if random else "largest cosine similarity to a benchmark item", ylabel="tokens")
-    left.set_title(f"{len(choice.chosen):,} documents, {choice.tokens:,} tokens")
+    out = f"; {found.overlapping:,} documents with benchmark text kept out" if found.overlapping else ""
+    left.set_title(f"proxy: {len(choice.chosen):,} documents, {choice.tokens:,} tokens{out}", fontsize=10)
     left.legend()
     y = np.arange(len(names))
     right.barh(y + 0.2, before[order] * 100, height=0.38, color="#b9c4d0", label="candidates")

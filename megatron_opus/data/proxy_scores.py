@@ -181,6 +181,7 @@ class Scorer:
         self.pieces = documents.pieces()
         self.settings = scoring.settings(documents)
         self._root = scoring.directory
+        self._overlap: BenchmarkText | None = None
         path = self._root / SETTINGS
         if path.exists():
             remedy = "use the same ones, another directory for the scores, or remove this one"
@@ -199,13 +200,19 @@ class Scorer:
         encoder = self.scoring.encoder
         if isinstance(encoder, LexicalEncoder):
             self._count(encoder)
-        overlap = BenchmarkText(self.scoring.items) if self.scoring.items else None
         nearest = Nearest(self._item_vectors(encoder), encoder.device) if encoder is not None else None
         with self._bar("scoring ", mine, missing) as bar:
             for piece in missing:
-                records = list(self._score(piece, encoder, nearest, overlap, bar))
+                records = list(self._score(piece, encoder, nearest, bar))
                 with atomic_file(self._path(piece)) as stream:
                     np.save(stream, np.concatenate(records))
+
+    @property
+    def overlap(self) -> BenchmarkText | None:
+        """What is looked for in documents; made at the first use."""
+        if self._overlap is None and self.scoring.items:
+            self._overlap = BenchmarkText(self.scoring.items)
+        return self._overlap
 
     def unscored(self) -> int:
         """Pieces that no run has scored yet."""
@@ -226,9 +233,8 @@ class Scorer:
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
-    def _score(
-        self, piece: Piece, encoder: Encoder | None, nearest: Nearest | None, overlap: BenchmarkText | None, bar: Any
-    ) -> Iterator[np.ndarray]:
+    def _score(self, piece: Piece, encoder: Encoder | None, nearest: Nearest | None, bar: Any) -> Iterator[np.ndarray]:
+        overlap = self.overlap
         for batch in self._batches(piece):
             records = np.zeros(len(batch), dtype=RECORD)
             records["nearest"] = records["overlap"] = -1

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_opus.data import overlap
 from megatron_opus.data.benchmarks import BenchmarkItem
-from megatron_opus.data.overlap import BenchmarkText, words
+from megatron_opus.data.overlap import BenchmarkText
 
 QUESTION = "Which of these changes when water freezes slowly in a tall glass on the cold window sill?"
 
@@ -64,16 +63,3 @@ def test_filled_blanks_and_long_choices() -> None:
     assert BenchmarkText([blank]).find(blank.question.replace("_", "Maria")) == 0
     ending = "volume " * 6 + "and the other seven words of it"
     assert BenchmarkText([item("What?", ending, "mass")]).find(f"It was {ending}.") == 0
-
-
-def test_a_collision_of_hashes_is_not_an_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault: documents are accused on the word of a hash."""
-    monkeypatch.setattr(overlap.zlib, "crc32", lambda _: 7)
-    found = BenchmarkText([item(QUESTION)])
-    assert found.find(QUESTION) == 0
-    assert found.find(" ".join(["other"] * 20)) is None
-
-
-def test_words() -> None:
-    """Fault: scripts without ASCII have no words."""
-    assert words("L'été — naïve_x 3.5% Ärger") == ["l", "été", "naïve", "x", "3", "5", "ärger"]
