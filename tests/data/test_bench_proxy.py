@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_helpers import run, spec
 from proxy_helpers import LEAKED, TOPICS, built, config, corpus_texts, make_corpus, plain, science_questions, sentence
 
 from megatron_opus.backends import indexed
 from megatron_opus.config import DataConfig
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data import proxy_scores
+from megatron_opus.data import masks, proxy_scores, tokenizers, views
 from megatron_opus.data.bench_proxy import build, parse_tokens
 from megatron_opus.data.benchmarks import BenchmarkError
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.encoders import LexicalEncoder
 from megatron_opus.data.manifest import ManifestError
 from megatron_opus.data.proxy_scores import ProxyError
+from megatron_opus.data.records import ReadOptions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -301,6 +303,37 @@ def test_the_report(corpus: Path, proxy: Path) -> None:
     counts = [int(line.split()[1].replace(",", "")) for line in bars[: bars.index("")]]
     assert sum(counts) == total
     assert (proxy / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_masks_stay_with_their_documents(tmp_path: Path) -> None:
+    """Fault: headers are learned, or text is not, in the proxy or beside a gap; a copy under another header stays."""
+    bodies = [sentence(topic, i) for topic in ("science", "sports") for i in range(30)]
+    rows = [{"title": f"Title {i}", "text": body} for i, body in enumerate(bodies)]
+    copies = [{"title": f"Mirror {i}", "text": bodies[i]} for i in range(12)] + rows[40:]
+    header = ReadOptions(metadata_template="{title}\n\n")
+    for name, some in (("web", rows[:40]), ("mirror", copies)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    corpus = tmp_path / "corpus"
+    run(corpus, *(spec(n, "candidates", tmp_path / f"{n}.jsonl") for n in ("web", "mirror")), duplicates="keep",
+        read=header)  # fmt: skip
+    manifest = built(corpus, tmp_path / "out", token_budget=1500)
+    assert manifest is not None
+    found: dict[str, list[str]] = {}
+    tokenizer = tokenizers.reopen(tmp_path / "out" / "tokenizer", manifest.tokenizer)
+    for entry in manifest.datasets:
+        documents = views.open_entry(tmp_path / "out", entry, indexed.open_documents)
+        spans = views.open_unlearned(tmp_path / "out", entry, documents)
+        assert entry.masked_tokens == (spans[:, 1] - spans[:, 0]).sum() > 0
+        start = 0
+        for stop in documents.document_ends.tolist():
+            learned = documents.tokens(start, stop - start)[~masks.within(spans, start, stop - start)]
+            found.setdefault(entry.role, []).append(tokenizer.decode(learned.tolist()).strip())
+            start = stop
+    assert set(found["proxy"]) < set(bodies)
+    assert set(found["candidates"]) == set(bodies) - set(found["proxy"])
+    assert manifest.provenance["proxy"]["copies_removed"] == len(set(found["proxy"]) & set(bodies[:12])) > 0
+    batch = Corpus.open(tmp_path / "out", DataConfig(seq_length=64), indexed.open_documents).batch([0, 1, 2])
+    assert 0 < batch.loss_mask.sum() < batch.loss_mask.numel()
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("30M", 30_000_000), ("1.5b", 1_500_000_000), ("2k", 2_000), ("77", 77)])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_opus.data import masks
 from megatron_opus.data.manifest import ManifestError
 from megatron_opus.data.views import WithoutDocuments, read_spans, write_spans
 
@@ -55,6 +56,25 @@ def test_it_is_the_stream_with_the_documents_cut_out(data: st.DataObject) -> Non
     for start, length in ((-1, 1), (0, view.num_tokens + 1), (0, -1)):
         with pytest.raises(IndexError, match="asked for, the stream has"):
             view.tokens(start, length)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_ranges_move_with_their_documents(data: st.DataObject) -> None:
+    """Fault: the loss mask of a neighbour, or of a document that is left out, on what stays. The oracle cuts an array
+    of flags, one for each token."""
+    lengths = data.draw(st.lists(st.integers(2, 7), min_size=1, max_size=10))
+    whole = Documents(lengths)
+    left_out = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1))))
+    flags, keep = np.zeros(whole.num_tokens, dtype=bool), np.ones(whole.num_tokens, dtype=bool)
+    starts = np.concatenate([[0], whole.document_ends[:-1]])
+    for start, length in zip(starts.tolist(), lengths, strict=True):
+        masked = data.draw(st.integers(0, length - 1))  # never the last token, the end of the document
+        flags[start : start + masked] = True
+    for i in left_out:
+        keep[starts[i] : whole.document_ends[i]] = False
+    view = WithoutDocuments(whole, spans_of(whole, left_out))
+    assert view.ranges(masks.ranges(flags)).tolist() == masks.ranges(flags[keep]).tolist()
 
 
 @pytest.mark.parametrize(
