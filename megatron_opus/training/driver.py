@@ -241,6 +241,7 @@ def metrics_row(
     lr: float,
     skipped: bool,
     step_seconds: float,
+    step_cpu_seconds: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl (validation losses are added where they are measured)."""
     counters = driver.counters
@@ -263,6 +264,7 @@ def metrics_row(
         "score_seconds": signals.seconds,
         "score_bytes_sent": signals.bytes_sent,
         "step_seconds": step_seconds,
+        "step_cpu_seconds": step_cpu_seconds,
         "memory_bytes": memory_bytes(),
     }
 

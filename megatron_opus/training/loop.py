@@ -91,7 +91,7 @@ class TrainingLoop:
         return row
 
     def _step(self) -> tuple[dict[str, Any], Any]:
-        started, step = time.perf_counter(), self._driver.counters.step
+        started, worked, step = time.perf_counter(), time.process_time(), self._driver.counters.step
         self._watch.now(f"scoring and selecting the candidates of step {step}")
         decided = self._driver.choose()
         self._watch.now(f"training step {step}")
@@ -105,6 +105,7 @@ class TrainingLoop:
             lr=result.lr,
             skipped=result.skipped,
             step_seconds=time.perf_counter() - started,
+            step_cpu_seconds=time.process_time() - worked,
         )
         if result.sequence_loss is not None:
             self._driver.observe(result.sequence_loss)
