@@ -77,7 +77,8 @@ def scores_of_rank(
 
     groups = init_parallel(ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp))
     model = build_gpt(model_config, seq_length=LENGTH, seed=3, sequence_parallel=sp)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    # eps: some gradients are 0 but for rounding, and the first steps of AdamW divide them by their own size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     cut = documents if masked else (lambda batch: batch)
     for step in range(4):
         batch = cut(random_batch(4, LENGTH, seed=50 + step))
@@ -226,7 +227,7 @@ def test_exact_estimators_agree_with_the_oracle(world2, world4, partition_table,
                 against=which,
                 layout=f"{name}, {layout}, AdamW" + (", documents" if masked else ""),
                 estimator=estimator,
-                tolerance=1e-4,  # the rank-1 form is taken of v at TP 1: with little data some rows of v are tiny
+                tolerance=3e-5,  # trained apart, four steps; measured: 2e-6
             )
 
 
