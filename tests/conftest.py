@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from distributed import DistributedPool  # noqa: E402
+from launched import Server  # noqa: E402
 from partitions import PartitionTable  # noqa: E402
 
 torch.set_num_threads(1)
@@ -33,6 +34,14 @@ def world4() -> Iterator[DistributedPool]:
     pool = DistributedPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts real runs, a process for each rank: `server.launch(world, arguments, logs)`."""
+    server = Server()
+    yield server
+    server.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
