@@ -219,7 +219,7 @@ GEOMETRIES = {
 
 # Gradients are summed in another order over three steps, 1e-7 a sum. Five Newton-Schulz steps multiply the smallest
 # singular directions, which carry that rounding, by 3.4445^5 = 485 in every training step and once more in the frozen
-# multiplier, float32 against the oracle's float64. Measured on two processors: 3e-6 and 6e-4 at most; the rest is left for
+# multiplier, float32 against the oracle's float64. Measured on two processors: 3e-6 and 6e-4 at most; the rest is for
 # others.
 TOLERANCE, NEWTON_SCHULZ = 3e-5, 5e-3
 
