@@ -48,6 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partition-table", metavar="FILE", help="write the deviations of every tested layout to FILE")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--partition-table") and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--partition-table: every worker would write its own; add -n 0")
+
+
 @pytest.fixture(scope="session")
 def partition_table(request: pytest.FixtureRequest) -> Iterator[PartitionTable]:
     table = PartitionTable()
