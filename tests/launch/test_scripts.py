@@ -64,7 +64,7 @@ def call(*command: str | Path, cwd: Path, path: str | None = None, **env: str) -
         env={**kept, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
