@@ -186,6 +186,7 @@ fi
 if [[ -e $run_dir/config.yaml ]] && (($(noted start) == 0 && !RESUME)); then note found-a-run; fi
 
 earlier=$(noted start)
+earlier=$((earlier > restart ? earlier : restart)) # a start whose node died early may have left no note
 stalled=$(starts_at_this_step)
 note start
 if ((earlier > MAX_REQUEUES)); then # requeued by Slurm itself, after a lost node or a preemption
