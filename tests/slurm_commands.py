@@ -75,11 +75,17 @@ def sbatch(arguments: list[str]) -> int:
 class Step:
     """The tasks of one srun."""
 
-    def __init__(self, found: dict[str, str], command: list[str]) -> None:
+    def __init__(self) -> None:
+        self.tasks: list[subprocess.Popen[bytes]] = []
+        self.asked: list[int] = []  # signals that srun has received and not yet passed on
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda received, _: self.asked.append(received))
+        signal.signal(signal.SIGTERM, lambda *_: self.asked.append(signal.SIGKILL))  # `forcing job termination`
+
+    def start(self, found: dict[str, str], command: list[str]) -> None:
         per_node = int(found["--ntasks-per-node"])
         count = int(found["--ntasks"])
         nodes = expand(os.environ["SLURM_JOB_NODELIST"])
-        self.tasks: list[subprocess.Popen[bytes]] = []
         for rank in range(count):
             index, local = divmod(rank, per_node)  # --distribution=block
             environment = {
@@ -111,6 +117,8 @@ class Step:
         """The highest status of a task, 128 + n where signal n ended it."""
         first = None
         while any(task.poll() is None for task in self.tasks):
+            while self.asked:
+                self.signal(self.asked.pop(0))
             ended = [task.returncode for task in self.tasks if task.returncode is not None]
             first = first or (time.monotonic() if ended else None)
             if (first and after_first and time.monotonic() - first > after_first) or (after_failure and any(ended)):
@@ -123,10 +131,8 @@ def srun(arguments: list[str]) -> int:
     found, command = options(arguments, SRUN)
     assert found["--export"] == "ALL"
     assert found["--distribution"] == "block"
-    step = Step(found, command)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda received, _: step.signal(received))  # passed on to the tasks
-    signal.signal(signal.SIGTERM, lambda *_: step.signal(signal.SIGKILL))  # `srun: forcing job termination`
+    step = Step()
+    step.start(found, command)
     return step.wait(float(found.get("--wait", 0)), found["--kill-on-bad-exit"] == "1")
 
 

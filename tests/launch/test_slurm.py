@@ -31,7 +31,11 @@ if [ "$RANK" = 0 ] && [ "$status" != 2 ]; then
     mkdir -p "$marker" && touch "$marker/complete.json"
   fi
 fi
-case $status in hang) trap : USR1; touch "$STAND_IN/hangs"; while :; do sleep 0.1; done ;; esac
+if [ "$status" = hang ]; then
+  trap : USR1
+  n=0
+  while [ $((n += 1)) -lt 600 ]; do touch "$STAND_IN/rank$RANK.hangs"; sleep 0.1; done
+fi
 exit "$status"
 """
 QUICK = {"CHECK_RECIPE": "0", "NAME": "x", "HEALTH_CHECK": "0"}
@@ -119,7 +123,7 @@ def test_ranks_that_do_not_stop_are_ended_before_the_time_limit(cluster: Cluster
     """Guards against a hung rank that takes the requeue along when the time limit kills everything."""
     submit(cluster, "hang 10", SIGNAL_SECONDS="3", STOP_MARGIN="2")
     start = cluster.start()
-    start.reach((cluster.folder / "hangs").exists)
+    start.reach(lambda: len(list(cluster.folder.glob("*.hangs"))) == 2)
     start.near_the_time_limit()
     assert start.wait() == 0
     assert cluster.requeued()
@@ -130,7 +134,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster) -> None:
     """Guards against `scancel` that has to be typed twenty times."""
     submit(cluster, "hang 10", MAX_FAILURES="5")
     start = cluster.start()
-    start.reach((cluster.folder / "hangs").exists)
+    start.reach(lambda: len(list(cluster.folder.glob("*.hangs"))) == 2)
     start.cancel()
     assert start.wait() == 128 + signal.SIGKILL
     assert not cluster.requeued()
@@ -172,6 +176,12 @@ def test_a_run_is_resumed_only_where_there_is_one_of_this_submission(cluster: Cl
     submit(cluster, "0 20", "--resume")
     assert cluster.start().wait() == 0
     assert log(cluster, 0, 0)[1] == "pretrain_gpt2_tiny --resume"
+    (cluster.folder / "runs/x/config.yaml").unlink()
+    submit(cluster, "75 30, 0 40")
+    (cluster.folder / "runs/x/config.yaml").touch()  # another job of the same name has begun meanwhile
+    for restart in range(2):
+        assert cluster.start(restart).wait() == 0
+        assert log(cluster, restart, 0)[1] == "pretrain_gpt2_tiny"
 
 
 # --- sweeps ---------------------------------------------------------------------------------------------------------
@@ -194,6 +204,12 @@ def test_an_array_is_a_run_for_each_seed_and_strategy(cluster: Cluster) -> None:
         arguments = (runs / f"{strategy}-{seed}/slurm/{job['id']}_{index}.0/rank_00000.log").read_text().splitlines()[1]
         settings = f"name={strategy}-{seed} output_dir={runs} seed={seed} selection.strategy={strategy}"
         assert arguments == f"pretrain_gpt2_tiny training.train_steps=3 {settings}"
+    (runs / "random-7/config.yaml").touch()
+    assert cluster.submit("sweep.sh", script, "--resume", **env, SWEEP="both").returncode == 0
+    for index, resumed in ((1, True), (2, False)):  # a run that had begun, and one that had not
+        assert cluster.start(index=index).wait() == 0
+        (arguments,) = (runs / ("random-7", "ado-7")[index - 1]).glob(f"slurm/{cluster.jobs()[-1]['id']}_*/*.log")
+        assert ("--resume" in arguments.read_text()) == resumed
     refused = cluster.submit("sweep.sh", script, "seed=3", **env)
     assert refused.returncode == 2
     assert "seed=3: in a sweep, SWEEP, SEEDS and STRATEGIES say this" in refused.stderr

@@ -36,10 +36,10 @@ def test_a_run_stopped_at_its_time_limit_and_requeued_is_the_undisturbed_run(
     assert submitted.returncode == 0, submitted.stderr
     run = tmp_path / "stopped"
     start = cluster.start()
-    start.reach((run / "metrics.jsonl").exists)
-    start.reach(lambda: len(read_metrics(run)) >= 3)
+    start.reach((run / "metrics.jsonl").exists, 600)
+    start.reach(lambda: len(read_metrics(run)) >= 3, 600)
     start.near_the_time_limit()
-    assert start.wait(300) == 0, start.said()
+    assert start.wait(600) == 0, start.said()
     (job,) = cluster.jobs()
     assert cluster.requeued() == [str(job["id"])]
     stopped_at = len(read_metrics(run))
@@ -50,11 +50,11 @@ def test_a_run_stopped_at_its_time_limit_and_requeued_is_the_undisturbed_run(
     assert "again: ending at once" not in "".join(first)
 
     again = cluster.start(restart=1)
-    assert again.wait(300) == 0, again.said()
+    assert again.wait(600) == 0, again.said()
     assert not cluster.requeued()
     assert f"start 2, from step {stopped_at}" in again.said()
     assert "resumed from" in (run / f"slurm/{job['id']}.1/rank_00000.log").read_text()
-    assert whole.wait() == {0: 0, 1: 0}
+    assert whole.wait(seconds=600) == {0: 0, 1: 0}
 
     def rows(folder: Path) -> list[dict[str, object]]:
         return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(folder)]
@@ -66,20 +66,14 @@ def test_a_run_stopped_at_its_time_limit_and_requeued_is_the_undisturbed_run(
     assert "torch" in health["nodes"]["localhost"]["software"]
 
 
-def test_what_the_trainer_refuses_is_not_requeued(cluster_of_refusals: Cluster) -> None:
+def test_what_the_trainer_refuses_is_not_requeued(tmp_path: Path) -> None:
     """Guards against a trainer and a batch script that mean different things by a status."""
-    start = cluster_of_refusals.start()
-    assert start.wait(300) == 2, start.said()
-    assert not cluster_of_refusals.requeued()
-    assert "data/nowhere" in start.said()  # the end of rank 0's log
-    assert "was refused (status 2)" in start.said()
-
-
-@pytest.fixture
-def cluster_of_refusals(tmp_path: Path) -> Cluster:
-    """A job of one real rank whose data does not exist, and that may fail often."""
     cluster = Cluster(tmp_path)
-    overrides = ["data.path=data/nowhere", f"output_dir={tmp_path}", "name=x", "model.vocab_size=512"]
-    result = cluster.submit("submit.sh", RECIPE, "1", "1", *overrides, HEALTH_CHECK="0", MAX_FAILURES="5")
-    assert result.returncode == 0, result.stderr
-    return cluster
+    unchecked = {"CHECK_RECIPE": "0", "NAME": "x", "OUTPUT_DIR": str(tmp_path), "HEALTH_CHECK": "0"}
+    submitted = cluster.submit("submit.sh", RECIPE, "1", "1", "training.train_step=3", MAX_FAILURES="5", **unchecked)
+    assert submitted.returncode == 0, submitted.stderr
+    start = cluster.start()
+    assert start.wait(600) == 2, start.said()
+    assert not cluster.requeued()
+    assert "did you mean training.train_steps?" in start.said()  # the end of rank 0's log
+    assert "was refused (status 2)" in start.said()
