@@ -17,7 +17,7 @@ from megatron_opus.training.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL = 26, 4
 KILLS = 5
-VOLATILE = {"score_seconds", "step_seconds", "memory_bytes"}
+VOLATILE = {"score_seconds", "choose_seconds", "step_seconds", "memory_bytes"}
 
 
 def command(cache: Path, runs: Path, name: str, *more: str) -> list[str]:

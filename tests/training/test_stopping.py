@@ -16,7 +16,7 @@ from megatron_opus.training import checkpoint
 from megatron_opus.training.metrics import read_metrics
 from megatron_opus.training.stopping import STOPPED
 
-VOLATILE = {"score_seconds", "step_seconds", "memory_bytes"}
+VOLATILE = {"score_seconds", "choose_seconds", "step_seconds", "memory_bytes"}
 LONG = ("training.train_steps=100000", "optimizer.lr_decay_steps=40", "optimizer.min_lr=1e-4")
 SHORT_WAIT = "parallel.distributed_timeout_minutes=0.2"
 
