@@ -208,6 +208,7 @@ def _choice(ranking: Ranking, i: int, corpus: Corpus | None) -> Choice:
     key, text, tokens = int(ranking.key[i]), "", 0
     if corpus is not None:
         text, tokens = corpus.document_text(int(ranking.stream[i]), key, EXCERPT_TOKENS)
+        text = text.strip("\n ") or "(nothing but white space)"
     return Choice(
         domain=str(ranking.domain[i]),
         name=f"document {key:,}" if corpus is not None else f"sequence {key:,}",

@@ -66,14 +66,22 @@ def write_report(runs: Sequence[Path], output: Path, *, data: Path | None = None
     Raises ReportError where no page can be made; an `output` that is not such a page is not overwritten.
     """
     _check_output(output)
-    records = read_records(runs)
-    decisions = [scan(r.directory / LEDGER) for r in records]
-    sources = [documents.find(r, data) for r in records]
-    sections = compose(records, decisions, sources, command)
+    records, sections = collect(runs, data=data, command=command)
     content = render(records, sections)
     with atomic_file(output) as stream:
         stream.write(content.encode("utf-8", errors="replace"))
-    return [f"{run}: {note}" for section in sections for run, notes in section.notes for note in notes]
+    return notes(sections)
+
+
+def collect(runs: Sequence[Path], *, data: Path | None = None, command: str = "") -> tuple[list[Record], list[Section]]:
+    """Everything that `write_report` shows, nothing drawn yet. Raises ReportError."""
+    records = read_records(runs)
+    decisions = [scan(r.directory / LEDGER) for r in records]
+    return records, compose(records, decisions, [documents.find(r, data) for r in records], command)
+
+
+def notes(sections: Sequence[Section]) -> list[str]:
+    return [f"{run}: {line}" for section in sections for run, lines in section.notes for line in lines]
 
 
 def _check_output(output: Path) -> None:
@@ -132,9 +140,9 @@ def _summary(
 ) -> Section:
     section = Section(id="summary", title="Summary")
     for record, found, source in zip(records, decisions, sources, strict=True):
-        notes = [*record.notes, *source.notes, *_ledger_notes(record, found)]
-        if notes:
-            section.notes.append((record.label, notes))
+        lines = [*record.notes, *source.notes, *_ledger_notes(record, found)]
+        if lines:
+            section.notes.append((record.label, lines))
     tokens = {r.last("update_tokens") for r in records if len(r)}
     if len(tokens) > 1:
         section.text.append(
@@ -155,13 +163,13 @@ def _ledger_notes(record: Record, found: Decisions | None) -> list[str]:
             f"No part of {LEDGER}/ has a row that can be read yet (they are written with every checkpoint): nothing "
             "is shown of utilities, of what was offered and of single documents."
         ]
-    notes = list(found.notes)
+    lines = list(found.notes)
     if len(record) and found.last < record.step[-1]:
-        notes.append(
+        lines.append(
             f"The ledger ends at step {found.last:,}, {int(record.step[-1]) - found.last:,} before the metrics: its "
             "parts are written with every checkpoint and at the end."
         )
-    return notes
+    return lines
 
 
 def _settings(records: Sequence[Record]) -> Section | None:
@@ -369,7 +377,11 @@ def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
         {
             **vars(section),
             "groups": [
-                {**vars(g), "panels": [Markup(p.svg(f"{section.id}{i}-{j}")) for j, p in enumerate(g.panels)]}
+                {
+                    **vars(g),
+                    "panels": [Markup(p.svg(f"{section.id}{i}-{j}")) for j, p in enumerate(g.panels)],
+                    "runs": sorted({run for p in g.panels for run in p.runs}) if len(records) > 1 and g.legend else [],
+                }
                 for i, g in enumerate(section.groups)
             ],
         }
@@ -400,4 +412,4 @@ def clean(text: str) -> str:
 
 def _dasharray(run: int) -> str:
     style = dashes(run)
-    return "" if style == "-" else " ".join(str(1.6 * x) for x in style[1])
+    return "" if style == "-" else " ".join(f"{1.5 * x:g}" for x in style[1])

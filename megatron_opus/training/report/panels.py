@@ -27,7 +27,7 @@ KNOWN = {
     "top_k_share": ("Agreement: drawn candidates among the K best", "share of the draw", True),
     "temperature": ("Temperature of the draw", "in the utility's unit", True),
     "utility_std": ("Spread of the utility in the buffer", "standard deviation", True),
-    "utility_gain": ("Utility: mean of the drawn minus mean of the buffer", "in the utility's unit", False),
+    "utility_gain": ("Utility: mean of the drawn minus of the buffer", "in the utility's unit", False),
     "redundancy_share": ("Redundancy in what decided the draw", "share", True),
     "redundancy_scale": ("Scale of the redundancy", "factor", True),
 }
@@ -110,8 +110,20 @@ def diagnostics(records: Sequence[Record], wanted: dict[str, tuple[str, str, boo
             values = record.column(name)
             if values is not None:
                 _smoothed(panel, run, record.label, record.step, values * SCALES.get(name, 1.0))
+        _cut(panel, [record.columns[name] * SCALES.get(name, 1.0) for record in records if name in record.columns])
         panels.append(panel)
     return drawn(panels)
+
+
+def _cut(panel: Panel, values: Sequence[np.ndarray]) -> None:
+    """A few values many times as large as all others must not flatten these: the axis then ends below them."""
+    pooled = np.concatenate([v[np.isfinite(v)] for v in values] or [np.empty(0)])
+    if not len(pooled):
+        return
+    usual = float(np.quantile(pooled, 0.98))
+    if pooled.min() >= 0 and 0 < 4 * usual < pooled.max():
+        panel.top = 1.3 * usual
+        panel.title += " (axis cut)"
 
 
 def effective_number(records: Sequence[Record]) -> Panel:
@@ -160,7 +172,7 @@ def domain_mix(records: Sequence[Record], decisions: Sequence[Decisions | None])
                 panel.line(run, found.step, share, style=DOTTED, linewidth=1.2, tip=f"{record.label}: offered")
             chosen = record.column(SHARE + domain)
             if chosen is not None:
-                x, y = binned(record.step, chosen, 60)
+                x, y = binned(record.step, chosen, min(60, max(10, len(record) // 5)))
                 panel.line(run, x, y, tip=f"{record.label}: chosen")
         panels.append(panel)
     return drawn(panels)

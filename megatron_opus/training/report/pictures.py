@@ -38,7 +38,8 @@ RUN_COLOURS = (
     ("#6b6b6b", "#bdbdbd"),
     ("#7a4b1e", "#c99565"),
 )
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))  # told apart without colour, too
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (7, 1.5, 1.5, 1.5)))  # for the runs after the eighth
+MARKERS = ("o", "s", "^", "D")  # at evaluations: told apart without colour, too
 # colours that stand for the page's own: (as matplotlib gets them, the page's variable)
 INK, GRID, MUTED = "#010203", "#010204", "#010205"
 PAGE = ((INK, "var(--ink)"), (GRID, "var(--grid)"), (MUTED, "var(--muted)"))
@@ -73,7 +74,7 @@ def colour(run: int) -> str:
 
 
 def dashes(run: int) -> Any:
-    return DASHES[(run // len(RUN_COLOURS) + run) % len(DASHES)]
+    return DASHES[run // len(RUN_COLOURS) % len(DASHES)]
 
 
 class Panel:
@@ -83,7 +84,7 @@ class Panel:
         self.title, self.x_label, self.y_label = title, x_label, y_label
         self._draw: list[Callable[[Any], None]] = []
         self._tips: list[str] = []
-        self._visible: list[float] = []  # y values that the axis is fitted to
+        self.runs: set[int] = set()  # that have a line here
         self.zero = False  # whether the y axis shall begin at 0
         self.top: float | None = None
 
@@ -94,15 +95,16 @@ class Panel:
     def line(self, run: int, x: Any, y: Any, *, tip: str = "", style: Any = None, **how: Any) -> None:
         x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
         gid = self._tip(tip)
-        how = {"color": colour(run), "linewidth": 1.6, "linestyle": dashes(run) if style is None else style, **how}
+        self.runs.add(run)
+        how = {"color": colour(run), "linewidth": 1.5, "linestyle": dashes(run) if style is None else style, **how}
         self._draw.append(lambda axes: axes.plot(x, y, gid=gid, **how))
 
     def points(self, run: int, x: Sequence[float], y: Sequence[float], tips: Sequence[str]) -> None:
-        """Small dots, each of which says what it is."""
+        """Small marks in the run's shape, each of which says what it is."""
         for x0, y0, tip in zip(x, y, tips, strict=True):
             if math.isfinite(x0) and math.isfinite(y0):
                 gid = self._tip(tip)
-                self._draw.append(_dot(x0, y0, colour(run), gid))
+                self._draw.append(_dot(x0, y0, run, gid))
 
     def band(self, run: int, x: Any, low: Any, high: Any, *, of: str | None = None, opacity: float = 0.22) -> None:
         face = colour(run) if of is None else of
@@ -122,7 +124,7 @@ class Panel:
             axes = figure.add_axes((0.135, 0.165, 0.845, 0.72))
             for action in self._draw:
                 action(axes)
-            axes.set_title(self.title, loc="left", fontsize=10, fontweight="bold", pad=7)
+            axes.set_title(_short(self.title), loc="left", fontsize=10, fontweight="bold", pad=7)
             axes.set_xlabel(self.x_label, labelpad=3)
             axes.set_ylabel(self.y_label, labelpad=3)
             axes.margins(x=0.02)
@@ -146,8 +148,14 @@ class Panel:
         return f"tip{len(self._tips) - 1}"
 
 
-def _dot(x: float, y: float, face: str, gid: str | None) -> Callable[[Any], None]:
-    return lambda axes: axes.plot([x], [y], marker="o", markersize=3.2, color=face, linestyle="none", gid=gid)
+def _short(title: str, most: int = 44) -> str:
+    """The beginning and the end of what is too long for a panel."""
+    return title if len(title) <= most else f"{title[: most // 2 - 1]}…{title[-most // 2 :]}"
+
+
+def _dot(x: float, y: float, run: int, gid: str | None) -> Callable[[Any], None]:
+    how = {"marker": MARKERS[run % len(MARKERS)], "markersize": 3.8, "color": colour(run), "linestyle": "none"}
+    return lambda axes: axes.plot([x], [y], gid=gid, **how)
 
 
 def _tick_label(axis: Any) -> Callable[[float, Any], str]:

@@ -27,15 +27,19 @@ class Table:
     caption: str = ""
     numbers: int = 1
     runs: dict[int, int] = field(default_factory=dict)  # column -> run, for its colour
+    wrap: bool = False  # cells may be long
 
 
-def per_run(records: Sequence[Record], title: str, rows: list[list[str]], caption: str = "") -> Table:
+def per_run(
+    records: Sequence[Record], title: str, rows: list[list[str]], caption: str = "", wrap: bool = False
+) -> Table:
     """A column for each run."""
     return Table(
         head=[title, *(r.label for r in records)],
         rows=rows,
         caption=caption,
         runs={i + 1: i for i in range(len(records))},
+        wrap=wrap,
     )
 
 
@@ -122,11 +126,12 @@ def summary(records: Sequence[Record], wanted: Goal | None, degraded: Sequence[i
     rows += [
         ["seconds of all steps", *(text(float(r.seconds[-1]) if len(r) else None, 1) for r in records)],
         ["seconds per step, mean", *(text(m, 3) for m in mean)],
-        ["of it scoring", *(percent(s) for s in share)],
+        ["seconds per step, median", *(text(_median_seconds(r), 3) for r in records)],
+        ["share of the steps' seconds in scoring", *(percent(s) for s in share)],
     ]
     if len(records) > 1:
         over = [None if m is None or not mean[0] else m / mean[0] - 1 for m in mean[1:]]
-        rows.append([f"seconds per step against {first.label}", NONE, *(percent(o, True) for o in over)])
+        rows.append([f"mean seconds per step against {first.label}", NONE, *(percent(o, True) for o in over)])
     rows.append(["degraded (see below)", *(count(d) for d in degraded)])
     return per_run(records, "", rows)
 
@@ -138,6 +143,11 @@ def _tokens(record: Record) -> np.ndarray:
 def _mean_seconds(record: Record) -> float | None:
     values = record.column("step_seconds")
     return None if values is None else float(np.nanmean(values))
+
+
+def _median_seconds(record: Record) -> float | None:
+    values = record.column("step_seconds")
+    return None if values is None else float(np.nanmedian(values))
 
 
 def _share(record: Record) -> float | None:
@@ -197,7 +207,7 @@ def differing_settings(records: Sequence[Record]) -> Table:
     settings = [flat(r.settings) for r in records]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [[key, *(one.get(key, NONE) for one in settings)] for key in keys if len({s.get(key) for s in settings}) > 1]
-    return per_run(records, "key", rows)
+    return per_run(records, "key", rows, wrap=True)
 
 
 # --- what degraded ---------------------------------------------------------------------------------------------------
