@@ -27,7 +27,7 @@ KNOWN = {
     "top_k_share": ("Agreement: drawn candidates among the K best", "share of the draw", True),
     "temperature": ("Temperature of the draw", "in the utility's unit", True),
     "utility_std": ("Spread of the utility in the buffer", "standard deviation", True),
-    "utility_gain": ("Utility: mean of the drawn minus of the buffer", "in the utility's unit", False),
+    "utility_gain": ("Utility gained by the draw", "mean of drawn - of offered", False),
     "redundancy_share": ("Redundancy in what decided the draw", "share", True),
     "redundancy_scale": ("Scale of the redundancy", "factor", True),
 }

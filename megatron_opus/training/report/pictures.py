@@ -118,7 +118,8 @@ class Panel:
         """Markup of the panel. `key` must be unlike that of any other panel of the page."""
         with mpl.rc_context():
             mpl.rcdefaults()  # whatever the user's own settings are
-            mpl.rcParams.update({**SETTINGS, "svg.hashsalt": key})
+            settings: Any = {**SETTINGS, "svg.hashsalt": key}
+            mpl.rcParams.update(settings)
             figure = Figure(figsize=(WIDTH, HEIGHT))
             FigureCanvasSVG(figure)
             axes = figure.add_axes((0.135, 0.165, 0.845, 0.72))

@@ -106,7 +106,8 @@ def reached(record: Record, first: Record, wanted: Goal, x: Callable[[Record], n
 
 def summary(records: Sequence[Record], wanted: Goal | None, degraded: Sequence[int]) -> Table:
     first = records[0]
-    mean = [_mean_seconds(r) for r in records]
+    mean = [_seconds(r, np.nanmean) for r in records]
+    median = [_seconds(r, np.nanmedian) for r in records]
     share = [_share(r) for r in records]
     rows = [
         ["strategy", *(r.strategy for r in records)],
@@ -126,12 +127,13 @@ def summary(records: Sequence[Record], wanted: Goal | None, degraded: Sequence[i
     rows += [
         ["seconds of all steps", *(text(float(r.seconds[-1]) if len(r) else None, 1) for r in records)],
         ["seconds per step, mean", *(text(m, 3) for m in mean)],
-        ["seconds per step, median", *(text(_median_seconds(r), 3) for r in records)],
+        ["seconds per step, median", *(text(m, 3) for m in median)],
         ["share of the steps' seconds in scoring", *(percent(s) for s in share)],
     ]
     if len(records) > 1:
-        over = [None if m is None or not mean[0] else m / mean[0] - 1 for m in mean[1:]]
-        rows.append([f"mean seconds per step against {first.label}", NONE, *(percent(o, True) for o in over)])
+        for how, values in (("mean", mean), ("median", median)):
+            over = [None if v is None or not values[0] else v / values[0] - 1 for v in values[1:]]
+            rows.append([f"seconds per step against {first.label}, {how}", NONE, *(percent(o, True) for o in over)])
     rows.append(["degraded (see below)", *(count(d) for d in degraded)])
     return per_run(records, "", rows)
 
@@ -140,14 +142,9 @@ def _tokens(record: Record) -> np.ndarray:
     return record.columns["update_tokens"]
 
 
-def _mean_seconds(record: Record) -> float | None:
+def _seconds(record: Record, average: Callable[[np.ndarray], Any]) -> float | None:
     values = record.column("step_seconds")
-    return None if values is None else float(np.nanmean(values))
-
-
-def _median_seconds(record: Record) -> float | None:
-    values = record.column("step_seconds")
-    return None if values is None else float(np.nanmedian(values))
+    return None if values is None else float(average(values))
 
 
 def _share(record: Record) -> float | None:
@@ -173,7 +170,7 @@ def final_losses(records: Sequence[Record], targets: Sequence[str]) -> Table | N
         cells = [text(finals[0])]
         for value in finals[1:]:
             difference = None if value is None or finals[0] is None else value - finals[0]
-            cells.append(text(value) + ("" if difference is None else f"  ({text(difference, 4, True)})"))
+            cells.append(text(value) + ("" if difference is None else f" ({text(difference, 4, True)})"))
         rows.append([f"{domain} (target)" if domain in targets else domain, *cells])
     caption = "Final validation loss, nats per token"
     if len(records) > 1:
