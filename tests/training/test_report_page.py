@@ -32,12 +32,14 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     write_run(root / "random", corpus, strategy="random", scored=False)
     write_run(root / "opus", corpus, offset=-0.5)
     (root / "opus").rename(root / NAME)
+    arc = {"accuracy": 0.25, "accuracy_norm": 0.3, "n": 40, "stderr": 0.07, "random_baseline": 0.25, "truncated": 3}
     evaluation = {
-        "benchmarks": {
-            "arc": {"accuracy": 0.25, "accuracy_norm": 0.3, "n": 40, "stderr": 0.07, "random_baseline": 0.25}
-        },
-        "average": 0.25,
+        "checkpoint": "step_00000012",
+        "benchmarks": {"arc": arc, "new": {"accuracy": 1.0, "accuracy_norm": None, "n": 1, "stderr": None}},
+        "average": 0.625,
+        "in_domain_average": None,
         "perplexity": {"goal": {"loss": 2.0, "perplexity": 7.389, "tokens": 1234}},
+        "settings": {"num_fewshot": 0, "limit": None},
     }
     (root / "random/evaluation.json").write_text(json.dumps(evaluation))
     return [root / "random", root / NAME]
@@ -116,9 +118,14 @@ def test_numbers_are_those_of_the_record(page: str) -> None:
     assert rows["updates skipped for a NaN or Inf gradient"] == ["1", "1"]
     assert rows["candidates excluded for non-finite scores"] == ["12", "12"]
     assert rows["candidates excluded for a non-finite factors"] == ["0", "12"]
-    assert rows["degraded (see below)"] == ["14", "26"]
+    assert rows["degraded (see below)"] == ["17", "26"]
     assert rows["selection.strategy"] == ["random", "opus"]
     assert rows["arc"] == ["0.250 ± 0.070 (0.300; n 40)", "–", "0.250"]
+    assert rows["new"] == ["1.000 (n 1)", "–", "–"]
+    assert rows["average of the benchmarks above"] == ["0.625", "–", ""]
+    assert rows["settings.limit"] == ["null", "–"]
+    assert rows["checkpoint"] == ["step_00000012", "–"]
+    assert rows["questions of arc that were cut to the model's length"] == ["3", "0"]
     assert rows["goal"] == ["2.0000 (7.39; 1,234 tokens)", "–"]
     assert rows["torch"] == ["9.9.9", "9.9.9"]
 

@@ -16,6 +16,7 @@ from megatron_opus.training.report.panels import buffer_size, validation_domains
 from megatron_opus.training.report.record import VALIDATION, Record
 
 NONE = "–"
+EVALUATED = ("checkpoint", "step", "average_of", "settings", "lm_eval_version", "transformers_version")
 
 
 @dataclass(kw_only=True)
@@ -226,6 +227,9 @@ def degradations(record: Record, found: Decisions | None) -> dict[str, int]:
         "failed fits of a scaling law": record.last("ado_failed_fits") or 0,
         "rows of steps taken again after a resume": record.superseded,
     }
+    for name, result in _mapping((record.evaluation or {}).get("benchmarks")).items():
+        if truncated := _number(_mapping(result).get("truncated")):
+            counts[f"questions of {name} that were cut to the model's length"] = truncated
     if found is not None:
         counts |= {f"candidates excluded for a {reason}": n for reason, n in found.excluded.items() if n}
     return {name: round(n) for name, n in counts.items()}
@@ -273,8 +277,9 @@ def benchmarks(records: Sequence[Record]) -> list[Table]:
         values = [_mapping(one.get(name)) for one in named]
         baseline = next((_number(v.get("random_baseline")) for v in values if "random_baseline" in v), None)
         rows.append([name, *(_accuracy(v) for v in values), text(baseline, 3)])
-    if any(one.get("average") is not None for one in found):
-        rows.append(["average", *(_average(one.get("average")) for one in found), ""])
+    for key, title in (("average", "average of the benchmarks above"), ("in_domain_average", "in-domain average")):
+        if any(_number(one.get(key)) is not None for one in found):
+            rows.append([title, *(text(_number(one.get(key)), 3) for one in found), ""])
     if rows:
         table = per_run(
             records, "benchmark", rows, "Accuracy ± standard error (length-normalised accuracy; number of questions)"
@@ -287,6 +292,10 @@ def benchmarks(records: Sequence[Record]) -> list[Table]:
         rows.append([name, *(_perplexity(_mapping(one.get(name))) for one in held)])
     if rows:
         tables.append(per_run(records, "text", rows, "Loss, nats per token (perplexity; tokens)"))
+    how = [flat({key: one[key] for key in EVALUATED if key in one}) for one in found]
+    rows = [[name, *(one.get(name, NONE) for one in how)] for name in dict.fromkeys(n for one in how for n in one)]
+    if rows and tables:
+        tables.append(per_run(records, "how", rows, "Of what, and how", wrap=True))
     return tables
 
 
@@ -308,12 +317,6 @@ def _accuracy(value: Mapping[str, Any]) -> str:
     if (n := _number(value.get("n"))) is not None:
         more.append(f"n {n:,.0f}")
     return text(accuracy, 3) + ("" if error is None else f" ± {error:.3f}") + (f" ({'; '.join(more)})" if more else "")
-
-
-def _average(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return _accuracy(value)
-    return text(_number(value), 3)
 
 
 def _perplexity(value: Mapping[str, Any]) -> str:
