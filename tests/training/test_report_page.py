@@ -157,6 +157,7 @@ def test_texts_are_shown_and_never_obeyed(page: str) -> None:
     assert "opus &amp; &lt;b&gt;co" in page
     assert "the &lt;command&gt;" in page
     assert NASTY not in page
+    assert "\u202e" not in page  # it would turn the text after it
 
 
 def test_nothing_is_fetched(page: str) -> None:

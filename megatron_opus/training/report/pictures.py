@@ -130,7 +130,7 @@ class Panel:
             axes.set_ylabel(self.y_label, labelpad=3)
             axes.margins(x=0.02)
             for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+                axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
                 axis.set_major_formatter(FuncFormatter(_tick_label(axis)))
                 axis.set_tick_params(length=3, width=0.6)
             if self.zero:
@@ -164,24 +164,27 @@ def _tick_label(axis: Any) -> Callable[[float, Any], str]:
 
     def label(value: float, _: Any) -> str:
         low, high = sorted(axis.get_view_interval())
-        return number(value, (high - low) / 5)
+        return number(value, (high - low) / 5, max(abs(low), abs(high)))
 
     return label
 
 
-def number(value: float, resolution: float) -> str:
-    """`value` in a few characters, exact to about `resolution`: 1.5k, 20M, 0.035, 2e-05."""
+def number(value: float, resolution: float, size: float = 0.0) -> str:
+    """`value` in a few characters, exact to a tenth of `resolution` or better: 1.5k, 20M, 0.035, 2e-5.
+
+    size: the largest of the numbers that stand together, so that all of them get one notation.
+    """
     if not math.isfinite(value):
         return "not finite"
     if value == 0 or abs(value) < resolution * 1e-6:
         return "0"
-    size = max(abs(value), resolution)
+    size = max(abs(value), resolution, size)
     if size < 1e-3:
-        digits = max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(resolution)))
-        mantissa, _, exponent = f"{value:.{min(digits, 4)}e}".partition("e")
+        digits = max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(resolution)) + 1)
+        mantissa, _, exponent = f"{value:.{min(digits, 6)}e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor and (factor > 1e3 or abs(value) >= 1e4 or resolution >= 100):
+        if size >= (factor if factor > 1e3 else 1e4):
             return f"{_fixed(value / factor, resolution / factor)}{suffix}"
     return _fixed(value, resolution)
 

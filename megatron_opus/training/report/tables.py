@@ -195,10 +195,15 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = (
-                "null" if value is None else str(value).lower() if value in (True, False) else str(value)
-            )
+            found[f"{prefix}{key}"] = _plain(value)
     return found
+
+
+def _plain(value: Any) -> str:
+    """As YAML has it."""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "[]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def differing_settings(records: Sequence[Record]) -> Table:
