@@ -49,7 +49,8 @@ def test_a_run_of_the_trainer(folder: Path, tmp_path: Path, capsys: pytest.Captu
         "Redundancy in what decided the draw",
         "real: standardised utility",
         "documents were offered",
-        "layout.world_size",
+        "tensor_model_parallel_size",
+        '<th scope="row">device</th>',
         "the rest of choosing",
         f"python tools/report.py {folder} --output {output}",
     ):

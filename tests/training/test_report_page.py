@@ -128,6 +128,10 @@ def test_numbers_are_those_of_the_record(page: str) -> None:
     assert rows["questions of arc that were cut to the model's length"] == ["3", "0"]
     assert rows["goal"] == ["2.0000 (7.39; 1,234 tokens)", "–"]
     assert rows["torch"] == ["9.9.9", "9.9.9"]
+    assert rows["device"] == ["an abacus", "an abacus"]
+    assert rows["world_size"] == ["2", "2"]
+    assert "NVTE_FLASH_ATTN" not in rows
+    assert rows["steps scored in the geometry adamw-separable"] == ["12", "12"]
 
 
 def test_every_section_is_there_and_linked(page: str) -> None:

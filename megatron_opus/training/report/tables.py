@@ -337,7 +337,10 @@ def environment(records: Sequence[Record], markers: Sequence[Mapping[str, Any] |
     """What the newest checkpoint says it was written by, and how the scores were preconditioned."""
     facts = []
     for record, marker in zip(records, markers, strict=True):
-        one = {} if marker is None else flat({"layout": marker.get("layout") or {}, **(marker.get("versions") or {})})
+        one: dict[str, str] = {}
+        for part in ("environment", "layout", "versions"):
+            facts_of_part = flat(_mapping((marker or {}).get(part)))
+            one |= {name: value for name, value in facts_of_part.items() if value != "absent"}
         for geometry, steps in sorted(record.geometries.items()):
             if geometry and steps:
                 one[f"steps scored in the geometry {geometry}"] = f"{steps:,}"
