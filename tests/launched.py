@@ -23,7 +23,7 @@ from megatron_opus.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "pretrain_gpt2_tiny"
-VOLATILE = {"score_seconds", "step_seconds", "step_cpu_seconds", "memory_bytes"}  # differ between equal runs
+VOLATILE = {"score_seconds", "choose_seconds", "step_seconds", "step_cpu_seconds", "memory_bytes"}  # of equal runs
 PATIENCE = 300.0  # seconds; a machine may be busy
 
 
