@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +40,7 @@ from megatron_opus.selection import reference
 from megatron_opus.types import AdamHyper, Batch, Groups, ScoredLayer
 
 TRAINING_VERSION = 2  # of `Workbench.train`: another one does not find the models of the last
+PAIRS_BYTES = 2 * 2**30
 Clock = Callable[[], float]
 
 
@@ -63,6 +65,7 @@ class Workbench:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         self.layers = megatron_layers(self.model, standard_shard_map(self.model))
         self.losses: list[float] = []
+        self._seen: set[int] = set()  # sequences that training has used
         self._buffer: CandidateBuffer | None = None
 
     def train(
@@ -82,12 +85,17 @@ class Workbench:
             self._train_step(step, min(1.0, (step + 1) / max(1, steps // 10)))
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses}
+            saved = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "losses": self.losses,
+                "seen": sorted(self._seen),
+            }
             with atomic_file(file) as stream:
                 torch.save(saved, stream)
 
     def train_on(self, steps: int, batch_size: int, mixture: Mapping[str, float] | None) -> None:
-        """`steps` more at the full rate, on sequences that the pools of `pool` do not hold but earlier steps may."""
+        """`steps` more at the full rate, on the sequences that training began with: those of no pool."""
         self._buffer = CandidateBuffer(self.corpus, batch_size, self.seed, dict(mixture) if mixture else None)
         for step in range(steps):
             self._train_step(step, 1.0)
@@ -98,6 +106,7 @@ class Workbench:
             group["lr"] = 1e-3 * rate
         candidates = self._buffer.draw(step)
         self._buffer.settle(candidates, range(self._buffer.size))
+        self._seen.update(candidates.sample_ids.tolist())
         batch = self.corpus.batch(candidates.sample_ids).to(self.device)
         self.losses.append(self.update(batch, len(batch)))
 
@@ -141,20 +150,34 @@ class Workbench:
             saved = torch.load(file, map_location=self.device, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.losses = saved["losses"]
+            self.losses, self._seen = saved["losses"], set(saved["seen"])
         except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{file}: expected a trained model, could not read it ({error}); delete the file"
             ) from error
 
     def pool(self, name: str, n: int, k_p: int, weights: Mapping[str, float] | None) -> Pool:
-        """n candidates of the given mixture, in the order of another seed than training's, and k_p proxy sequences."""
+        """n candidates of the given mixture that training has not used, and k_p proxy sequences.
+
+        Raises ValueError where a domain has too few left.
+        """
         buffer = CandidateBuffer(self.corpus, n, self.seed + 1, dict(weights) if weights else None)
-        ids = buffer.draw(0).sample_ids
+        counts = np.bincount(buffer.draw(0).domains, minlength=len(buffer.domains)).tolist()
+        starts, sizes = self.corpus.first_ids("candidates"), self.corpus.sequences("candidates")
+        random = np.random.default_rng(self.seed + 1)
+        ids = []
+        for domain, count, start, size in zip(buffer.domains, counts, starts, sizes, strict=True):
+            unused = [i for i in range(start, start + size) if i not in self._seen]
+            if len(unused) < count:
+                raise ValueError(
+                    f"{name} pool: expected {count} sequences of {domain} that training has not used, {len(unused)} of "
+                    f"{size} are left; lower its weight, --train-steps, --batch-size or --candidates"
+                )
+            ids.append(random.choice(np.array(unused, dtype=np.int64), count, replace=False))
         proxy = self.corpus.proxy_ids(0, k_p, self.seed)
         return Pool(
             name=name,
-            candidates=self.corpus.batch(ids).to(self.device),
+            candidates=self.corpus.batch(random.permutation(np.concatenate(ids))).to(self.device),
             proxy=self.corpus.batch(proxy).to(self.device),
         )
 
@@ -180,14 +203,19 @@ class Workbench:
     def oracle_pairs(self, candidates: Batch, proxy: Batch) -> Tensor:
         """[N, P] float64: the alignment of every candidate with every proxy sequence; `oracle` is the mean over P.
 
-        All candidates' gradients are in memory at once, 8 bytes for each scored weight and candidate.
+        As many candidates' gradients are in memory at once as fit PAIRS_BYTES; for each such share the proxy is read.
         """
         precondition = self._precondition()
-        rows: list[reference.Gradients] = [precondition(one) for one in self._gradients(candidates)]
-        columns = []
-        for g in self._gradients(proxy):
-            columns.append(torch.stack([sum((row[n] * g[n]).sum() for n in g) for row in rows]))  # type: ignore[misc]
-        return torch.stack(columns, 1).cpu()
+        share = max(1, PAIRS_BYTES // sum(8 * x.weight.numel() for x in self.layers))
+        found = []
+        for first in range(0, len(candidates), share):
+            some = candidates.rows(first, min(first + share, len(candidates)))
+            rows: list[reference.Gradients] = [precondition(one) for one in self._gradients(some)]
+            columns = []
+            for g in self._gradients(proxy):
+                columns.append(torch.stack([torch.stack([(row[n] * g[n]).sum() for n in g]).sum() for row in rows]))
+            found.append(torch.stack(columns, 1))
+        return torch.cat(found).cpu()
 
     def _precondition(self) -> Callable[[reference.Gradients], reference.Gradients]:
         """The whole second moment in AdamW's P."""
@@ -266,8 +294,8 @@ def alternate(
 
 
 def timed(run: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """Seconds of one run. `time.process_time` as the clock counts what this process's threads work: on a machine that is
-    busy with other work, one thread's ratios hold where the wall clock's do not."""
+    """Seconds of one run. `time.process_time` counts what this process's threads work: on a machine that is busy with
+    other work, the ratios of one thread hold where the wall clock's do not."""
     _wait(device)
     started = clock()
     run()
@@ -278,7 +306,7 @@ def timed(run: Callable[[], object], device: torch.device, clock: Clock = time.p
 def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> dict[str, float]:
     """Median and quartiles of the pairwise ratios of neighbouring runs."""
     ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"median": middle, "low": low, "high": high, "seconds": statistics.median(seconds[name])}
 
 

@@ -7,6 +7,7 @@ from elsewhere they serve the redundancy alone, and are one sketch of all layers
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,7 @@ def tax(
         runs: dict[str, Callable[[], object]] = {"plain": base}
         for name in names[first : first + GROUP]:
             scorer = work.scorer(sizes.selection(name))
-            runs[name] = lambda scorer=scorer: scorer(pool.candidates, pool.proxy, interaction=sizes.interaction)
+            runs[name] = functools.partial(scorer, pool.candidates, pool.proxy, interaction=sizes.interaction)
         seconds = bench.alternate(runs, repeats, work.device, clock)
         base_seconds += seconds["plain"]
         for name in list(runs)[1:]:
@@ -191,7 +192,7 @@ def expected_seconds(
     passes = 0.0
     for name in names:
         scorer = work.scorer(sizes.selection(name))
-        passes += bench.timed(lambda s=scorer: s(probe.candidates, probe.proxy), work.device) / 2  # type: ignore[misc]
+        passes += bench.timed(functools.partial(scorer, probe.candidates, probe.proxy), work.device) / 2
     groups = -(-len(names) // GROUP)
     scored = sum(len(pool.candidates) + len(pool.proxy) for pool in pools)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,9 +43,9 @@ def measured(
         work.update(batch, micro_batch_size)
 
     runs: dict[str, Any] = {"without selection": lambda: step(pool.candidates.rows(0, chosen))}
-    selecting = dict.fromkeys(selections, 0.0)
+    selecting: dict[str, list[float]] = {name: [] for name in selections}
     for name, selection in selections.items():
-        runs[name] = _selected_step(work, pool, selection, chosen, step, name, selecting, clock)
+        runs[name] = _selected_step(work, pool, selection, chosen, step, selecting[name], clock)
     seconds = bench.alternate(runs, repeats, work.device, clock)
     base = bench.ratio(seconds, "without selection", "without selection")["seconds"]
     rows: Rows = [{"step": "without selection", "seconds": base}]
@@ -58,7 +59,7 @@ def measured(
                 "overhead": found["median"] - 1,
                 "low": found["low"] - 1,
                 "high": found["high"] - 1,
-                "selecting": selecting[name] / (repeats + 1) / base,
+                "selecting": statistics.median(selecting[name][1:]) / base,  # without the round that is not counted
                 "FLOPs": counted.overhead,
                 "tax in FLOPs": counted.tax,
             }
@@ -72,8 +73,7 @@ def _selected_step(
     selection: SelectionConfig,
     chosen: int,
     step: Any,
-    name: str,
-    selecting: dict[str, float],
+    selecting: list[float],
     clock: Clock,
 ) -> Any:
     scorer, strategy = work.scorer(selection), OpusStrategy(selection)
@@ -85,7 +85,7 @@ def _selected_step(
         started = clock()
         signals = scorer(pool.candidates, pool.proxy, interaction=selection.redundancy.scale != "off")
         drawn = strategy.select(candidates, signals, chosen, generator).indices.tolist()
-        selecting[name] += clock() - started
+        selecting.append(clock() - started)
         step(Batch.cat([pool.candidates.rows(i, i + 1) for i in drawn]))
 
     return run
@@ -107,7 +107,7 @@ def of_recipes(recipes: Sequence[Path], overrides: Sequence[str]) -> Rows:
     rows: Rows = []
     for path in recipes:
         config = configs.load(path, overrides)
-        causal, dense = (step_flops(config, attention=a) for a in ("causal", "dense"))  # type: ignore[arg-type]
+        causal, dense = (step_flops(config, attention=a) for a in ("causal", "dense"))
         update = sum(causal.update.values())
         s = config.selection
         rows.append(

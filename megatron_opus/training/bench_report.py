@@ -1,4 +1,4 @@
-"""Results of `tools/bench_scoring.py`: text tables, JSON files that grow from run to run, and the frontier's picture."""
+"""Results of `tools/bench_scoring.py`: text tables, JSON files that grow from run to run, the frontier's picture."""
 
 from __future__ import annotations
 
@@ -106,6 +106,8 @@ def draw_frontier(rows: Rows, path: Path) -> None:
         len(models),
         figsize=(4.2 * len(models) + 1.5, 3.6 * len(pools)),
         squeeze=False,
+        sharex=True,
+        sharey=True,
         layout="constrained",
     )
     for i, pool in enumerate(pools):
@@ -126,8 +128,9 @@ def draw_frontier(rows: Rows, path: Path) -> None:
             axes.yaxis.set_minor_formatter("{x:.2f}")
             axes.tick_params(axis="y", which="both", labelsize=7)
             axes.grid(alpha=0.3, which="both")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    # a kind that one panel lacks another one has
+    drawn = {label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     with plt.rc_context({"svg.hashsalt": "frontier"}):  # the same numbers give the same file
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """FLOPs of one optimizer step and of the selection in it, counted from shapes. Nothing is run.
 
-A multiply-add is two. All ranks together, T tokens in each of B sequences, matrices [O, I], h heads of c channels, V rows
-of the padded vocabulary, s the one-sided dimension, w_O and w_I the widths of the two-sided sketch, F features:
+A multiply-add is two. All ranks together, T tokens in each of B sequences, matrices [O, I], h heads of c channels, V
+rows of the padded vocabulary, s the one-sided dimension, w_O and w_I the widths of the two-sided sketch, F features:
 
     linear layers       forward 2 B T O I; gradient of the input as much, gradient of the weight as much
     output layer        the same with V x hidden
@@ -9,8 +9,8 @@ of the padded vocabulary, s the one-sided dimension, w_O and w_I the widths of t
                         pairs: T (T + 1) / 2 as causal kernels compute them, T^2 as `dense` and torch's counter do
     scoring backward    gradients of inputs only, down to the lowest scored output: without the lowest scored
                         block's linear_qkv and without what lies below it
-    sketch              candidates: 2 T (O w_O + I w_I + w_O w_I) features, 2 T (O + I + 1) s one_sided; the proxy's gradient
-                        2 T (O + I) s. `sums`: a bucket sketch of a side of d costs 2 T d (on a CPU) instead of 2 T d w
+    sketch              candidates: 2 T (O w_O + I w_I + w_O w_I) features, 2 T (O + I + 1) s one_sided; the proxy's
+                        gradient 2 T (O + I) s. `sums`: hashing a side of d costs 2 T d (on a CPU) instead of 2 T d w
     preconditioner      AdamW 2 O I for the sums of its second moment; Muon 2 k^2 l + 34 k^3 for the multiplier of a
                         k x l matrix (k the smaller side, five Newton-Schulz steps) and 2 k^2 for each projected column
     interaction         2 N^2 F, and 2 N K for the draws
