@@ -129,7 +129,9 @@ def draw_frontier(rows: Rows, path: Path) -> None:
             axes.tick_params(axis="y", which="both", labelsize=7)
             axes.grid(alpha=0.3, which="both")
     # a kind that one panel lacks another one has
-    drawn = {label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
+    drawn = {
+        label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     with plt.rc_context({"svg.hashsalt": "frontier"}):  # the same numbers give the same file
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
