@@ -132,36 +132,42 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_documents(
-    prefix: str | Path, dtype: np.dtype, streams: Iterable[Path], lengths: Sequence[np.ndarray]
+    prefix: str | Path,
+    dtype: np.dtype,
+    streams: Iterable[Path],
+    lengths: Sequence[np.ndarray],
+    kept: Sequence[np.ndarray] | None = None,
 ) -> WrittenFiles:
     """Write `prefix`.bin / `prefix`.idx from raw token files and the document lengths in them.
 
     streams: files of `dtype` tokens, concatenated in this order; lengths: int32 arrays, one per stream, whose sum is
-    the number of tokens in it. Byte for byte what IndexedDatasetBuilder writes for the same documents, but with arrays
-    in place of its Python lists (some 100 bytes per document). Both files appear complete or not at all, the index
-    last. Raises IndexedDataError where a stream and its lengths disagree.
+    the number of tokens in it; kept: bool arrays, which of these documents to write (default: all). Byte for byte what
+    IndexedDatasetBuilder writes for the same documents, but with arrays in place of its Python lists (some 100 bytes
+    per document). Both files appear complete or not at all, the index last. Raises IndexedDataError where a stream and
+    its lengths disagree.
     """
     idx, bin_ = Path(get_idx_path(str(prefix))), Path(get_bin_path(str(prefix)))
     bin_.parent.mkdir(parents=True, exist_ok=True)
-    documents = sum(len(part) for part in lengths)
+    every = [np.ones(len(part), dtype=bool) for part in lengths] if kept is None else kept
+    left = [part[keep] for part, keep in zip(lengths, every, strict=True)]
+    documents = sum(len(part) for part in left)
     partial_bin, partial_idx = bin_.with_name(bin_.name + ".partial"), idx.with_name(idx.name + ".partial")
     bin_hash, idx_hash = hashlib.sha256(), hashlib.sha256()
     tokens = 0
     with partial_bin.open("wb") as out:
-        for path, part in zip(streams, lengths, strict=True):
+        for path, part, keep in zip(streams, lengths, every, strict=True):
             expected = int(part.sum(dtype=np.int64)) * dtype.itemsize
-            found = 0
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    found += len(chunk)
-                    bin_hash.update(chunk)
-                    out.write(chunk)
+            found = path.stat().st_size
             if found != expected:
                 raise IndexedDataError(f"{path}: expected {expected} bytes by its document lengths, found {found}")
-            tokens += found // dtype.itemsize
+            with path.open("rb") as stream:
+                for chunk in _kept_bytes(stream, part.astype(np.int64) * dtype.itemsize, keep):
+                    bin_hash.update(chunk)
+                    out.write(chunk)
+                    tokens += len(chunk) // dtype.itemsize
         _sync(out)
     with partial_idx.open("wb") as out:
-        for piece in _index_pieces(dtype, lengths, documents):
+        for piece in _index_pieces(dtype, left, documents):
             idx_hash.update(piece)
             out.write(piece)
         idx_bytes = out.tell()
@@ -176,6 +182,21 @@ def write_documents(
         bin_sha256=bin_hash.hexdigest(),
         idx_sha256=idx_hash.hexdigest(),
     )
+
+
+def _kept_bytes(stream: BinaryIO, sizes: np.ndarray, keep: np.ndarray) -> Iterator[bytes]:
+    """The bytes of the documents kept, neighbouring ones together."""
+    ends = np.cumsum(sizes)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8))).reshape(-1, 2)
+    for first, last in edges.tolist():
+        start, stop = int(ends[first] - sizes[first]), int(ends[last - 1])
+        stream.seek(start)
+        while start < stop:
+            chunk = stream.read(min(1 << 22, stop - start))
+            if not chunk:
+                raise IndexedDataError(f"{stream.name}: ended at byte {start}, expected {stop}; prepare the data again")
+            start += len(chunk)
+            yield chunk
 
 
 def _index_pieces(dtype: np.dtype, lengths: Sequence[np.ndarray], documents: int) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ import torch
 
 from megatron_opus.config import DataConfig
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data import tokenizers
+from megatron_opus.data import masks, tokenizers
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.permutation import key, permute
 from megatron_opus.types import Batch, TokenDocuments
@@ -53,6 +53,7 @@ class _Domain:
     documents: TokenDocuments
     offset: int  # id of its first sequence
     sequences: int
+    unlearned: np.ndarray | None  # [spans, 2] token ranges whose prediction does not count
 
 
 class Corpus:
@@ -68,7 +69,9 @@ class Corpus:
         documents: Mapping[tuple[Role, str], TokenDocuments],
         tokenizer: tokenizers.Tokenizer,
         config: DataConfig,
+        unlearned: Mapping[tuple[Role, str], np.ndarray] | None = None,
     ) -> None:
+        """unlearned: [spans, 2] ascending token ranges of the domains that have metadata; see masks.py."""
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.seq_length = config.seq_length
@@ -92,7 +95,14 @@ class Corpus:
                         "the domain more text"
                     )
                 self._domains.append(
-                    _Domain(name=entry.name, role=role, documents=stream, offset=offset, sequences=sequences)
+                    _Domain(
+                        name=entry.name,
+                        role=role,
+                        documents=stream,
+                        offset=offset,
+                        sequences=sequences,
+                        unlearned=(unlearned or {}).get((role, entry.name)),
+                    )
                 )
                 offset += sequences
         self._offsets = np.array([d.offset for d in self._domains], dtype=np.int64)
@@ -107,13 +117,18 @@ class Corpus:
     def open(cls, directory: str | Path, config: DataConfig, open_documents: OpenDocuments) -> Corpus:
         """Open a directory of tools/prepare_data.py. open_documents: (name, prefix) -> TokenDocuments.
 
-        Raises ManifestError, TokenizerError, CorpusError, and what `open_documents` raises for damaged files.
+        Raises ManifestError, TokenizerError, MaskError, CorpusError, and what `open_documents` raises for damaged ones.
         """
         directory = Path(directory)
         manifest = manifests.read(directory)
         tokenizer = tokenizers.reopen(directory / manifests.TOKENIZER_DIRECTORY, manifest.tokenizer)
         documents = {(e.role, e.name): open_documents(e.name, directory / e.prefix) for e in manifest.datasets}
-        return cls(manifest, documents, tokenizer, config)
+        unlearned = {
+            (e.role, e.name): masks.open_spans(e.name, directory / e.prefix, e.mask_spans, e.tokens)
+            for e in manifest.datasets
+            if e.mask_sha256
+        }
+        return cls(manifest, documents, tokenizer, config, unlearned)
 
     def content_digests(self) -> dict[str, str]:
         """role/domain -> digest of what this process can read: every token of proxies and validation sets, document
@@ -129,6 +144,8 @@ class Corpus:
                 pieces = [(start, min(_PIECE, total - start)) for start in range(0, total, _PIECE)]
             for start, length in pieces:
                 digest.update(np.asarray(d.documents.tokens(start, length), dtype=np.int64).tobytes())
+            if d.unlearned is not None:
+                digest.update(np.ascontiguousarray(d.unlearned).tobytes())
             digests[f"{d.role}/{d.name}"] = digest.hexdigest()[:16]
         return digests
 
@@ -190,6 +207,9 @@ class Corpus:
     def batch(self, sample_ids: Sequence[int] | np.ndarray) -> Batch:
         """The sequences of these ids, in this order, on the CPU. [B, L] each; see types.Batch.
 
+        loss_mask[b, t] is 0 where labels[b, t] is a token of a metadata span, and with data.eod_mask_loss where
+        tokens[b, t] ends a document.
+
         Raises CorpusError for an id outside of 0..num_sequences-1.
         """
         ids = self._checked(sample_ids)
@@ -198,10 +218,13 @@ class Corpus:
         masked = self._config.reset_attention_mask
         bounded = masked or self._config.reset_position_ids or self._config.eod_mask_loss
         ends = np.zeros((len(ids), length), dtype=bool)
+        counts = np.ones((len(ids), length), dtype=bool)
         for row, (sample_id, number) in enumerate(zip(ids, self._domain_of(ids), strict=True)):
             domain = self._domains[number]
             start = int(sample_id - domain.offset) * length
             tokens[row] = domain.documents.tokens(start, length + 1)
+            if domain.unlearned is not None:
+                counts[row] = ~masks.within(domain.unlearned, start + 1, length)
             if bounded:
                 ends[row, self._ends_within(domain, start) - 1] = True
         starts_after = np.zeros_like(ends)  # position opens a new document
@@ -209,7 +232,7 @@ class Corpus:
         positions = np.broadcast_to(np.arange(length), ends.shape)
         if self._config.reset_position_ids:
             positions = positions - np.maximum.accumulate(np.where(starts_after, positions, 0), axis=1)
-        loss_mask = ~ends if self._config.eod_mask_loss else np.ones_like(ends)
+        loss_mask = counts & ~ends if self._config.eod_mask_loss else counts
         documents = torch.from_numpy(np.cumsum(starts_after, axis=1, dtype=np.int32)) if masked else None
         stream = torch.from_numpy(tokens)
         return Batch(

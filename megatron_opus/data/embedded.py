@@ -127,6 +127,7 @@ def _build(
             datasets=specs,
             workers=workers,
             shard_bytes=_MIN_SHARD_BYTES,
+            duplicates="keep",  # the recipe decides what is in it, near-duplicates that coincide among them
             progress=progress,
             provenance=provenance,
         ),

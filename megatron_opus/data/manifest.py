@@ -14,6 +14,7 @@ FORMAT = "megatron_opus.data"
 VERSION = 1
 FILE_NAME = "manifest.json"
 TOKENIZER_DIRECTORY = "tokenizer"
+CONTAMINATED_FILE = "decontamination.jsonl"  # documents dropped for a benchmark overlap, one a line
 
 Role = Literal["candidates", "proxy", "validation"]
 ROLES: tuple[Role, ...] = ("candidates", "proxy", "validation")
@@ -41,6 +42,12 @@ class DatasetEntry:
     empty: int = 0  # documents without text
     skipped: int = 0  # malformed records left out by on_error skip
     skipped_records: list[dict[str, Any]] = field(default_factory=list)  # file, line, problem: the first MAX_LISTED
+    duplicates: int = 0  # documents dropped because an earlier one of the same role has the same text
+    contaminated: int = 0  # documents dropped because they overlap a benchmark item, listed in CONTAMINATED_FILE
+    masked_tokens: int = 0  # of metadata, which are not learned; see masks.py
+    mask_spans: int = 0
+    mask_sha256: str = ""  # of <prefix>.mask.npy; empty: there is none
+    scores: dict[str, Any] = field(default_factory=dict)  # key, min, mean, max, sha256 of <prefix>.score.npy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +56,17 @@ class Manifest:
     datasets: list[DatasetEntry]
     settings: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)  # free: the embedded corpus records its Python version
+    decontamination: dict[str, Any] = field(default_factory=dict)  # rule and benchmark files; empty: none was asked for
 
     def of_role(self, role: Role) -> list[DatasetEntry]:
         return [entry for entry in self.datasets if entry.role == role]
 
     def fingerprint(self) -> str:
         """sha256 over roles, names, token files and tokenizer: what the tokens are, wherever they came from."""
-        what = [[e.role, e.name, e.dtype, e.bin_sha256, e.idx_sha256] for e in self.datasets]
+        what = [
+            [e.role, e.name, e.dtype, e.bin_sha256, e.idx_sha256, *([e.mask_sha256] if e.mask_sha256 else [])]
+            for e in self.datasets
+        ]
         text = json.dumps([VERSION, self.tokenizer["fingerprint"], what])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -91,7 +102,11 @@ def read(directory: Path) -> Manifest:
     try:
         entries = [DatasetEntry(**entry) for entry in data["datasets"]]
         return Manifest(
-            tokenizer=data["tokenizer"], datasets=entries, settings=data["settings"], provenance=data["provenance"]
+            tokenizer=data["tokenizer"],
+            datasets=entries,
+            settings=data["settings"],
+            provenance=data["provenance"],
+            decontamination=data.get("decontamination", {}),
         )
     except (KeyError, TypeError) as error:
         raise ManifestError(f"{path}: damaged ({error}); prepare the data again") from error

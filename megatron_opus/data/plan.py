@@ -5,13 +5,15 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import tokenizers
+from megatron_opus.data.decontaminate import Decontamination
+from megatron_opus.data.document import template_keys
 from megatron_opus.data.files import write_json
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.records import (
@@ -20,9 +22,11 @@ from megatron_opus.data.records import (
     ReadOptions,
     Shard,
     file_sha256,
+    known_suffix,
     plan_shards,
     source_identity,
 )
+from megatron_opus.data.streams import HUB_PREFIX, Fetched
 
 TRAIN_SENTENCEPIECE = "train-sentencepiece"
 WORK_DIRECTORY = ".work"
@@ -34,15 +38,26 @@ class PrepareError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """The documents of one domain in one role. sources: files, directories, globs or `datasets:NAME[@CONFIG][:SPLIT]`.
+    """The documents of one domain in one role. sources: files, directories, globs, `datasets:NAME[@CONFIG][:SPLIT]`, or
+    `hub:NAME[@CONFIG][:SPLIT][#REVISION]`, which is streamed.
 
-    keep: only the documents whose text hash falls into this part of [0, 1); see `holdout`.
+    keep: only the documents whose text hash falls into this part of [0, 1); see `holdout`. bucket: only those whose
+    number (see ReadOptions) lies in this closed range. read: None means the preparation's. max_documents, max_tokens:
+    the dataset ends before the first document that would exceed one of them.
     """
 
     name: str
     role: Role
     sources: tuple[str, ...]
     keep: tuple[float, float] = (0.0, 1.0)
+    bucket: tuple[float, float] | None = None
+    read: ReadOptions | None = None
+    max_documents: int | None = None
+    max_tokens: int | None = None
+
+    @property
+    def limited(self) -> bool:
+        return self.max_documents is not None or self.max_tokens is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +70,8 @@ class PrepareConfig:
     eod: str | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     on_error: Literal["stop", "skip"] = "stop"
+    duplicates: Literal["drop", "keep"] = "drop"  # of an earlier document of the same role
+    decontamination: Decontamination = field(default_factory=Decontamination)  # of candidates and proxies
     workers: int = 1
     shard_bytes: int = 16 << 20
     progress: bool = True
@@ -69,6 +86,11 @@ def holdout(name: str, sources: tuple[str, ...], share: float) -> tuple[DatasetS
         DatasetSpec(name=name, role="validation", sources=sources, keep=(0.0, share)),
         DatasetSpec(name=name, role="proxy", sources=sources, keep=(share, 1.0)),
     )
+
+
+def reads(config: PrepareConfig, dataset: DatasetSpec) -> ReadOptions:
+    """How the documents of a dataset are read."""
+    return config.read if dataset.read is None else dataset.read
 
 
 def resolve(config: PrepareConfig) -> list[DatasetSpec]:
@@ -87,6 +109,15 @@ def resolve(config: PrepareConfig) -> list[DatasetSpec]:
         if (dataset.role, dataset.name) in seen:
             raise PrepareError(f"dataset {dataset.name}: given twice as {dataset.role}; list its files together")
         seen.add((dataset.role, dataset.name))
+        for limit in (dataset.max_documents, dataset.max_tokens):
+            if limit is not None and limit < 1:
+                raise PrepareError(
+                    f"dataset {dataset.name} ({dataset.role}): expected a limit of at least 1, got {limit}"
+                )
+        read = reads(config, dataset)
+        template_keys(read.metadata_template)  # raises for one that cannot be filled in
+        if dataset.bucket is not None and not (read.bucket_key or read.score_key):
+            raise PrepareError(f"dataset {dataset.name} ({dataset.role}): a bucket needs a score; see --score-key")
         files = [file for pattern in dataset.sources for file in _expand(dataset, pattern)]
         twice = sorted({f for f in files if files.count(f) > 1})
         if twice:
@@ -96,13 +127,13 @@ def resolve(config: PrepareConfig) -> list[DatasetSpec]:
 
 
 def _expand(dataset: DatasetSpec, pattern: str) -> list[str]:
-    if pattern.startswith(DATASETS_PREFIX):
+    if pattern.startswith((DATASETS_PREFIX, HUB_PREFIX)):
         return [pattern]
     path = Path(pattern)
     if path.is_dir():
-        files = sorted(str(f) for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+        files = sorted(str(f) for f in path.rglob("*") if known_suffix(f) in SUFFIXES and f.is_file())
         what = f"no {', '.join(SUFFIXES)} file in this directory"
-        kinds = sorted({Path(f).suffix for f in files})
+        kinds = sorted({known_suffix(f) for f in files})
         if len(kinds) > 1:
             # A licence or a readme beside the data must not become a training document.
             raise PrepareError(
@@ -119,50 +150,108 @@ def _expand(dataset: DatasetSpec, pattern: str) -> list[str]:
     return files
 
 
+def expand_files(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Files of names and globs, in order. Raises PrepareError for a pattern without any."""
+    found: list[str] = []
+    for pattern in patterns:
+        files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise PrepareError(f"{option} {pattern}: no such file")
+        found += [file for file in files if file not in found and Path(file).is_file()]
+    return tuple(found)
+
+
 def describe_settings(
     config: PrepareConfig, datasets: Sequence[DatasetSpec], source: tokenizers.Tokenizer | None
 ) -> dict[str, Any]:
     """Everything that the tokens depend on, apart from the content of the sources."""
     trained = {"vocab_size": config.vocab_size, "tokenizer_bytes": config.tokenizer_bytes} if source is None else {}
+    benchmarks = asdict(config.decontamination)
+    benchmarks["files"] = [{"path": file, "sha256": _benchmark_sha256(file)} for file in config.decontamination.files]
     return {
         "tokenizer": TRAIN_SENTENCEPIECE if source is None else f"{source.kind} {source.fingerprint}",
         **trained,
-        "text_key": config.read.text_key,
-        "txt_documents": config.read.txt_documents,
+        **_read_settings(config.read),
         "on_error": config.on_error,
-        "datasets": {
-            f"{d.role}/{d.name}": {"sources": [recorded(config.output, s) for s in d.sources], "keep": list(d.keep)}
-            for d in datasets
-        },
+        **({"duplicates": config.duplicates} if config.duplicates != "keep" else {}),
+        **({"decontamination": benchmarks} if config.decontamination.files else {}),
+        "datasets": {f"{d.role}/{d.name}": _dataset_settings(config, d) for d in datasets},
     }
+
+
+def _read_settings(read: ReadOptions) -> dict[str, Any]:
+    # What is not used is left out: directories made before it existed stay finished.
+    always = ("text_key", "txt_documents")
+    return {key: value for key, value in asdict(read).items() if key in always or value}
+
+
+def _dataset_settings(config: PrepareConfig, dataset: DatasetSpec) -> dict[str, Any]:
+    more = {"bucket": dataset.bucket, "max_documents": dataset.max_documents, "max_tokens": dataset.max_tokens}
+    return {
+        "sources": [recorded(config.output, s) for s in dataset.sources],
+        "keep": list(dataset.keep),
+        **({} if dataset.read in (None, config.read) else {"read": _read_settings(reads(config, dataset))}),
+        **{key: value for key, value in more.items() if value is not None},
+    }
+
+
+def _benchmark_sha256(file: str) -> str:
+    try:
+        return file_sha256(file)
+    except OSError as error:
+        raise PrepareError(
+            f"{file}: the benchmark file cannot be read: {error.strerror}; see --decontaminate"
+        ) from error
 
 
 def recorded(output: Path, source: str) -> str:
     """How the manifest names a source: relative to itself where it lies below, so that the directory can be moved."""
     path = Path(source)
-    inside = not source.startswith(DATASETS_PREFIX) and path.resolve().is_relative_to(output.resolve())
+    inside = not source.startswith((DATASETS_PREFIX, HUB_PREFIX)) and path.resolve().is_relative_to(output.resolve())
     return f"./{path.resolve().relative_to(output.resolve())}" if inside else source
 
 
 def plan_work(
-    config: PrepareConfig, settings: dict[str, Any], datasets: Sequence[DatasetSpec]
-) -> dict[str, list[Shard]]:
-    """Shards of every source; kept in the work directory, and compared with it when resuming."""
-    sources = list(dict.fromkeys(s for d in datasets for s in d.sources))
-    shards = {source: plan_shards(source, config.shard_bytes, config.read) for source in sources}
+    config: PrepareConfig,
+    settings: dict[str, Any],
+    datasets: Sequence[DatasetSpec],
+    fetch: Callable[[str, int], Fetched],
+) -> tuple[dict[str, list[Shard]], dict[str, Fetched]]:
+    """Shards of every source, and what was fetched of those that are streamed; compared with the work directory.
+
+    fetch(source, number) brings a streamed source into the work directory, or takes up an interrupted fetching.
+    """
+    shards: dict[str, list[Shard]] = {}
+    streamed: list[str] = []
+    for dataset in datasets:
+        for source in dataset.sources:
+            if source.startswith(HUB_PREFIX):
+                streamed += [source] if source not in streamed else []
+            else:  # again for another dataset: its columns may be others
+                shards[source] = plan_shards(source, config.shard_bytes, reads(config, dataset))
+    work = config.output / WORK_DIRECTORY
+    _agree(work / "settings.json", {"settings": settings}, config.output)
+    fetched = {source: fetch(source, number) for number, source in enumerate(streamed)}
+    for source, found in fetched.items():
+        shards[source] = list(found.shards)
+    identities = [fetched[source].identity if source in fetched else source_identity(source) for source in shards]
     plan = {
         "settings": settings,
-        "sources": [source_identity(source) for source in sources],
+        "sources": identities,
         "shards": {source: [s.to_json() for s in parts] for source, parts in shards.items()},
     }
-    path = config.output / WORK_DIRECTORY / "plan.json"
+    _agree(work / "plan.json", plan, config.output)
+    return shards, fetched
+
+
+def _agree(path: Path, plan: dict[str, Any], output: Path) -> None:
+    """Keep a plan, or compare it with the one that is kept."""
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        _refuse_difference(config.output, old, plan, "holds an unfinished preparation")
+        _refuse_difference(output, old, plan, "holds an unfinished preparation")
     else:
         path.parent.mkdir(exist_ok=True)
         write_json(path, plan)
-    return shards
 
 
 def check_finished(output: Path, settings: dict[str, Any]) -> Manifest:

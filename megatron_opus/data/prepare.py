@@ -8,18 +8,21 @@ written last: a directory that has one is complete.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from megatron_opus.data import decontaminate, streams, tokenizers
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data import tokenizers
 from megatron_opus.data.files import PARTIAL, atomic_file, locked, write_json
+from megatron_opus.data.join import Chooser, Chosen, Storage, write_dataset
 from megatron_opus.data.manifest import DatasetEntry, Manifest, Role
 from megatron_opus.data.plan import (
     TRAIN_SENTENCEPIECE,
@@ -30,36 +33,15 @@ from megatron_opus.data.plan import (
     check_finished,
     describe_settings,
     plan_work,
+    reads,
     recorded,
     resolve,
 )
-from megatron_opus.data.records import (
-    DATASETS_PREFIX,
-    Shard,
-    read_shard,
-    source_identity,
-    text_digest,
-)
-from megatron_opus.data.shards import MAX_LISTED, Job, contains, kept, record_error
+from megatron_opus.data.records import DATASETS_PREFIX, Record, Shard, read_shard, source_identity
+from megatron_opus.data.shards import MAX_LISTED, Job, JobRunner, in_bucket, kept, record_error
 from megatron_opus.data.worker import run_jobs
 
-
-class WrittenFiles(Protocol):
-    documents: int
-    tokens: int
-    bin_bytes: int
-    bin_sha256: str
-    idx_sha256: str
-
-
-class Storage(Protocol):
-    """The on-disk token format; `megatron_opus.backends.indexed` is one."""
-
-    def token_dtype(self, vocab_size: int) -> np.dtype: ...
-
-    def write_documents(
-        self, prefix: str | Path, dtype: np.dtype, streams: Iterable[Path], lengths: Sequence[np.ndarray]
-    ) -> Any: ...
+__all__ = ["Storage", "prepare"]
 
 
 def prepare(config: PrepareConfig, storage: Storage, log: Callable[[str], None] = tqdm.write) -> Manifest:
@@ -83,13 +65,17 @@ def prepare(config: PrepareConfig, storage: Storage, log: Callable[[str], None] 
             log(f"{config.output}: already prepared with these settings")
             shutil.rmtree(config.output / WORK_DIRECTORY, ignore_errors=True)
             return done
-        shards = plan_work(config, settings, datasets)
-        work = _Work(config, datasets, shards)
+        work = _Work(config, datasets, settings, source)
+        benchmarks = work.read_benchmarks()
         work.hash_held_out()
         description = work.make_tokenizer(source, log)
         entries = work.tokenize(description, storage, log)
         result = Manifest(
-            tokenizer=description, datasets=entries, settings=settings, provenance=dict(config.provenance)
+            tokenizer=description,
+            datasets=entries,
+            settings=settings,
+            provenance=dict(config.provenance),
+            decontamination=benchmarks,
         )
         manifests.write(config.output, result)
         shutil.rmtree(config.output / WORK_DIRECTORY)
@@ -102,12 +88,28 @@ def prepare(config: PrepareConfig, storage: Storage, log: Callable[[str], None] 
 class _Work:
     """The stages, over one resolved plan."""
 
-    def __init__(self, config: PrepareConfig, datasets: Sequence[DatasetSpec], shards: dict[str, list[Shard]]) -> None:
+    def __init__(
+        self,
+        config: PrepareConfig,
+        datasets: Sequence[DatasetSpec],
+        settings: dict[str, Any],
+        tokenizer: tokenizers.Tokenizer | None,
+    ) -> None:
         self.config = config
         self.datasets = datasets
-        self.shards = shards
         self.root = config.output / WORK_DIRECTORY
-        self._source_index = {source: i for i, source in enumerate(shards)}
+        self._chooser = Chooser(config.duplicates == "drop")
+        self._written, self._seconds = 0, 0.0
+
+        def fetch(source: str, number: int) -> streams.Fetched:
+            self.read_benchmarks()  # first what may be refused, then what takes long
+            wanted = [_wanted(config, d) for d in datasets if source in d.sources]
+            count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
+            place = self.root / "streams" / f"{number:06d}"
+            return streams.fetch(source, wanted, place, config.shard_bytes, count, config.progress)
+
+        self.shards, self.fetched = plan_work(config, settings, datasets, fetch)
+        self._source_index = {source: i for i, source in enumerate(self.shards)}
 
     def _run(self, title: str, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -131,15 +133,20 @@ class _Work:
                     bar.set_postfix_str(f"{tokens / 1e6:.2f}M tokens", refresh=False)
                 bar.update(read)
 
+            started, before = time.perf_counter(), tokens
             run_jobs([job for job, result in results if result is None], self.config.workers, report)
+        if tokens > before:
+            self._seconds += time.perf_counter() - started
+            self._written += tokens - before
 
     def _job(self, kind: Literal["hashes", "tokens"], dataset: DatasetSpec, shard: Shard, number: int) -> Job:
         return Job(
             kind=kind,
             output=str(self.root / kind / dataset.role / dataset.name / f"{number:06d}"),
             shard=shard,
-            options=self.config.read,
+            options=reads(self.config, dataset),
             keep=dataset.keep,
+            bucket=dataset.bucket,
             on_error=self.config.on_error,
         )
 
@@ -152,7 +159,9 @@ class _Work:
 
     def hash_held_out(self) -> None:
         """Hash the sources and the documents that lower roles must not have, before anything is tokenized."""
-        checksums = [self._checksum_job(s) for s in self.shards if not s.startswith(DATASETS_PREFIX)]
+        checksums = [
+            self._checksum_job(s) for s in self.shards if not s.startswith((DATASETS_PREFIX, streams.HUB_PREFIX))
+        ]
         held = [d for d in self.datasets if d.role != "candidates"]
         jobs = {id(d): self._jobs("hashes", d) for d in held}
         self._run("hashing   ", [*checksums, *(job for d in held for job in jobs[id(d)])])
@@ -161,6 +170,15 @@ class _Work:
             merged = np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.uint64)
             with atomic_file(self._forbidden(role)) as stream:  # type: ignore[arg-type]
                 np.save(stream, merged)
+
+    def read_benchmarks(self) -> dict[str, Any]:
+        """The n-grams that candidates and proxies must not have; what was read, for the manifest."""
+        if not self.config.decontamination.files:
+            return {}
+        marker = self.root / "benchmarks.json"
+        if not marker.exists():
+            write_json(marker, decontaminate.build(self.config.decontamination, self.root / "benchmarks.npz"))
+        return json.loads(marker.read_text(encoding="utf-8"))
 
     def _checksum_job(self, source: str) -> Job:
         size = Path(source).stat().st_size
@@ -183,11 +201,11 @@ class _Work:
 
     def _sample(self) -> Iterator[str]:
         """Candidate text for the tokenizer: the beginning of every shard, in proportion to the sources' sizes."""
-        forbidden = np.load(self._forbidden("candidates"))
-        jobs = [job for d in self.datasets if d.role == "candidates" for job in self._jobs("tokens", d)]
+        runner = JobRunner()
+        jobs = [self._gated(job, d) for d in self.datasets if d.role == "candidates" for job in self._jobs("tokens", d)]
         share = min(1.0, self.config.tokenizer_bytes / max(1, sum(job.shard.bytes for job in jobs)))
         for job in jobs:
-            left = job.shard.bytes * share
+            left, gate = job.shard.bytes * share, runner.gate(job)
             for record in read_shard(job.shard, job.options):
                 if left <= 0:
                     break
@@ -196,71 +214,104 @@ class _Work:
                     if job.on_error == "stop":
                         raise record_error(job.shard, record)
                     continue
-                identity, split = text_digest(record.text)
-                if kept(split, job.keep) and not contains(forbidden, identity):
+                if gate.admit(record) is not None:
                     yield record.text
+
+    def _gated(self, job: Job, dataset: DatasetSpec) -> Job:
+        """The job with what its role must not have."""
+        if dataset.role == "validation":
+            return job
+        benchmarks = str(self.root / "benchmarks.npz") if self.config.decontamination.files else None
+        return replace(job, forbidden=str(self._forbidden(dataset.role)), benchmarks=benchmarks)
 
     def tokenize(self, description: dict[str, Any], storage: Storage, log: Callable[[str], None]) -> list[DatasetEntry]:
         dtype = storage.token_dtype(int(description["vocab_size"]))
         directory = str(self.config.output / manifests.TOKENIZER_DIRECTORY)
-        jobs = {
-            id(d): [
-                replace(
-                    job,
-                    tokenizer=(directory, description),
-                    dtype=dtype.name,
-                    forbidden=None if d.role == "validation" else str(self._forbidden(d.role)),
-                )
+        jobs = [
+            [
+                replace(self._gated(job, d), tokenizer=(directory, description), dtype=dtype.name)
                 for job in self._jobs("tokens", d)
             ]
             for d in self.datasets
-        }
-        self._run("tokenizing", [job for d in self.datasets for job in jobs[id(d)]])
-        entries = [self._join(d, jobs[id(d)], dtype, storage) for d in self.datasets]
+        ]
+        self._run(
+            "tokenizing", [job for d, own in zip(self.datasets, jobs, strict=True) if not d.limited for job in own]
+        )
+        entries, chosen = [], []
+        for dataset, own in zip(self.datasets, jobs, strict=True):
+            chosen.append(self._choose(dataset, own, log))
+            entries.append(self._join(dataset, chosen[-1], dtype, storage))
+        if self.config.decontamination.files:
+            self._list_contaminated(chosen)
         for entry in entries:
             _tell_skipped(entry, log)
+        if self._written and self._seconds > 0:
+            rate, cores = self._written / self._seconds, max(1, self.config.workers)
+            log(
+                f"tokenized {self._written:,} tokens in {self._seconds:.1f} s with {cores} workers: "
+                f"{rate:,.0f} tokens/s, {rate / cores:,.0f} per worker"
+            )
         return entries
 
-    def _join(self, dataset: DatasetSpec, jobs: Sequence[Job], dtype: np.dtype, storage: Storage) -> DatasetEntry:
+    def _choose(self, dataset: DatasetSpec, jobs: Sequence[Job], log: Callable[[str], None]) -> Chosen:
+        """The documents of a dataset; of a limited one no more pieces are tokenized than it needs."""
+        done = 0 if dataset.limited else len(jobs)
+        chosen = self._chooser.choose(dataset, jobs[:done])
+        while not chosen.full and done < len(jobs):
+            more = min(len(jobs), done + _pieces(chosen, dataset, done, max(1, self.config.workers)))
+            self._run("tokenizing", jobs[done:more])
+            done = more
+            chosen = self._chooser.choose(dataset, jobs[:done])
+        self._chooser.settle(dataset, chosen)
+        cut = [s for s in dataset.sources if s in self.fetched and not self.fetched[s].exhausted]
+        if dataset.limited and not chosen.full and cut:
+            log(
+                f"{dataset.name} ({dataset.role}): {chosen.documents} documents and {chosen.tokens} tokens, less than "
+                f"the limit, are left of what was fetched of {', '.join(cut)}; ask for more and cut less"
+            )
+        return chosen
+
+    def _join(self, dataset: DatasetSpec, chosen: Chosen, dtype: np.dtype, storage: Storage) -> DatasetEntry:
         marker = self.root / f"joined-{dataset.role}-{dataset.name}.json"
         if marker.exists():
             return DatasetEntry(**json.loads(marker.read_text(encoding="utf-8")))
-        results = [job.result() for job in jobs]
-        found = [r for r in results if r is not None]
-        counts = {k: sum(r[k] for r in found) for k in ("documents", "held_out", "empty", "skipped")}
-        if counts["documents"] == 0:
+        found = [result for job in chosen.jobs if (result := job.result()) is not None]
+        reasons = ("held_out", "empty", "skipped", "contaminated")
+        counts = {**{k: sum(r[k] for r in found) for k in reasons}, "duplicates": chosen.duplicates}
+        if chosen.documents == 0:
             raise PrepareError(
                 f"dataset {dataset.name} ({dataset.role}): no document is left ({counts['held_out']} held out, "
-                f"{counts['empty']} empty, {counts['skipped']} skipped); give more documents, another --holdout or, "
-                "for .txt files, --txt-documents paragraph or line"
+                f"{counts['empty']} empty, {counts['skipped']} skipped, {counts['contaminated']} contaminated, "
+                f"{counts['duplicates']} duplicates, none of the others in its split, bucket and limits); give more "
+                "documents, another --holdout or, for .txt files, --txt-documents paragraph or line"
             )
         prefix = f"{dataset.role}/{dataset.name}"
-        written: WrittenFiles = storage.write_documents(
-            self.config.output / prefix,
-            dtype,
-            [Path(job.output + ".bin") for job in jobs],
-            [np.load(job.output + ".lengths.npy") for job in jobs],
-        )
+        score_key = reads(self.config, dataset).score_key
         entry = DatasetEntry(
             name=dataset.name,
             role=dataset.role,
             prefix=prefix,
             dtype=dtype.name,
-            documents=written.documents,
-            tokens=written.tokens,
-            bin_bytes=written.bin_bytes,
-            bin_sha256=written.bin_sha256,
-            idx_sha256=written.idx_sha256,
+            **write_dataset(self.config.output / prefix, dtype, chosen, storage, score_key),
             sources=[self._describe_source(source) for source in dataset.sources],
-            held_out=counts["held_out"],
-            empty=counts["empty"],
-            skipped=counts["skipped"],
+            **counts,
             skipped_records=[r for f in found for r in f["skipped_records"]][:MAX_LISTED],
         )
         write_json(marker, manifests.entry_dict(entry))
         return entry
 
+    def _list_contaminated(self, chosen: Sequence[Chosen]) -> None:
+        with atomic_file(self.config.output / manifests.CONTAMINATED_FILE) as out:
+            for dataset, own in zip(self.datasets, chosen, strict=True):
+                for job in own.jobs:
+                    listed = Path(job.output + ".removed.jsonl")
+                    for line in listed.read_text(encoding="ascii").splitlines() if listed.exists() else ():
+                        entry = {"role": dataset.role, "domain": dataset.name, **json.loads(line)}
+                        out.write((json.dumps(entry) + "\n").encode("ascii"))
+
     def _describe_source(self, source: str) -> dict[str, Any]:
+        if source in self.fetched:
+            return self.fetched[source].identity
         if source.startswith(DATASETS_PREFIX):
             return source_identity(source)
         job = self._checksum_job(source)
@@ -268,6 +319,23 @@ class _Work:
         if result is None:
             raise PrepareError(f"{source}: its checksum is missing; remove {self.root} and prepare again")
         return {"path": recorded(self.config.output, source), "bytes": job.shard.bytes, "sha256": result["sha256"]}
+
+
+def _pieces(chosen: Chosen, dataset: DatasetSpec, done: int, workers: int) -> int:
+    """How many more pieces to tokenize for a limited dataset: as many as it lacks by what the others gave."""
+    parts = [(chosen.documents, dataset.max_documents), (chosen.tokens, dataset.max_tokens)]
+    share = max(found / limit for found, limit in parts if limit is not None)
+    return 2 * workers + (math.ceil(done * (1 / share - 1)) if share > 0 else 0)
+
+
+def _wanted(config: PrepareConfig, dataset: DatasetSpec) -> streams.Wanted:
+    def accepts(record: Record, split: int) -> bool:
+        return kept(split, dataset.keep) and in_bucket(record.bucket, dataset.bucket)
+
+    options = reads(config, dataset)
+    return streams.Wanted(
+        options=options, accepts=accepts, max_documents=dataset.max_documents, max_tokens=dataset.max_tokens
+    )
 
 
 def _tell_skipped(entry: DatasetEntry, log: Callable[[str], None]) -> None:

@@ -8,16 +8,18 @@ process that runs it or on what ran before.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from megatron_opus.data import tokenizers
+from megatron_opus.data import masks, tokenizers
+from megatron_opus.data.decontaminate import Benchmarks, Overlap
 from megatron_opus.data.files import atomic_file, write_json
-from megatron_opus.data.records import ReadOptions, Record, Shard, file_sha256, line_base, read_shard, text_digest
+from megatron_opus.data.records import ReadOptions, Record, Shard, file_sha256, line_base, read_shard, record_digest
 
 MAX_LISTED = 1000  # malformed records named in the manifest, per dataset; all of them are counted
 _BATCH_CHARACTERS = 1 << 20
@@ -35,7 +37,8 @@ class RecordError(ValueError):
 class Job:
     """kind: sha256 (of the source file), hashes (of the documents, sorted) or tokens.
 
-    keep: the documents whose split hash, as a share of its range, lies in [keep[0], keep[1]).
+    keep: the documents whose split hash, as a share of its range, lies in [keep[0], keep[1]). bucket: those whose
+    number (options.bucket_key, or the score) lies in [bucket[0], bucket[1]].
     """
 
     kind: Literal["sha256", "hashes", "tokens"]
@@ -43,7 +46,9 @@ class Job:
     shard: Shard
     options: ReadOptions = field(default_factory=ReadOptions)
     keep: tuple[float, float] = (0.0, 1.0)
+    bucket: tuple[float, float] | None = None
     forbidden: str | None = None  # .npy of sorted uint64 text hashes that must not come through
+    benchmarks: str | None = None  # of decontaminate.build: documents that overlap one must not come through
     tokenizer: tuple[str, dict[str, Any]] | None = None  # directory, description
     dtype: str = "int32"
     on_error: Literal["stop", "skip"] = "stop"
@@ -57,6 +62,7 @@ class Job:
         data["shard"] = Shard(**data["shard"])
         data["options"] = ReadOptions(**data["options"])
         data["keep"] = tuple(data["keep"])
+        data["bucket"] = None if data["bucket"] is None else tuple(data["bucket"])
         return Job(**data)
 
     def result(self) -> dict[str, Any] | None:
@@ -73,6 +79,7 @@ class JobRunner:
     def __init__(self) -> None:
         self._tokenizers: dict[str, tokenizers.Tokenizer] = {}
         self._forbidden: dict[str, np.ndarray] = {}
+        self._benchmarks: dict[str, Benchmarks] = {}
 
     def run(self, job: Job, report: Report) -> dict[str, Any]:
         """Do the job and write its marker. Raises RecordError on a malformed record unless on_error is skip."""
@@ -95,63 +102,50 @@ class JobRunner:
                 if job.on_error == "stop":
                     raise record_error(job.shard, record)
                 continue
-            identity, split = text_digest(record.text)
-            if kept(split, job.keep):
+            identity, split = record_digest(record)
+            if kept(split, job.keep) and in_bucket(record.bucket, job.bucket):
                 found.append(identity)
         report(read, 0)
         with atomic_file(job.output + ".npy") as stream:
             np.save(stream, np.unique(np.array(found, dtype=np.uint64)))
         return {"documents": len(found)}
 
+    def gate(self, job: Job) -> Gate:
+        """What decides which documents of the job come through."""
+        if job.benchmarks is not None and job.benchmarks not in self._benchmarks:
+            self._benchmarks[job.benchmarks] = Benchmarks.load(Path(job.benchmarks))
+        benchmarks = None if job.benchmarks is None else self._benchmarks[job.benchmarks]
+        return Gate(job, self._forbidden_hashes(job.forbidden), benchmarks)
+
     def _tokens(self, job: Job, report: Report) -> dict[str, Any]:
-        tokenizer = self._tokenizer(job)
-        forbidden = self._forbidden_hashes(job.forbidden)
-        lengths: list[int] = []
-        counts = {"held_out": 0, "empty": 0, "skipped": 0, "tokens": 0}
+        gate = self.gate(job)
+        skipped = 0
         problems: list[dict[str, Any]] = []
-        batch: list[str] = []
-        characters = read = 0
         with atomic_file(job.output + ".bin") as stream:
-
-            def flush() -> None:
-                nonlocal batch, characters, read
-                written = 0
-                for ids in tokenizer.encode_batch(batch):
-                    tokens = np.array([*ids, tokenizer.eod], dtype=np.int64)
-                    stream.write(tokens.astype(job.dtype).tobytes())
-                    lengths.append(len(tokens))
-                    written += len(tokens)
-                counts["tokens"] += written
-                report(read, written)
-                batch, characters, read = [], 0, 0
-
+            out = _TokenWriter(self._tokenizer(job), job.dtype, stream, report)
             for record in read_shard(job.shard, job.options):
-                read += record.bytes
+                out.read += record.bytes
                 if record.text is None:
                     if job.on_error == "stop":
                         raise record_error(job.shard, record)
-                    counts["skipped"] += 1
+                    skipped += 1
                     if len(problems) < MAX_LISTED:
                         problems.append({"line": record.line, "problem": record.problem})
                     continue
-                identity, split = text_digest(record.text)
-                if not kept(split, job.keep):
-                    continue
-                if not record.text.strip():
-                    counts["empty"] += 1
-                elif contains(forbidden, identity):
-                    counts["held_out"] += 1
-                else:
-                    batch.append(record.text)
-                    characters += len(record.text)
-                if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-                    flush()
-            flush()
-        with atomic_file(job.output + ".lengths.npy") as stream:
-            np.save(stream, np.array(lengths, dtype=np.int32))
-        base = line_base(job.shard) if problems else 0
-        listed = [{"file": job.shard.source, "line": base + p["line"], "problem": p["problem"]} for p in problems]
-        return {"documents": len(lengths), **counts, "skipped_records": listed}
+                if (identity := gate.admit(record)) is not None:
+                    out.add(record, identity)
+            out.flush()
+        with atomic_file(job.output + ".npz") as stream:
+            np.savez(stream, **out.arrays(job.options))  # type: ignore[arg-type]
+        base = line_base(job.shard) if problems or gate.overlaps else 0
+        listed = [{"file": job.shard.shown, "line": base + p["line"], "problem": p["problem"]} for p in problems]
+        if gate.overlaps:
+            with atomic_file(job.output + ".removed.jsonl") as stream:
+                for line, overlap in gate.overlaps:
+                    entry = {"file": job.shard.shown, "line": base + line, **asdict(overlap)}
+                    stream.write((json.dumps(entry) + "\n").encode("ascii"))
+        counts = {"documents": len(out.lengths), "tokens": sum(out.lengths), "skipped": skipped, **gate.counts()}
+        return {**counts, "skipped_records": listed}
 
     def _tokenizer(self, job: Job) -> tokenizers.Tokenizer:
         if job.tokenizer is None:
@@ -167,6 +161,87 @@ class JobRunner:
         if path not in self._forbidden:
             self._forbidden[path] = np.load(path, mmap_mode="r")
         return self._forbidden[path]
+
+
+class Gate:
+    """Which documents of a job come through, with a count of the others by reason."""
+
+    def __init__(self, job: Job, forbidden: np.ndarray, benchmarks: Benchmarks | None) -> None:
+        self._job, self._forbidden, self._benchmarks = job, forbidden, benchmarks
+        self._held_out = self._empty = 0
+        self.overlaps: list[tuple[int, Overlap]] = []  # line of the record in its shard
+
+    def admit(self, record: Record) -> int | None:
+        """The identity of a document that comes through; None for one that does not."""
+        identity, split = record_digest(record)
+        if not kept(split, self._job.keep) or not in_bucket(record.bucket, self._job.bucket):
+            return None
+        text = record.text or ""
+        if not (text[record.body :] if record.body else text).strip():
+            self._empty += 1
+        elif contains(self._forbidden, identity):
+            self._held_out += 1
+        elif self._benchmarks is not None and (overlap := self._benchmarks.find(text)) is not None:
+            self.overlaps.append((record.line, overlap))
+        else:
+            return identity
+        return None
+
+    def counts(self) -> dict[str, int]:
+        return {"held_out": self._held_out, "empty": self._empty, "contaminated": len(self.overlaps)}
+
+
+class _TokenWriter:
+    """Documents to tokens in batches, with what is kept beside the tokens."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, dtype: str, stream: BinaryIO, report: Report) -> None:
+        self._tokenizer, self._dtype, self._stream, self._report = tokenizer, dtype, stream, report
+        self._batch: list[Record] = []
+        self._characters = self._tokens = 0
+        self.read = 0  # bytes since the last report
+        self.lengths: list[int] = []
+        self._identities: list[int] = []
+        self._scores: list[float] = []
+        self._spans: list[np.ndarray] = []
+
+    def add(self, record: Record, identity: int) -> None:
+        self._batch.append(record)
+        self._identities.append(identity)
+        self._scores.append(math.nan if record.score is None else record.score)
+        self._characters += len(record.text or "")
+        if self._characters >= _BATCH_CHARACTERS or len(self._batch) >= _BATCH_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        plain = iter(self._tokenizer.encode_batch([r.text or "" for r in self._batch if not r.spans]))
+        before = self._tokens
+        tokens: list[int] = []
+        for record in self._batch:
+            if record.spans:
+                ids, starts, ends = self._tokenizer.offsets(record.text or "")
+                self._spans.append(self._tokens + masks.token_spans(starts, ends, record.spans))
+            else:
+                ids = next(plain)
+            tokens += ids
+            tokens.append(self._tokenizer.eod)
+            self.lengths.append(len(ids) + 1)
+            self._tokens += len(ids) + 1
+        self._stream.write(np.array(tokens, dtype=self._dtype).tobytes())
+        self._report(self.read, self._tokens - before)
+        self._batch, self._characters, self.read = [], 0, 0
+
+    def arrays(self, options: ReadOptions) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {
+            "lengths": np.array(self.lengths, dtype=np.int32),
+            "identities": np.array(self._identities, dtype=np.uint64),
+            "spans": np.concatenate([np.empty((0, 2), dtype=np.int64), *self._spans]),
+        }
+        return {**found, "scores": np.array(self._scores, dtype=np.float32)} if options.score_key else found
+
+
+def in_bucket(number: float | None, bucket: tuple[float, float] | None) -> bool:
+    """Whether a number lies in the closed range `bucket`; anything does where there is none."""
+    return bucket is None or (number is not None and bucket[0] <= number <= bucket[1])
 
 
 def contains(sorted_hashes: np.ndarray, identity: int) -> bool:
@@ -185,6 +260,6 @@ def kept(split: int, keep: tuple[float, float]) -> bool:
 def record_error(shard: Shard, record: Record) -> RecordError:
     """The error for a record without text, with its line in the whole file."""
     return RecordError(
-        f"{shard.source}:{line_base(shard) + record.line}: {record.problem}; repair the record or leave such records "
+        f"{shard.shown}:{line_base(shard) + record.line}: {record.problem}; repair the record or leave such records "
         "out with --on-error skip"
     )

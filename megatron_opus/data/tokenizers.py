@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 KINDS = ("sentencepiece", "gpt2", "hf")
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOD>", "<|eod|>")
@@ -48,6 +50,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    @abstractmethod
+    def offsets(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Ids as `encode` gives them, and [tokens] int64 first and exclusive last character of each token."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -93,11 +99,40 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=1)
 
+    def offsets(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        from sentencepiece import sentencepiece_pb2
+
+        parsed = sentencepiece_pb2.SentencePieceText()
+        parsed.ParseFromString(self._model.encode(text, out_type="serialized_proto"))
+        pieces = parsed.pieces
+        # Its offsets are bytes: characters are counted by the bytes that begin one.
+        begins = (np.frombuffer(text.encode("utf-8"), dtype=np.uint8) & 0xC0) != 0x80
+        characters = np.concatenate([[0], np.cumsum(begins, dtype=np.int64)])
+        edges = np.array([(p.begin, p.end) for p in pieces], dtype=np.int64).reshape(-1, 2)
+        return [p.id for p in pieces], characters[edges[:, 0]], characters[edges[:, 1]]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids if i != self.eod])
 
 
-class HuggingFaceTokenizer(Tokenizer):
+class _LibraryTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library."""
+
+    _backend: Any
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def offsets(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        found = self._backend.encode(text, add_special_tokens=False)
+        edges = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+        return found.ids, edges[:, 0], edges[:, 1]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+
+
+class HuggingFaceTokenizer(_LibraryTokenizer):
     """Any `tokenizer.json`. `eod` names the token that ends a document where the file does not make it obvious."""
 
     kind = "hf"
@@ -113,19 +148,15 @@ class HuggingFaceTokenizer(Tokenizer):
         backend.no_truncation()
         # "<|endoftext|>" typed inside a document is text: it must not end the document.
         backend.encode_special_tokens = True
+        # Special tokens are not wanted, and byte-level post-processors would trim spaces off the tokens' offsets.
+        backend.post_processor = None
         self._backend = backend
         # Ids may have gaps: the count of tokens is then less than the largest id.
         vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         super().__init__({"tokenizer.json": content}, vocab_size, _find_eod(backend, eod))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
-
-
-class GPT2Tokenizer(Tokenizer):
+class GPT2Tokenizer(_LibraryTokenizer):
     """GPT-2's byte-level byte-pair encoding from its vocabulary and merges; gives GPT-2's ids."""
 
     kind = "gpt2"
@@ -145,12 +176,6 @@ class GPT2Tokenizer(Tokenizer):
         self._backend = backend
         files = {"vocab.json": vocabulary, "merges.txt": merges}
         super().__init__(files, max(vocab.values()) + 1, _find_eod(backend, eod))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
 
 
 def _merge(line: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ main script again, so that preparation may be started from a trainer, a notebook
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import queue
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opus.data.document import SourceError
 from megatron_opus.data.shards import Job, JobRunner, RecordError
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[int, int], Non
     """Run the jobs in `workers` processes (0 or 1: in this one).
 
     report(bytes, tokens) is called from this thread as work advances. Raises RecordError for a malformed record,
-    WorkerError when a process dies or fails for another reason.
+    SourceError for a damaged file, OSError where the disk is full, WorkerError when a process dies or fails otherwise.
     """
     if workers <= 1 or len(jobs) <= 1:
         runner = JobRunner()
@@ -57,6 +59,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[int, int], Non
                 left -= 1
             elif kind == "record":
                 raise RecordError(value)
+            elif kind == "source":
+                raise SourceError(value)
+            elif kind == "full":
+                raise OSError(errno.ENOSPC, value)
             else:
                 raise WorkerError(value)
     finally:
@@ -131,9 +137,14 @@ def main() -> None:
                 say("done", None)
             except RecordError as error:
                 say("record", str(error))
+            except SourceError as error:
+                say("source", str(error))
             except BrokenPipeError:
                 return  # the parent is gone: leave the shard unfinished
-            except Exception:
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    say("full", f"{error.strerror}; free some space and run the same command again to resume")
+                    continue
                 say("failed", f"a worker failed:\n{traceback.format_exc()}")
 
 

@@ -105,7 +105,7 @@ def test_sources_are_checked_before_any_work(tmp_path: Path) -> None:
         ("missing.jsonl", "no such file"),
         ("*.json", "no such file"),
         ("empty.jsonl", "is empty"),
-        ("data.csv", r"expected a \.jsonl, \.txt, \.parquet file, got suffix '\.csv'"),
+        ("data.csv", r"expected a \.jsonl, \.txt, \.parquet, .* file, got suffix '\.csv'"),
         ("none", "file in this directory"),
         ("both", r"holds \.jsonl, \.txt files"),
         ("other.parquet", "expected a column 'text', found body"),
