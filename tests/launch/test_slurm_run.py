@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import yaml
-from launched import RECIPE, Server, tiny
+from launched import RECIPE, VOLATILE, Server, tiny
 from slurm_cluster import Cluster
 
 from megatron_opus.data.ledger import read_ledger
 from megatron_opus.training.metrics import read_metrics
 
-VOLATILE = {"score_seconds", "step_seconds", "memory_bytes"}
 STEPS = ("training.train_steps=24", "training.checkpoint_interval=10")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
 
 
 def test_a_run_stopped_at_its_time_limit_and_requeued_is_the_undisturbed_run(
