@@ -1,4 +1,7 @@
-"""The Python half of launch/pretrain_*.sh, cpt_*.sh: what has to happen before torch is imported, then the trainer."""
+"""The Python half of launch/pretrain_*.sh, cpt_*.sh: what has to happen before torch is imported, then the trainer.
+
+`python launch/start.py RECIPE [key=value ...] [--resume]` starts one rank of any recipe: launch/slurm/rank.sh does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ REFUSED = 2  # the trainer's status for a run that it will not start
 
 
 def start(recipe: str) -> int:
-    """Run configs/<recipe>.yaml with this process's arguments; the exit status."""
+    """Run configs/<recipe>.yaml, or the YAML file of that path, with this process's arguments; the exit status."""
     # The script's own folder is replaced: its files must not shadow installed modules, and the checkout's package
     # comes before an installed one.
     sys.path[0] = str(ROOT)
@@ -28,7 +31,8 @@ def start(recipe: str) -> int:
     argv = sys.argv[1:]
     if os.environ.get("DRY_RUN", "0") not in ("", "0"):
         argv.append("--dry-run")
-    status = main(ROOT / "configs" / f"{recipe}.yaml", argv)
+    config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
+    status = main(config, argv)
     if status == REFUSED and int(os.environ.get("RANK", "0")) > 0:
         # The launcher ends all ranks as soon as one has failed, and only rank 0 says why: let it.
         time.sleep(10)
@@ -38,3 +42,9 @@ def start(recipe: str) -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+if __name__ == "__main__":  # worker processes of data loading import this file again
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: start.py RECIPE [key=value ...] [--resume]")
+    sys.exit(start(sys.argv.pop(1)))

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from distributed import DistributedPool  # noqa: E402
+from launched import Server  # noqa: E402
 from partitions import PartitionTable  # noqa: E402
 
 torch.set_num_threads(1)
@@ -35,8 +36,21 @@ def world4() -> Iterator[DistributedPool]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts real runs, a process for each rank: `server.launch(world, arguments, logs)`."""
+    server = Server()
+    yield server
+    server.close()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partition-table", metavar="FILE", help="write the deviations of every tested layout to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--partition-table") and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--partition-table: every worker would write its own; add -n 0")
 
 
 @pytest.fixture(scope="session")

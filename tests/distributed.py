@@ -1,9 +1,11 @@
 """Run a function on several gloo processes under plain pytest.
 
-A pool of workers is started once per session for each world size (importing torch, megatron-core and deepspeed costs
-seconds) and every call runs one module-level function on all ranks. The rendezvous port is bound to 0 by the parent's
-store, so that no two runs can meet. A rank that raises fails the test with its own traceback; ranks that wait for a
-lost one are stopped when the call's time is over, and the next call gets a fresh pool.
+Workers are forked from a server that has imported torch, megatron-core and deepspeed once, which takes seconds; they
+serve several calls, each of which runs one module-level function on all ranks. The rendezvous port is bound to 0 by the
+parent's store, so that no two runs can meet. A rank that raises fails the test with its own traceback; ranks that wait
+for a lost one are stopped when the call's time is over, and the next call gets a fresh pool. So it does when the
+workers have gathered MAX_THREADS: every gloo group that somebody still refers to keeps a thread that wakes a hundred
+times a second, and a thousand of them make two cores slow.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOAD = ["deepspeed", "megatron_opus.backends.megatron", "megatron_opus.training.session"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}  # read when torch is imported
+MAX_THREADS = 100
 GRACE_SECONDS = 20.0  # after one rank has failed, the others get this long to fail by themselves
 
 
@@ -28,7 +35,7 @@ class DistributedFailure(AssertionError):
 
 def _worker(rank: int, world_size: int, port: int, timeout: float, connection: Connection) -> None:
     os.environ.update(
-        OMP_NUM_THREADS="1",
+        ENVIRONMENT,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -36,7 +43,6 @@ def _worker(rank: int, world_size: int, port: int, timeout: float, connection: C
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        TORCH_COMPILE_DISABLE="1",
     )
     import torch
 
@@ -50,9 +56,25 @@ def _worker(rank: int, world_size: int, port: int, timeout: float, connection: C
             return
         function, args, kwargs = task
         try:
-            connection.send(("ok", function(*args, **kwargs)))
+            answer = ("ok", function(*args, **kwargs))
         except BaseException:
-            connection.send(("error", traceback.format_exc()))
+            answer = ("error", traceback.format_exc())
+        connection.send((*answer, psutil.Process().num_threads()))
+
+
+def _start_server(context: Any) -> None:
+    """It keeps the environment it is started in: what torch reads when it is imported is set for that moment."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        context.set_forkserver_preload(PRELOAD)
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class DistributedPool:
@@ -67,7 +89,8 @@ class DistributedPool:
 
     def _start(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        _start_server(context)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -86,6 +109,7 @@ class DistributedPool:
             connection.send((function, args, kwargs))
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
+        threads = 0
         deadline = time.monotonic() + self.timeout
         pending = dict(enumerate(self._connections))
         while pending and time.monotonic() < deadline:
@@ -93,7 +117,8 @@ class DistributedPool:
                 rank = next(r for r, c in pending.items() if c is ready)
                 del pending[rank]
                 try:
-                    status, value = ready.recv()  # type: ignore[union-attr]
+                    status, value, held = ready.recv()  # type: ignore[union-attr]
+                    threads = max(threads, held)
                 except EOFError:
                     status, value = "error", "the process died without a traceback"
                 if status == "ok":
@@ -105,6 +130,8 @@ class DistributedPool:
             self.close()
             silent = f"\nno answer from ranks {sorted(pending)}" if pending else ""
             raise DistributedFailure("\n".join(f"rank {r}:\n{e}" for r, e in sorted(errors.items())) + silent)
+        if threads > MAX_THREADS:
+            self.close()
         return [results[r] for r in range(self.world_size)]
 
     def close(self) -> None:

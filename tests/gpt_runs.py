@@ -79,6 +79,20 @@ def recipe(
     )
 
 
+def newton_schulz(dtype: torch.dtype | None) -> torch.dtype:
+    """The precision of DeepSpeed's Newton-Schulz steps in this process from now on; None: its own choice. Returns it.
+
+    DeepSpeed takes float16 where the hardware has it: its rounding, 3e-3 of an update, would hide what is compared.
+    """
+    from megatron_opus.backends import muon
+
+    kernels = muon.kernels()
+    own = getattr(kernels, "_own_ns_compute_dtype", kernels.ns_compute_dtype)
+    kernels._own_ns_compute_dtype = own  # type: ignore[attr-defined]
+    kernels.ns_compute_dtype = own if dtype is None else lambda ns_method="gram": dtype  # type: ignore[attr-defined]
+    return kernels.ns_compute_dtype("gram")
+
+
 def batch_of_step(step: int, size: int = K, length: int = LENGTH) -> Batch:
     """`size` sequences with masks of different lengths, so that token and sequence means differ."""
     generator = torch.Generator().manual_seed(1000 + step)

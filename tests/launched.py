@@ -23,6 +23,8 @@ from megatron_opus.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "pretrain_gpt2_tiny"
+VOLATILE = {"score_seconds", "choose_seconds", "step_seconds", "step_cpu_seconds", "memory_bytes"}  # of equal runs
+PATIENCE = 300.0  # seconds; a machine may be busy
 
 
 def tiny(cache: Path, runs: Path, name: str, *more: str) -> list[str]:
@@ -49,7 +51,7 @@ class Launched:
     def signal(self, rank: int, number: int) -> None:
         os.kill(self.pids[rank], number)
 
-    def wait(self, ranks: Sequence[int] | None = None, seconds: float = 90.0) -> dict[int, int]:
+    def wait(self, ranks: Sequence[int] | None = None, seconds: float = PATIENCE) -> dict[int, int]:
         """Statuses once all of `ranks` (all: None) have ended."""
         wanted = range(len(self.pids)) if ranks is None else ranks
         deadline = time.monotonic() + seconds
@@ -59,7 +61,7 @@ class Launched:
             time.sleep(0.02)
         return {rank: self.statuses[rank] for rank in wanted}
 
-    def reach(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    def reach(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Wait for a condition while the run goes on."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -88,7 +90,7 @@ class Launched:
 
 
 class Server:
-    """Forks ranks. One for the tests of a module; `close` kills whatever is left."""
+    """Forks ranks. One for all tests; `close` kills whatever is left."""
 
     def __init__(self) -> None:
         self._connection, theirs = mp.get_context("spawn").Pipe()

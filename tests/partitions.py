@@ -1,6 +1,6 @@
 """The table of partitions: how far the scores of every layout that a test runs are from what they should be.
 
-    pytest tests/scoring --partition-table=docs/partitions.md
+    pytest tests/scoring -n 0 --partition-table=docs/partitions.md
 
 writes it from the very numbers that the tests assert on.
 """

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "backends": {"backends", "config", "checks", "types"},
     "api": {"api", "backends", "scoring", "selection", "config", "types"},
     "__init__": {"api"},
+    "launching": {"launching", "training", "data", "config"},
     "training": {
         "training",
         "api",

@@ -1,183 +1,163 @@
 #!/usr/bin/env python3
-"""What scoring costs and how well it ranks, on this machine: a table, and JSON with --json.
+"""What scoring costs and how well it ranks, on this machine: tables, and JSON with --json.
 
-    python tools/bench_scoring.py tax --hidden-size 1024 --num-layers 2 --length 512 --candidates 8 --proxy 2
-    python tools/bench_scoring.py fidelity --hidden-size 512 --num-layers 4 --train-steps 500
+    python tools/bench_scoring.py flops                                  # overhead of the recipes, counted from shapes
+    python tools/bench_scoring.py overhead --hidden-size 512             # of a real step, on the clock and in FLOPs
+    python tools/bench_scoring.py tax --hidden-size 1024 --estimators one_sided:64,two_sided:8192
+    python tools/bench_scoring.py fidelity --hidden-size 512 --num-layers 4
+    python tools/bench_scoring.py frontier --hidden-size 512 --json frontier.json --picture frontier.svg
+    python tools/bench_scoring.py economy --hidden-size 512 --json economy.json
 
-`tax` needs no training: the time of a pass does not depend on the weights. `fidelity` trains a GPT first on the corpus
-(the embedded one unless --corpus names a directory of tools/prepare_data.py) and compares with the float64 oracle.
+`tax` and `overhead` need no training: the time of a pass does not depend on the weights. `fidelity`, `frontier` and
+`economy` train a GPT first, on the embedded corpus unless --corpus names a directory of tools/prepare_data.py, and keep
+it in --model-cache. Runs of `frontier` with other sizes and the same --json are merged into one table and picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
+import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from megatron_opus.backends import indexed
-from megatron_opus.backends.deepspeed import init_distributed
-from megatron_opus.backends.megatron import init_parallel
-from megatron_opus.config import ModelConfig, ParallelConfig, PreconditionerConfig, SelectionConfig, SketchConfig
-from megatron_opus.data.embedded import prepare_embedded
-from megatron_opus.training import bench
+from megatron_opus.training import bench_report as report
 
-# name -> (operator, alignment, form); a colon adds a size: two_sided:8192, one_sided:64
-ESTIMATORS = {
-    "materialise": ("materialise", "features", "separable"),
-    "materialise-exact": ("materialise", "features", "exact"),
-    "two_sided": ("two_sided", "features", "separable"),
-    "two_stage": ("two_stage", "features", "separable"),
-    "tensor_sketch": ("tensor_sketch", "features", "separable"),
-    "one_sided": ("two_sided", "one_sided", "separable"),
-    "direction": ("two_sided", "direction", "separable"),
-    "direction-exact": ("materialise", "direction", "exact"),
-}
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = [ROOT / "configs" / f"{n}.yaml" for n in ("pretrain_gpt2_xl", "pretrain_gpt2_large", "cpt_qwen3_8b")]
+SECTIONS = ("savings", "proxy", "redundancy", "draws", "stale")
 
 
-def estimator(name: str, args: argparse.Namespace) -> SelectionConfig:
-    kind, _, size = name.partition(":")
-    operator, alignment, form = ESTIMATORS[kind]
-    sketch = SketchConfig(
-        operator=operator,
-        alignment=alignment,
-        dim=int(size) if size and alignment == "features" else args.dim,
-        one_sided_dim=int(size) if size and alignment == "one_sided" else 128,
-        intermediate_dim=args.intermediate_dim,
-        scope=args.scope,
-        seed=args.sketch_seed,
-    )
-    return SelectionConfig(
-        sketch=sketch,
-        preconditioner=PreconditionerConfig(form=form),
-        score_length=args.length,
-        score_micro_batch_size=args.score_micro_batch_size,
-    )
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    started = time.perf_counter()
+    try:
+        earlier: dict[str, list[dict[str, object]]] = {"runs": [], "rows": []}
+        if args.json:
+            report.check_writable(args.json)
+            earlier = report.read(args.json)
+        if getattr(args, "picture", None):
+            report.check_writable(args.picture)
+            report.pyplot()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that are not there
+            from megatron_opus.training import bench_commands as commands
+
+            def save(result: commands.Result) -> list[dict[str, object]]:
+                rows = report.merged(earlier["rows"], result.rows, result.keys)
+                run = {"command": argv or sys.argv[1:], "seconds": time.perf_counter() - started, **result.facts}
+                if args.json and result.rows:
+                    report.write(args.json, [*earlier["runs"], run], rows)
+                return rows
+
+            torch.set_num_threads(args.threads)
+            result = commands.run(args, say=lambda text: print(text, file=sys.stderr, flush=True), save=save)
+        rows = save(result)
+        for title, part in result.tables(rows):
+            print(f"\n{title}\n\n{report.table(part)}" if title else report.table(part))
+        if getattr(args, "picture", None) and rows:
+            report.draw_frontier(rows, args.picture)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"bench_scoring: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def main() -> None:
-    args = parse()
-    torch.set_num_threads(args.threads)
-    device = init_distributed(ParallelConfig())
-    init_parallel(ParallelConfig(), seed=args.seed)
-    corpus = Path(args.corpus) if args.corpus else prepare_embedded(args.cache_dir, indexed)
-    model = ModelConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads or max(1, args.hidden_size // 64),
-    )
-    work = bench.Workbench(model, corpus, length=args.length, device=device, seed=args.seed)
-    mixture = dict(pair.split("=") for pair in args.mixture.split(",")) if args.mixture else None
-    weights = {name: float(value) for name, value in mixture.items()} if mixture else None
-    # at least one step: before it the geometry is SGD's and there is nothing to precondition with
-    steps = args.train_steps if args.command == "fidelity" else 1
-    work.train(steps, args.batch_size, mixture=weights, cache=Path(args.model_cache) if args.model_cache else None)
-    rows = tax(work, args, weights) if args.command == "tax" else fidelity(work, args, weights)
-    result = {
-        "command": sys.argv[1:],
-        "machine": {"device": str(device), "processor": platform.processor(), "torch": torch.__version__},
-        "train_loss": [sum(x) / len(x) for x in (work.losses[:10], work.losses[-10:])],
-        "rows": rows,
-    }
-    print(table(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def tax(work: bench.Workbench, args: argparse.Namespace, weights: dict[str, float] | None) -> list[dict[str, Any]]:
-    pool = work.pool("mixed", args.candidates, args.proxy, weights)
-    together = bench.Batch.cat([pool.candidates, pool.proxy])
-    micro = args.score_micro_batch_size or len(together)
-
-    def plain() -> None:
-        for first in range(0, len(together), micro):
-            work.plain(together.rows(first, min(first + micro, len(together))))
-
-    scorers = {name: work.scorer(estimator(name, args)) for name in args.estimators}
-    runs: dict[str, Any] = {"plain": plain}
-    for name, scorer in scorers.items():
-        runs[name] = lambda scorer=scorer: scorer(pool.candidates, pool.proxy, interaction=not args.no_interaction)
-    seconds = bench.alternate(runs, args.repeats, work.device)
-    base = bench.peak_bytes(plain, work.device)
-    rows = [{"estimator": "plain", "seconds": bench.ratio(seconds, "plain", "plain")["seconds"], "MiB": base / 2**20}]
-    for name in scorers:
-        found = bench.ratio(seconds, name, "plain")
-        peak = bench.peak_bytes(runs[name], work.device)
-        rows.append(
-            {
-                "estimator": name,
-                "tax": found["median"],
-                "low": found["low"],
-                "high": found["high"],
-                "seconds": found["seconds"],
-                "memory": peak / base,
-            }
-        )
-    return rows
-
-
-def fidelity(work: bench.Workbench, args: argparse.Namespace, weights: dict[str, float] | None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    pools = [work.pool("mixed", args.candidates, args.proxy, weights)]
-    if args.homogeneous:
-        pools.append(work.pool(args.homogeneous, args.candidates, args.proxy, {args.homogeneous: 1.0}))
-    for pool in pools:
-        truth = work.oracle(pool)
-        for name in args.estimators:
-            scorer = work.scorer(estimator(name, args))
-            found = scorer(pool.candidates, pool.proxy, interaction=False).alignment
-            assert found is not None
-            rows.append({"pool": pool.name, "estimator": name, **bench.fidelity(found, truth)})
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-    lines = [columns, ["-" * w for w in widths], *cells]
-    return "\n".join("| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["tax", "fidelity"])
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--num-layers", type=int, default=2)
-    parser.add_argument("--num-attention-heads", type=int, help="default: hidden size / 64")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each sequence, all of them scored")
-    parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--proxy", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=8192, help="m of the sketch")
-    parser.add_argument("--intermediate-dim", type=int, default=65536)
-    parser.add_argument("--scope", choices=["layer", "model"], default="layer")
-    parser.add_argument("--sketch-seed", type=int, default=42)
-    parser.add_argument("--score-micro-batch-size", type=int)
-    parser.add_argument("--no-interaction", action="store_true", help="as with selection.redundancy.scale=off")
-    parser.add_argument("--estimators", type=lambda x: x.split(","), default=list(ESTIMATORS))
-    parser.add_argument("--corpus", help="directory made by tools/prepare_data.py; default: the embedded corpus")
-    parser.add_argument("--cache-dir", default="data", help="where the embedded corpus is prepared")
-    parser.add_argument("--mixture", help="domain=weight,... of training and of the mixed pool")
-    parser.add_argument("--homogeneous", help="a domain for a second pool of nothing else")
-    parser.add_argument("--train-steps", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--model-cache", help="file to keep the trained model in")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--json", help="file for the numbers")
-    return parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    common.add_argument("--json", type=Path, help="file for the numbers; those of earlier runs in it are kept")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--hidden-size", type=positive, default=512)
+    model.add_argument("--num-layers", type=positive, default=2)
+    model.add_argument("--num-attention-heads", type=positive, help="default: hidden size / 64")
+    model.add_argument("--proxy", type=positive, default=2, help="proxy sequences")
+    model.add_argument("--dim", type=positive, default=8192, help="m of the sketch")
+    model.add_argument("--intermediate-dim", type=positive, default=65536)
+    model.add_argument("--scope", choices=["layer", "model"], help="default: model where the alignment is elsewhere")
+    model.add_argument("--sketch-seed", type=int, default=42)
+    model.add_argument("--score-micro-batch-size", type=positive)
+    model.add_argument("--no-interaction", action="store_true", help="as with selection.redundancy.scale=off")
+    model.add_argument("--corpus", type=Path, help="made by tools/prepare_data.py; default: the embedded corpus")
+    model.add_argument("--cache-dir", type=Path, default=Path("data"), help="where the embedded corpus is prepared")
+    model.add_argument("--mixture", help="domain=weight,... of training and of the mixed pool")
+    model.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a busy machine, --threads 1")
+    model.add_argument("--seed", type=int, default=42)
+    trained = argparse.ArgumentParser(add_help=False)
+    trained.add_argument("--homogeneous", help="domain of a second pool of nothing else; embedded corpus: source")
+    trained.add_argument("--train-steps", type=positive, default=500)
+    trained.add_argument("--batch-size", type=positive, default=2, help="sequences of a training step")
+    trained.add_argument("--model-cache", type=Path, help="folder of trained models; default: CACHE_DIR/bench")
+
+    def add(name: str, text: str, *parents: argparse.ArgumentParser) -> Callable[..., object]:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
+        return sub.add_argument
+
+    option = add("flops", "overhead of recipes in FLOPs, counted from shapes")
+    option("--recipe", type=Path, nargs="+", default=RECIPES, help="default: GPT-2 XL, GPT-2 Large, Qwen3-8B")
+    option("overrides", nargs="*", metavar="key=value", help="of every recipe, such as optimizer.name=muon")
+
+    option = add("tax", "scoring pass / its forward and backward", model)
+    sizes(option, candidates=8, length=512, repeats=7, estimators="one_sided:64,two_sided:8192")
+
+    option = add("fidelity", "the estimate against the float64 oracle", model, trained)
+    sizes(option, candidates=32, length=512, repeats=None, estimators="one_sided:64,two_sided:8192")
+
+    option = add("overhead", "a step with selection against one without", model)
+    sizes(option, candidates=8, length=6144, repeats=5, estimators="one_sided:64")
+    option("--chosen", type=positive, default=4, help="K, sequences of the update")
+    option("--score-length", type=positive, default=512)
+    option("--micro-batch-size", type=positive, default=1, help="of the update")
+
+    option = add("frontier", "tax and fidelity of every estimator and size", model, trained)
+    sizes(option, candidates=32, length=512, repeats=3, estimators="all")
+    option("--tax-candidates", type=positive, default=8, help="with --proxy, the sequences of the timed pass")
+    option("--fidelity-proxy", type=positive, default=8)
+    option("--picture", type=Path, help=".svg or .png of all rows")
+    option("--estimate-only", action="store_true", help="say how long it would take, and stop")
+
+    option = add("economy", "what fewer and cheaper tokens cost in fidelity", model, trained)
+    sizes(option, candidates=32, length=512, repeats=1, estimators="one_sided:64")
+    option("--sections", type=lambda x: x.split(","), default=list(SECTIONS), help=f"of {','.join(SECTIONS)}")
+    option("--oracle-proxy", type=positive, default=60, help="sequences of the target that proxies are compared with")
+    option("--proxy-sizes", type=numbers, default=[2, 4, 8, 16, 32])
+    option("--refresh", type=numbers, default=[1, 4, 16], help="refresh intervals of the proxy")
+    option("--redundancy-dims", type=numbers, default=[8192, 1024])
+    option("--draw-candidates", type=positive, default=1024)
+    args = parser.parse_args(argv)
+    unknown = set(getattr(args, "sections", ())) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--sections: expected some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")
+    if getattr(args, "clock", "wall") == "cpu" and (args.threads > 1 or torch.cuda.is_available()):
+        parser.error("--clock cpu: expected --threads 1 and no accelerator; it counts the work of one thread")
+    return args
+
+
+def sizes(option: Callable[..., object], *, candidates: int, length: int, repeats: int | None, estimators: str) -> None:
+    option("--candidates", type=positive, default=candidates)
+    option("--length", type=positive, default=length, help="tokens of each sequence")
+    if repeats is not None:
+        option("--repeats", type=positive, default=repeats)
+    option("--estimators", default=estimators, help="kind:size,...; all: the frontier's list")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    return [positive(x) for x in text.split(",")]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

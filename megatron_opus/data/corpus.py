@@ -262,6 +262,26 @@ class Corpus:
             last_document=int(last),
         )
 
+    def documents_of(self, sample_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """([n] number of the stream, over all roles in id order; [n] first, [n] last document in it) of sequences."""
+        ids = self._checked(sample_ids)
+        numbers = self._domain_of(ids)
+        first, last = np.empty_like(ids), np.empty_like(ids)
+        for number in np.unique(numbers).tolist():
+            here, domain = numbers == number, self._domains[number]
+            start = (ids[here] - domain.offset) * self.seq_length
+            first[here] = np.searchsorted(domain.documents.document_ends, start, side="right")
+            last[here] = np.searchsorted(domain.documents.document_ends, start + self.seq_length - 1, side="right")
+        return numbers, first, last
+
+    def document_text(self, stream: int, document: int, most_tokens: int) -> tuple[str, int]:
+        """(the text of at most so many of its first tokens, all of its tokens) of a document of a stream by number."""
+        documents = self._domains[stream].documents
+        start = int(documents.document_ends[document - 1]) if document else 0
+        length = int(documents.document_ends[document]) - start
+        ids = documents.tokens(start, min(length, most_tokens))
+        return self.tokenizer.decode(ids[ids != self.tokenizer.eod].tolist()), length
+
     def text(self, sample_id: int) -> str:
         """The L tokens of a sequence as text; documents are separated by an empty line."""
         (number,) = self._domain_of(self._checked([sample_id]))

@@ -53,7 +53,7 @@ class LedgerWriter:
         self._domains = pa.array(list(domains), pa.string())
         self._rows: list[pa.RecordBatch] = []
         self._first: int | None = None
-        parts = _parts(self.directory)
+        parts = ledger_parts(self.directory)
         self._last = parts[-1][1] if parts else -1
 
     def append(self, candidates: Candidates, signals: Signals, selection: Selection) -> None:
@@ -101,7 +101,7 @@ class LedgerWriter:
         for stale in self.directory.glob(f"*{PARTIAL}"):
             stale.unlink()
         self._last = -1
-        for first, last, path in _parts(self.directory):
+        for first, last, path in ledger_parts(self.directory):
             if first >= step:
                 path.unlink()
             elif last >= step:
@@ -130,7 +130,7 @@ def exclusions(signals: Signals, n: int) -> pa.Array:
 
 def read_ledger(directory: str | Path, complete: bool = True) -> pa.Table:
     """All rows in order of steps. complete: raise LedgerError for a missing step, or rows of a step in two parts."""
-    parts = _parts(Path(directory))
+    parts = ledger_parts(Path(directory))
     if not parts:
         return SCHEMA.empty_table()
     for (_, last, path), (first, _, after) in itertools.pairwise(parts):
@@ -154,7 +154,7 @@ def usage(table: pa.Table) -> pa.Table:
     return counted.rename_columns(["sample_id", "domain", "offered", "used"]).sort_by("sample_id")
 
 
-def _parts(directory: Path) -> list[tuple[int, int, Path]]:
+def ledger_parts(directory: Path) -> list[tuple[int, int, Path]]:
     """(first step, last step, path) of the parts, in order."""
     found = [(m, path) for path in directory.glob("steps-*.parquet") if (m := _PART.fullmatch(path.name))]
     return sorted((int(m[1]), int(m[2]), path) for m, path in found)

@@ -154,7 +154,8 @@ class Capture:
             self._backward_calls[index] += 1
             if not kept:
                 return
-            with torch.no_grad():
+            # autocast would add up in low precision what is float32 here
+            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
                 # autograd keeps this hook until the whole graph is gone: what it closes over must not keep the factors
                 forward = list(kept)
                 kept.clear()

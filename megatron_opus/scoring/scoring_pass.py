@@ -243,7 +243,9 @@ class ScoringPass:
                 "uncompiled model"
             )
         # the gradient of the sum gives every sequence its own b, since sequences do not mix
-        torch.autograd.grad((means * weights).sum(), capture.leaves)
+        # Megatron's linear layers enter autocast in their backward pass by themselves, but on CUDA alone
+        with _precision(self._config.score_precision if self._device.type == "cpu" else "model", self._device):
+            torch.autograd.grad((means * weights).sum(), capture.leaves)
         capture.check()
         return means.detach()
 

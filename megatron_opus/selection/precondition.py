@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_opus.types import AdamHyper, Fragment, MuonHyper
 
 Side = Literal["rows", "cols"]
+_CACHED = 2**16  # numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,18 +167,33 @@ def separable_factors(row_sum: Tensor, col_sum: Tensor, hyper: AdamHyper) -> tup
 def fragment_sums(fragment: Fragment, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """Row sums [rows] and column sums [cols], float64, of the part of a [rows, cols] matrix that a fragment holds.
 
-    A fragment may begin and end inside a row: it is padded with zeros to whole rows.
+    A fragment may begin and end inside a row.
     """
-    first, stop = fragment.start // cols, -(-(fragment.start + fragment.values.numel()) // cols)
-    if stop > rows:
+    values, start = fragment.values, fragment.start
+    stop = start + values.numel()
+    if stop > rows * cols:
         raise ValueError(
-            f"fragment [{fragment.start}, {fragment.start + fragment.values.numel()}) does not fit a {rows} x {cols} "
-            "matrix: the optimizer state belongs to another parameter"
+            f"fragment [{start}, {stop}) does not fit a {rows} x {cols} matrix: the optimizer state belongs to another "
+            "parameter"
         )
-    padded = torch.zeros((stop - first) * cols, dtype=torch.float64, device=fragment.values.device)
-    offset = fragment.start - first * cols
-    padded[offset : offset + fragment.values.numel()] = fragment.values.double()
-    whole = padded.view(stop - first, cols)
-    row_sum = torch.zeros(rows, dtype=torch.float64, device=padded.device)
-    row_sum[first:stop] = whole.sum(1)
-    return row_sum, whole.sum(0)
+    row_sum = torch.zeros(rows, dtype=torch.float64, device=values.device)
+    col_sum = torch.zeros(cols, dtype=torch.float64, device=values.device)
+
+    def add(piece: Tensor, row: int, col: int) -> None:
+        """piece [r, c] begins at (row, col)."""
+        piece = piece.double()
+        row_sum[row : row + len(piece)] += piece.sum(1)
+        col_sum[col : col + piece.shape[1]] += piece.sum(0)
+
+    first, last = -(-start // cols), stop // cols  # whole rows
+    if start % cols:
+        add(values[None, : first * cols - start], start // cols, start % cols)
+    if last > first:
+        whole = values[first * cols - start : last * cols - start].view(-1, cols)
+        # float64 copies that stay in a core's cache: those of a whole matrix cost ten times as much
+        step = max(1, _CACHED // cols) if values.device.type == "cpu" else len(whole)
+        for i in range(0, len(whole), step):
+            add(whole[i : i + step], first + i, 0)
+    if stop % cols and last >= first:
+        add(values[None, last * cols - start :], last, 0)
+    return row_sum, col_sum

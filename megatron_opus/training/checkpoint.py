@@ -5,7 +5,8 @@
         state.pt           what the loop gave: buffer, generators, counters; the same on every rank
         rng_00000.pt ..    random states of each rank
         moment_00000.pt .. each rank's part of the selector's own second moment, where it keeps one
-        complete.json      written last: step, layout, configuration, fingerprints, and the size of every file above
+        complete.json      written last: step, layout, configuration, fingerprints, environment, and the size of every
+                           file above
 
 A directory without `complete.json` is not a checkpoint. It is ignored, and removed only when the same step is saved
 again. A complete one is never written into: a second save of its step goes beside it (`step_00000500.1`). Ranks must
@@ -31,6 +32,7 @@ import torch.distributed as dist
 
 from megatron_opus.backends.megatron import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
+from megatron_opus.training.agreement import environment
 
 MARKER = "complete.json"
 DELETING = "deleting.json"  # a marker withdrawn: what is left of the directory may go
@@ -109,6 +111,7 @@ def save(
             "config": to_dict(config),
             "fingerprints": dict(fingerprints),
             "versions": _versions(),
+            "environment": environment(),  # for the reader: never compared
             "files": _synced_files(path),
         }
         _replace(path / MARKER, json.dumps(marker, indent=1, sort_keys=True))

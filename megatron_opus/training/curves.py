@@ -27,6 +27,7 @@ class Run:
     score_seconds: float  # of them, the scoring passes
     curves: dict[str, list[tuple[int, float]]]  # validation domain -> (update tokens, loss), ascending
     clock: list[float]  # seconds at each point of the curves
+    cpu_clock: list[float]  # seconds that the processor worked for this process; empty: not recorded
 
     def final(self, domain: str) -> float:
         return self.curves[domain][-1][1]
@@ -43,11 +44,13 @@ def read_run(directory: Path) -> Run:
         print(f"note: {directory} has gone on since its last evaluation; its figures are of that one", file=sys.stderr)
     last: dict[str, Any] = evaluated[-1]
     counted = [row for row in rows if row["step"] <= last["step"]]
-    clock, passed = [], 0.0
+    clock, cpu_clock, passed, worked = [], [], 0.0, 0.0
     for row in counted:
         passed += row["step_seconds"]
+        worked += row.get("step_cpu_seconds", math.nan)
         if row.get("validation_loss"):
             clock.append(passed)
+            cpu_clock.append(worked)
     return Run(
         name=directory.name,
         strategy=load(directory / "config.yaml").selection.strategy,
@@ -60,6 +63,7 @@ def read_run(directory: Path) -> Run:
             for domain in last["validation_loss"]
         },
         clock=clock,
+        cpu_clock=[] if math.isnan(worked) else cpu_clock,
     )
 
 

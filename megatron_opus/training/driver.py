@@ -240,7 +240,9 @@ def metrics_row(
     grad_norm: float,
     lr: float,
     skipped: bool,
+    choose_seconds: float,
     step_seconds: float,
+    step_cpu_seconds: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl (validation losses are added where they are measured)."""
     counters = driver.counters
@@ -262,7 +264,9 @@ def metrics_row(
         "selected_share": share,
         "score_seconds": signals.seconds,
         "score_bytes_sent": signals.bytes_sent,
+        "choose_seconds": choose_seconds,  # scoring, and beside it the buffer, the draw and reading what was drawn
         "step_seconds": step_seconds,
+        "step_cpu_seconds": step_cpu_seconds,
         "memory_bytes": memory_bytes(),
     }
 

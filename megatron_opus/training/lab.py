@@ -33,7 +33,8 @@ from megatron_opus.training.metrics import read_metrics
 RECORD = "experiment.json"
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
-OPTIONAL = ("corpus", "settings", "shared")
+OPTIONAL = ("corpus", "settings", "shared", "clock")
+CLOCKS = ("wall", "cpu")
 RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
 SINGLE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CORES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -72,6 +73,7 @@ class Experiment:
     seeds: tuple[int, ...]
     arms: Mapping[str, Mapping[str, Any]]  # name -> dotted overrides
     shared: Mapping[str, Any]  # metric and settings that replace those above on larger text, whose domains differ
+    clock: str  # `wall`, or `cpu`: the seconds a processor worked for a run, which other work beside it leaves alone
 
     def on_shared_text(self) -> Experiment:
         """The same experiment on the larger text: another name, its own metric and settings. Raises LabError."""
@@ -143,6 +145,9 @@ def read_experiment(path: Path) -> Experiment:
     shared = raw.get("shared") or {}
     if shared and (not isinstance(shared, dict) or {*shared} != {"metric", "settings"} or not raw.get("corpus")):
         raise fail("shared: expected metric and settings, beside a corpus")
+    clock = raw.get("clock", "wall")
+    if clock not in CLOCKS:
+        raise fail(f"clock: expected one of {', '.join(CLOCKS)}, got {clock!r}")
     if raw["baseline"] not in arms:
         raise fail(f"baseline: expected one of the arms {', '.join(arms)}, got {raw['baseline']!r}")
     return Experiment(
@@ -157,6 +162,7 @@ def read_experiment(path: Path) -> Experiment:
         seeds=tuple(seeds),
         arms=arms,
         shared=shared,
+        clock=clock,
     )
 
 
@@ -172,6 +178,7 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
         "metric": list(experiment.metric),
         "stopping_rule": experiment.stopping_rule,
         "baseline": experiment.baseline,
+        "clock": experiment.clock,
     }
     settings = {run.name: _settings(run.config) for run in runs}
     if not path.exists():
@@ -181,7 +188,7 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
         return made
     old = json.loads(path.read_text(encoding="utf-8"))
     for key, value in announced.items():
-        if old[key] != value:
+        if old.get(key, "wall") != value:
             raise LabError(
                 f"{path}: the {key} was announced as {old[key]!r}, now it is {value!r}; what was announced before the "
                 "runs stands: choose another --output for another experiment"

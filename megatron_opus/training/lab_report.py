@@ -5,7 +5,8 @@ Loss: the mean of the metric's validation domains at the end of a run, nats per 
 Tokens to target: for one seed, the *target* is the worse of the two final losses, of the arm and of the baseline, which
 both curves have reached. The ratio is (update tokens of the arm at the target) / (those of the baseline), each
 interpolated on its own curve: for a worse arm on the baseline's, for a better one on the arm's. Below 1 is better.
-Seconds to target: the same over the clock of the steps, scoring included, evaluation and checkpoints left out.
+Seconds to target: the same over the clock of the steps, scoring included, evaluation and checkpoints left out; with
+`clock: cpu` over the processor's seconds, which tell the same on a machine of one's own, and the truth on a shared one.
 
 Runs of one schedule are compared: in the middle of a run the learning rate has not come down yet, so a better arm
 reaches the target later than a run planned for fewer tokens would.
@@ -71,7 +72,7 @@ def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mappi
 
 
 def _arm(experiment: Experiment, arm: str, runs: Mapping[tuple[str, int], Run]) -> ArmResult:
-    metric = experiment.metric
+    metric, clock = experiment.metric, experiment.clock
     mine = {seed: runs[arm, seed] for seed in experiment.seeds if (arm, seed) in runs}
     pairs = [(mine[s], runs[experiment.baseline, s]) for s in mine if (experiment.baseline, s) in runs]
 
@@ -85,8 +86,8 @@ def _arm(experiment: Experiment, arm: str, runs: Mapping[tuple[str, int], Run]) 
         loss=interval([final_loss(run, metric) for run in mine.values()]),
         difference=paired(lambda a, b: final_loss(a, metric) - final_loss(b, metric)),
         token_ratio=paired(lambda a, b: ratio_to_target(by_tokens(a, metric), by_tokens(b, metric))),
-        second_ratio=paired(lambda a, b: ratio_to_target(by_seconds(a, metric), by_seconds(b, metric))),
-        overhead=paired(lambda a, b: (a.seconds / a.steps) / (b.seconds / b.steps) - 1),
+        second_ratio=paired(lambda a, b: ratio_to_target(by_seconds(a, metric, clock), by_seconds(b, metric, clock))),
+        overhead=paired(lambda a, b: (_clock(a, clock)[-1] / a.steps) / (_clock(b, clock)[-1] / b.steps) - 1),
         scoring_share=interval([run.score_seconds / run.seconds for run in mine.values()]),
     )
 
@@ -97,8 +98,14 @@ def by_tokens(run: Run, metric: Sequence[str]) -> Points:
     return [(points[0][0], math.fsum(p[1] for p in points) / len(points)) for points in zip(*curves, strict=True)]
 
 
-def by_seconds(run: Run, metric: Sequence[str]) -> Points:
-    return [(second, loss) for second, (_, loss) in zip(run.clock, by_tokens(run, metric), strict=True)]
+def by_seconds(run: Run, metric: Sequence[str], clock: str) -> Points:
+    return [(second, loss) for second, (_, loss) in zip(_clock(run, clock), by_tokens(run, metric), strict=True)]
+
+
+def _clock(run: Run, clock: str) -> list[float]:
+    if clock == "cpu" and not run.cpu_clock:
+        raise LabError(f"{run.name}: expected step_cpu_seconds in every step of metrics.jsonl for `clock: cpu`")
+    return run.cpu_clock if clock == "cpu" else run.clock
 
 
 def final_loss(run: Run, metric: Sequence[str]) -> float:
@@ -141,6 +148,7 @@ def table(results: Results) -> str:
         f"metric         loss on {', '.join(e.metric)} at the end, nats per token",
         f"stopping rule  {' '.join(e.stopping_rule.split())}",
         f"baseline       {e.baseline}; mean ± half of the 95% t-interval over seeds; ratios below 1: it needs less",
+        f"clock          {'processor seconds of the run' if e.clock == 'cpu' else 'wall clock'}, evaluation left out",
         "",
         *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
     ]
@@ -159,6 +167,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "metric": list(metric),
         "stopping_rule": e.stopping_rule,
         "baseline": e.baseline,
+        "clock": e.clock,
         "arms": [asdict(arm) for arm in results.arms],
         "failed": [{"run": name, "why": why} for name, why in results.failed],
         "added_later": results.added_later,
@@ -172,7 +181,8 @@ def as_json(results: Results) -> dict[str, Any]:
                 "seconds": run.seconds,
                 "score_seconds": run.score_seconds,
                 "by_tokens": by_tokens(run, metric),
-                "by_seconds": by_seconds(run, metric),
+                "cpu_seconds": run.cpu_clock[-1] if run.cpu_clock else None,
+                "by_seconds": by_seconds(run, metric, e.clock),
             }
             for (arm, seed), run in results.runs.items()
         ],
@@ -230,14 +240,20 @@ def draw(results: Results, folder: Path) -> list[Path]:
         raise LabError(f"pictures need matplotlib ({error}): pip install -e '.[lab]'") from None
     e = results.experiment
     made = []
-    for name, points_of, label in (
-        ("loss_tokens.png", by_tokens, "update tokens"),
-        ("loss_seconds.png", by_seconds, "seconds of training steps, scoring included"),
-    ):
+    kind = "processor seconds" if e.clock == "cpu" else "seconds"
+    pictures: tuple[tuple[str, Callable[[Run], Points], str], ...] = (
+        ("loss_tokens.png", lambda run: by_tokens(run, e.metric), "update tokens"),
+        (
+            "loss_seconds.png",
+            lambda run: by_seconds(run, e.metric, e.clock),
+            f"{kind} of training steps, scoring included",
+        ),
+    )
+    for name, points_of, label in pictures:
         figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
         lowest, highest = math.inf, -math.inf
         for arm in results.arms:
-            curves = [points_of(results.runs[arm.arm, seed], e.metric) for seed in arm.seeds]
+            curves = [points_of(results.runs[arm.arm, seed]) for seed in arm.seeds]
             if not curves:
                 continue
             xs, losses = band(curves)

@@ -91,9 +91,10 @@ class TrainingLoop:
         return row
 
     def _step(self) -> tuple[dict[str, Any], Any]:
-        started, step = time.perf_counter(), self._driver.counters.step
+        started, worked, step = time.perf_counter(), time.process_time(), self._driver.counters.step
         self._watch.now(f"scoring and selecting the candidates of step {step}")
         decided = self._driver.choose()
+        choose_seconds = time.perf_counter() - started
         self._watch.now(f"training step {step}")
         result = train_step(self._engine, self._iterator, per_sequence=self._driver.wants_sequence_loss)
         row = metrics_row(
@@ -104,7 +105,9 @@ class TrainingLoop:
             grad_norm=result.grad_norm,
             lr=result.lr,
             skipped=result.skipped,
+            choose_seconds=choose_seconds,
             step_seconds=time.perf_counter() - started,
+            step_cpu_seconds=time.process_time() - worked,
         )
         if result.sequence_loss is not None:
             self._driver.observe(result.sequence_loss)

@@ -236,13 +236,18 @@ def _forward(config: RunConfig, layout: Layout, batch: int, length: int, *, froz
     return saved + max(logits + head_gradient, widest)
 
 
+def scored_blocks(blocks: int, which: str) -> range:
+    """Numbers of the blocks that `selection.scored_layers` names."""
+    kind, _, number = which.partition(":")
+    k = int(number or 1)
+    return {"last": range(blocks - k, blocks), "every": range(blocks)[::-1][::k]}.get(kind, range(blocks))
+
+
 def scored_matrices(config: RunConfig, layout: Layout) -> list[tuple[int, int, bool]]:
     """(rows, columns, columns are cut) of this rank's part of every scored matrix."""
     s, tp = config.selection, layout.tp
     shapes = parameter_shapes(_with_positions(config).model, padded=True)
-    kind, _, number = s.scored_layers.partition(":")
-    blocks, k = config.model.num_layers, int(number or 1)
-    chosen = {"last": range(blocks - k, blocks), "every": range(blocks)[::-1][::k]}.get(kind, range(blocks))
+    chosen = scored_blocks(config.model.num_layers, s.scored_layers)
     found = []
     for name, (rows, columns) in ((n, x) for n, x in shapes.items() if len(x) == 2):
         block = re.search(r"\.(\d+)\.", name)

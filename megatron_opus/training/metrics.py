@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,18 +52,29 @@ class MetricsWriter:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All complete rows. A torn last line, from a killed process, is left out; any other raises ValueError."""
-    rows = []
+    return [row for row in iter_metrics(run_dir) if row is not None]
+
+
+def iter_metrics(run_dir: Path) -> Iterator[dict[str, Any] | None]:
+    """The rows one by one, then None where the last line is torn. Raises ValueError for any other broken line."""
     path = run_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number}: not a row of metrics ({error}); repair or remove it"
-                ) from None
-    return rows
+    if not path.exists():
+        return
+    torn = ""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if torn:
+                raise ValueError(torn)
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    raise ValueError("expected an object with an integer `step`")
+            except ValueError as error:
+                torn = f"{path}, line {number}: not a row of metrics ({error}); repair or remove it"
+                continue
+            yield row
+    if torn:
+        yield None
 
 
 def _truncate(path: Path, first_step: int) -> None:

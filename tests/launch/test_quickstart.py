@@ -62,7 +62,7 @@ def call(root: Path, *command: str, **env: str) -> subprocess.CompletedProcess[s
         env=environment(root, **env),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -196,7 +196,7 @@ def test_an_interruption_ends_every_process_and_says_how_to_go_on(clone: Path, s
         assert time.monotonic() < deadline, "the run never started"
         time.sleep(0.05)
     os.kill(process.pid, sent)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "./launch/quickstart.sh name=x seed=2 --resume \n" in said
     with pytest.raises(ProcessLookupError):

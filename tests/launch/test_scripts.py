@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 POLYGLOTS = sorted(p for kind in ("pretrain", "cpt") for p in (ROOT / "launch").glob(f"{kind}_*.sh"))
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
+SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
 TOOLS = Path(sys.executable).parent  # deepspeed and shellcheck of the environment that runs the tests
 BARE_PATH = "/usr/bin:/bin"
 
@@ -64,7 +64,7 @@ def call(*command: str | Path, cwd: Path, path: str | None = None, **env: str) -
         env={**kept, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

@@ -77,7 +77,8 @@ def scores_of_rank(
 
     groups = init_parallel(ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp))
     model = build_gpt(model_config, seq_length=LENGTH, seed=3, sequence_parallel=sp)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    # eps: some gradients are 0 but for rounding, and the first steps of AdamW divide them by their own size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     cut = documents if masked else (lambda batch: batch)
     for step in range(4):
         batch = cut(random_batch(4, LENGTH, seed=50 + step))
@@ -200,6 +201,18 @@ def bytes_by_formula(model: ModelConfig, config: SelectionConfig, tp: int, dp: i
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_bf16_scoring_of_float32_weights(world2, name, tp):
+    """Fault: Megatron's linear layers multiply a bf16 gradient with their float32 weight, or autocast reaches the sums
+    of the capture. bf16 keeps 8 bits: 2^-8 = 4e-3 a factor, some times over."""
+    config = selection(alignment="one_sided", score_precision="bf16")
+    truth = unsharded(world2, MODELS[name], selection(alignment="one_sided"))
+    for result in world2.run(scores_of_rank, MODELS[name], tp, config):
+        assert 1e-5 < relative(result["align"], truth["align"]) < 3e-2
+        assert 1e-5 < relative(result["inter"], truth["inter"]) < 3e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", ["TP 1 x DP 2", "TP 1 x DP 4", "TP 2 x DP 2", *LAYOUTS])
 def test_exact_estimators_agree_with_the_oracle(world2, world4, partition_table, name, masked, layout):
@@ -226,7 +239,7 @@ def test_exact_estimators_agree_with_the_oracle(world2, world4, partition_table,
                 against=which,
                 layout=f"{name}, {layout}, AdamW" + (", documents" if masked else ""),
                 estimator=estimator,
-                tolerance=1e-4,  # the rank-1 form is taken of v at TP 1: with little data some rows of v are tiny
+                tolerance=3e-5,  # trained apart, four steps; measured: 2e-6
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from gpt_runs import GPT2, QWEN3
+from gpt_runs import GPT2, QWEN3, newton_schulz
 from partitions import relative
 from small_models import random_batch
 from test_sharded import K_P, LENGTH, N, selection
@@ -49,6 +49,7 @@ def engine_scores(
     from megatron_opus.training.engine import build_engine, train_step
     from megatron_opus.training.model import DTYPES
 
+    newton_schulz(torch.float32)
     model_config = {"gpt2": GPT2, "qwen3": QWEN3}[model_name]
     run = RunConfig(
         name="test",
@@ -57,7 +58,8 @@ def engine_scores(
         parallel=ParallelConfig(
             tensor_model_parallel_size=tp, zero_stage=stage, offload_optimizer=offload, sequence_parallel=sp
         ),
-        optimizer=OptimizerConfig(name=optimizer, lr=3e-3, muon_lr=2e-2),
+        # eps: some gradients are 0 but for rounding, and the first steps of AdamW divide them by their own size
+        optimizer=OptimizerConfig(name=optimizer, lr=3e-3, muon_lr=2e-2, adam_eps=1e-5),
         training=TrainingConfig(
             micro_batch_size=1, global_batch_size=4, train_steps=10, precision=precision, gradient_clipping=1.0
         ),
@@ -215,10 +217,11 @@ GEOMETRIES = {
 }
 
 
-# Gradients are summed in another order over three steps, 1e-7 a sum, and AdamW divides by sqrt(v). Five Newton-Schulz
-# steps multiply the smallest singular directions, which carry that rounding, by 3.4445^5 = 485 in every training step
-# and once more in the frozen multiplier, float32 against the oracle's float64. Measured: 5e-5 and 3e-4 at most.
-TOLERANCE, NEWTON_SCHULZ = 1e-4, 1e-3
+# Gradients are summed in another order over three steps, 1e-7 a sum. Five Newton-Schulz steps multiply the smallest
+# singular directions, which carry that rounding, by 3.4445^5 = 485 in every training step and once more in the frozen
+# multiplier, float32 against the oracle's float64. Measured on two processors: 3e-6 and 6e-4 at most; the rest is for
+# others.
+TOLERANCE, NEWTON_SCHULZ = 3e-5, 5e-3
 
 
 def exactly(kind: Geometry) -> SelectionConfig:

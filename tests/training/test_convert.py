@@ -360,7 +360,7 @@ def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     for peak in json.loads(done.stdout.splitlines()[-1]):
         assert peak < total / 2, f"{peak / 1e6:.0f} MB for {total / 1e6:.0f} MB of weights"

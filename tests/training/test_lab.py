@@ -118,7 +118,9 @@ def test_every_protocol_is_complete_and_runs_random_as_its_baseline(path):
     for variant in variants:
         runs = variant.runs(Path("x"), None)
         assert {run.config.selection.strategy for run in runs if run.arm == found.baseline} == {"random"}
-        assert len({(run.config.buffer_size, run.config.training.train_steps) for run in runs}) == 1
+        # an arm of another size says so by its name
+        same = [run.config for run in runs if not run.arm.startswith(("rho_", "random_longer"))]
+        assert len({(config.buffer_size, config.training.train_steps) for config in same}) == 1
         assert len({str(run.config.data.domain_weights) for run in runs}) == 1
 
 
@@ -145,13 +147,17 @@ def test_what_was_announced_stands(tmp_path):
 CONFIG = "name: x\nmodel: {num_layers: 1, hidden_size: 8, num_attention_heads: 1}\nselection: {strategy: STRATEGY}\n"
 
 
-def write_run(run: lab.PlannedRun, losses: dict[int, float], seconds: float, score: float = 0.0) -> None:
+def write_run(
+    run: lab.PlannedRun, losses: dict[int, float], seconds: float, score: float = 0.0, cpu: float | None = None
+) -> None:
     run.directory.mkdir(parents=True)
     strategy = run.config.selection.strategy
     (run.directory / "config.yaml").write_text(CONFIG.replace("STRATEGY", strategy))
     rows = []
     for step in range(max(losses) + 1):
         rows.append({"step": step, "update_tokens": 100 * (step + 1), "step_seconds": seconds, "score_seconds": score})
+        if cpu is not None:
+            rows[-1]["step_cpu_seconds"] = cpu
         if step in losses:
             rows[-1]["validation_loss"] = {"prose": losses[step], "code": 9.0}
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -224,3 +230,23 @@ def test_a_metric_that_was_not_evaluated_is_refused(results, folder, tmp_path):
     other = lab.read_experiment(experiment_file(tmp_path, metric=["prosa"]))
     with pytest.raises(lab.LabError, match="evaluated prose, code, not prosa"):
         lab_report.collect(other, other.runs(folder, None), {"added_later": []})
+
+
+def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
+    """Fault: runs beside each other, compared by a wall clock that counts the waiting of one for the other; a
+    clock that was not recorded, taken for 0 seconds."""
+    found = lab.read_experiment(experiment_file(tmp_path, clock="cpu", seeds=[1]))
+    runs = found.runs(tmp_path / "out", None)
+    record = lab.record(found, runs, tmp_path / "out")
+    for run in runs:
+        opus = run.arm == "opus"
+        write_run(run, {1: 4.0, 3: 3.0}, 1.0 if opus else 5.0, cpu=0.75 if opus else 0.5)
+    arm = next(a for a in lab_report.collect(found, runs, record).arms if a.arm == "opus")
+    assert arm.overhead is not None
+    assert arm.overhead.mean == pytest.approx(0.5)
+    assert arm.second_ratio is not None
+    assert arm.second_ratio.mean == pytest.approx(1.5)
+    metrics = runs[0].directory / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("step_cpu_seconds", "something_else"))
+    with pytest.raises(lab.LabError, match="expected step_cpu_seconds"):
+        lab_report.collect(found, runs, record)

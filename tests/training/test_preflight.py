@@ -178,7 +178,7 @@ def test_estimate_against_a_real_run(zero: str, optimizer: str) -> None:
     import os
 
     done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment}
+        arguments, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])

@@ -5,27 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from launched import Server, tiny
+from launched import VOLATILE, tiny
 
 from megatron_opus.data.ledger import read_ledger
 from megatron_opus.training import checkpoint
 from megatron_opus.training.metrics import read_metrics
 from megatron_opus.training.stopping import STOPPED
 
-VOLATILE = {"score_seconds", "step_seconds", "memory_bytes"}
 LONG = ("training.train_steps=100000", "optimizer.lr_decay_steps=40", "optimizer.min_lr=1e-4")
 SHORT_WAIT = "parallel.distributed_timeout_minutes=0.2"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
