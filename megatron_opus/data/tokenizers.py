@@ -152,6 +152,10 @@ class GPT2Tokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
 
+    def definition(self) -> str:
+        """The same tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
 
 def _merge(line: str) -> tuple[str, str]:
     left, sep, right = line.rstrip("\r").partition(" ")
