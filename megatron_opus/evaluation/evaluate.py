@@ -75,7 +75,7 @@ def evaluate(settings: Settings, say: Say = lambda text: None) -> dict[str, Any]
     directory = exported.directory if exported else settings.model
     assert directory is not None
     max_length = settings.max_length or (_trained_length(exported.config) if exported else None)
-    with harness.offline():
+    with harness.offline(), harness.quiet():
         lm = None
         if asked:
             lm = harness.load_model(directory, device=device, batch_size=settings.batch_size, max_length=max_length)
@@ -197,23 +197,23 @@ def _trained_length(config: RunConfig) -> int | None:
 def _benchmarks(
     lm: Any, asked: Mapping[str, _Asked], shown: Mapping[str, _Asked], settings: Settings, say: Say
 ) -> dict[str, dict[str, Any]]:
-    results = {}
     with ExitStack() as stack:
         folder = settings.tasks_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opus-eval-")))
+        tasks = []
         for name, one in asked.items():
-            began = time.monotonic()
             examples = shown[name].questions if settings.num_fewshot else []
-            tasks = harness.write_task(folder, name, one.questions, examples, settings.num_fewshot)
-            (answered,) = harness.run_tasks(lm, tasks).values()
-            results[name] = {
-                **harness.summarise(answered),
-                "n_in_files": one.of,
-                "files": one.files,
-                "items_sha256": one.digest,
-                "seconds": round(time.monotonic() - began, 1),
-            }
-            say(table_row(name, results[name]))
-    return results
+            tasks += harness.write_task(folder, name, one.questions, examples, settings.num_fewshot)
+        say(f"{sum(len(one.questions) for one in asked.values()):,} questions of {', '.join(asked)}")
+        answered = harness.run_tasks(lm, tasks)
+    return {
+        name: {
+            **harness.summarise(answered[name]),
+            "n_in_files": one.of,
+            "files": one.files,
+            "items_sha256": one.digest,
+        }
+        for name, one in asked.items()
+    }
 
 
 def _corpus(settings: Settings, exported: Exported | None, max_length: int | None, say: Say) -> Corpus | None:

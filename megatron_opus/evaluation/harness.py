@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,16 +188,19 @@ class Answered:
 
 
 def run_tasks(lm: Any, tasks: Sequence[dict[str, Any]]) -> dict[str, list[Answered]]:
-    """Benchmark -> answers, in the order of the files. Benchmarks are put to the model together, longest texts first.
+    """Benchmark -> answers, in the order of the files. All are put to the model together, longest texts first, so that
+    what cannot be scored is found before anything is.
 
     Raises EvaluationError for a choice that has no token or does not fit, and for a likelihood that is not a number.
     """
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
-    with _quiet():
+    with quiet():
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=[dict(task) for task in tasks],
+            task_manager=TaskManager(include_defaults=False),  # reading lm-eval's own thousands takes longer
             bootstrap_iters=0,
             log_samples=True,
             fewshot_random_seed=FEWSHOT_SEED,
@@ -229,16 +231,17 @@ def _answered(lm: Any, name: str, sample: Mapping[str, Any]) -> Answered:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval writes a line per context that it cuts; ours are counted and reported."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """lm-eval writes a line per context that it cuts, transformers one for long texts; ours are counted and reported."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        sys.stderr.flush()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
