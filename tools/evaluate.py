@@ -42,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="N")
     add("--device", default="auto", metavar="cpu|cuda", help="default: cuda where there is one")
     add("--max-length", type=int, metavar="N", help="tokens that the model reads at once (default: the model's)")
+    add("--skip-too-long", action="store_true", help="leave out, and count, questions whose answers are longer")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer files for the export (default: the run's)")
     add("--tasks-dir", type=Path, metavar="DIR", help="keep the task files, for lm_eval --include_path DIR")
     add("--output", type=Path, metavar="FILE", help="default: RUN/evaluation.json; an earlier one is renamed")

@@ -46,6 +46,7 @@ class Settings:
     eval_sequences: int | None = None  # per validation domain; None: the run's training.eval_sequences; 0: all
     batch_size: int = 8
     device: str = "auto"
+    skip_too_long: bool = False  # leave out questions with an answer that the model cannot read at once, and count them
     max_length: int | None = None  # tokens that the model reads at once; None: see docs/evaluation.md
     tokenizer: Path | None = None
     tasks_dir: Path | None = None  # keep lm-eval's task files here
@@ -200,10 +201,15 @@ def _benchmarks(
     with ExitStack() as stack:
         folder = settings.tasks_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opus-eval-")))
         tasks = []
-        for name, one in asked.items():
+        kept = {name: one.questions for name, one in asked.items()}
+        if settings.skip_too_long:
+            kept = {name: [q for q in found if harness.fits(lm, q)] for name, found in kept.items()}
+        for name, found in kept.items():
             examples = shown[name].questions if settings.num_fewshot else []
-            tasks += harness.write_task(folder, name, one.questions, examples, settings.num_fewshot)
-        say(f"{sum(len(one.questions) for one in asked.values()):,} questions of {', '.join(asked)}")
+            if not found:
+                raise EvaluationError(f"{name}: no question has answers of at most {lm.max_length} tokens")
+            tasks += harness.write_task(folder, name, found, examples, settings.num_fewshot)
+        say(f"{sum(map(len, kept.values())):,} questions of {', '.join(asked)}")
         answered = harness.run_tasks(lm, tasks)
     return {
         name: {
@@ -303,6 +309,7 @@ def table_row(name: str, result: Mapping[str, Any]) -> str:
 
 
 _NOTES = (
+    ("too_long", "left out for an answer that does not fit"),
     ("truncated", "with a context that did not fit and was cut on its left"),
     ("merged_boundaries", "where tokens cross from the context into a choice"),
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_opus.config import RunConfig
 from megatron_opus.data.files import locked
+from megatron_opus.data.hf_tokenizers import TOKENIZER_FILE
 from megatron_opus.evaluation.prompts import EvaluationError
 from megatron_opus.training import checkpoint
 from megatron_opus.training.convert import ORIGIN, opus_to_hf
@@ -67,7 +68,8 @@ def export(
     directory = run_dir / DIRECTORY / path.name
     directory.parent.mkdir(exist_ok=True)
     with locked(directory.parent / "lock"):
-        reused = _origin(directory) == origin
+        # Without a tokenizer the data was away when it was exported: it may be back.
+        reused = _origin(directory) == origin and (directory / TOKENIZER_FILE).is_file()
         if reused:
             say(f"{directory}: exported already")
         else:

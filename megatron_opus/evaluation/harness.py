@@ -99,11 +99,19 @@ def _noted(lm: Any, pair: tuple[str, str], context: list[int], continuation: lis
     if len(continuation) > lm.max_length:
         raise EvaluationError(
             f"{shown}: {len(continuation)} tokens, more than the {lm.max_length} that the model reads at once; leave "
-            "the question out, or raise --max-length where the model was trained for more"
+            "such questions out by --skip-too-long, or raise --max-length where the model was trained for more"
         )
     whole = lm.tok_encode(pair[0] + pair[1])
     cut = max(0, len(context) + len(continuation) - (lm.max_length + 1))
     return Scored(len(context), len(continuation), cut, bool(pair[0]) and whole[: len(context)] != context)
+
+
+def fits(lm: Any, question: Question) -> bool:
+    """Whether every answer has at most as many tokens as the model reads at once."""
+    texts = question.choices if question.rule == "partial" else [f" {choice}" for choice in question.choices]
+    # no tokenizer here makes more tokens than bytes
+    long = [text for text in texts if len(text.encode()) > lm.max_length]
+    return all(len(lm.tok_encode(text)) <= lm.max_length for text in long)
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------------
@@ -232,7 +240,7 @@ def _answered(lm: Any, name: str, sample: Mapping[str, Any]) -> Answered:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval writes a line per context that it cuts, transformers one for long texts; ours are counted and reported."""
+    """lm-eval writes a line per cut context, transformers one for long texts; ours are counted and reported."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -137,13 +137,14 @@ def opus_to_hf(
     sources = _rows_of_tensors(placed)
     tensors = {name: (_dtype(weights, sources[name][0][0], precision), shape) for name, (shape, _) in published.items()}
     files = _plan_files(tensors, max_shard_bytes)
+    total = sum(tensor_bytes(*t) for t in tensors.values())
+    _refuse_full_disk(output, total)
     with _new_directory(output, overwrite) as partial:
         for file, names in files.items():
             with SafetensorsWriter(partial / file, {n: tensors[n] for n in names}) as out:
                 for name in names:
                     shape, transposed = published[name]
                     out.write(name, _assemble(weights, sources[name], shape, transposed).to(tensors[name][0]))
-        total = sum(tensor_bytes(*t) for t in tensors.values())
         if list(files) != [SINGLE]:
             where = {name: file for file, names in files.items() for name in names}
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
@@ -226,6 +227,16 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"{output} exists; choose another output, or say --overwrite to replace it")
     if not any((output / name).is_file() for name in (WEIGHTS_FILE, hf_layout.CONFIG_FILE)):
         raise ConfigError(f"{output} is not a converted model; --overwrite does not delete anything else")
+
+
+def _refuse_full_disk(output: Path, needed: int) -> None:
+    there = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ConfigError(
+            f"{output}: expected {needed / 1e9:.2f} GB of free space for the weights, found {free / 1e9:.2f} GB on the "
+            f"disk of {there}; make room or choose another output"
+        )
 
 
 @contextmanager

@@ -30,7 +30,8 @@ def rows(benchmark: str, count: int = 6) -> list[dict[str, Any]]:
     """Choices of very different lengths: by sum, by character and by token another one is best."""
     found: list[dict[str, Any]] = []
     for i in range(count):
-        choices = [words(i + 7 * j, 1 + (i + 2 * j) % 5) + f" {i}{j}" for j in range(4)]
+        kinds = [f"qx{i}vz", "the list of the value of the object in the file", words(i, 3), words(i + 7, 6)]
+        choices = kinds[i % 4 :] + kinds[: i % 4]
         if benchmark == "mmlu":
             row = {
                 "question": words(i, 9) + "?",

@@ -18,7 +18,7 @@ from megatron_opus.evaluation.evaluate import Settings, evaluate
 from megatron_opus.evaluation.prompts import EvaluationError, questions
 from megatron_opus.training.metrics import read_metrics
 
-# The same sums in another order (padding, batches): float32 rounding of some 60 terms of 10 nats, with a tenfold margin.
+# The same sums in another order (padding, batches): float32 rounding of sums of some 100 nats, with a margin.
 TOLERANCE = 1e-4
 BENCHMARKS = ("mmlu", "arc_easy", "piqa", "winogrande")
 LENGTH = 96

@@ -116,6 +116,32 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["arc.jsonl", "model"]
 
 
+def test_examples_stand_before_the_question(tmp_path: Path) -> None:
+    """Fault: an example without its answer, with another space before it, or the question itself as its own example;
+    in a sentence with a blank, an example whose choice or whose rest is missing."""
+    from lm_eval.tasks import TaskManager
+
+    shown = [item("piqa", f"Goal {i}", "no", f"yes {i}", gold=1) for i in (1, 2)]
+    blanks = [item("winogrande", f"Ann {i} and Bo: _ won {i}.", "Ann", "Bo", gold=1) for i in (1, 2)]
+    asked = [item("piqa", "Goal 9", "a", "b")], [item("winogrande", "Cy said _ left.", "he", "she")]
+    tasks = harness.write_task(tmp_path, "piqa", questions(asked[0]), questions(shown), 2)
+    tasks += harness.write_task(tmp_path, "winogrande", questions(asked[1]), questions(blanks), 2)
+    loaded = TaskManager(include_defaults=False).load([dict(task) for task in tasks])["tasks"]
+    for task in loaded.values():
+        task.set_fewshot_seed(1)
+    piqa, winogrande = loaded["opus_piqa_choices"], loaded["opus_winogrande_partial"]
+    examples = {f"Question: Goal {i}\nAnswer: yes {i}\n\n" for i in (1, 2)}
+    context = piqa.fewshot_context(piqa.eval_docs[0], 2)
+    assert context.endswith("Question: Goal 9\nAnswer:")
+    assert all(context.count(example) == 1 for example in examples)
+    first, second = winogrande.fewshot_context(winogrande.eval_docs[0], 2)
+    assert first.endswith("\n\nCy said he")
+    assert second.endswith("\n\nCy said she")
+    assert all(first.count(f"Ann {i} and Bo: Bo won {i}.\n\n") == 1 for i in (1, 2))
+    with pytest.raises(EvaluationError, match=r"piqa: 3 examples asked for, 2 in the --fewshot file"):
+        harness.write_task(tmp_path, "piqa", questions(asked[0]), questions(shown), 3)
+
+
 def test_answers_longer_than_the_model_are_named(tmp_path: Path) -> None:
     """Fault: lm-eval's bare AssertionError in the middle of a benchmark."""
 
@@ -134,6 +160,8 @@ def test_answers_longer_than_the_model_are_named(tmp_path: Path) -> None:
     assert (found.cut, found.merged) == (0, False)
     assert note(Model(), ("a bb ccc dddd", " d e"), [1, 2, 3, 4], [1, 1]).cut == 2
     assert note(Model(), ("a b", "b c"), [1, 1], [1]).merged
+    short, long = questions([item("piqa", "Q", "a b c", "d"), item("piqa", "Q", "a", "b c d e")])
+    assert (harness.fits(Model(), short), harness.fits(Model(), long)) == (True, False)
 
 
 def test_every_local_benchmark_becomes_questions(shared_data: Path) -> None:
