@@ -214,6 +214,7 @@ def _benchmarks(
     return {
         name: {
             **harness.summarise(answered[name]),
+            "too_long": len(one.questions) - len(kept[name]),
             "n_in_files": one.of,
             "files": one.files,
             "items_sha256": one.digest,

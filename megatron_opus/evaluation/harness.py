@@ -109,8 +109,8 @@ def _noted(lm: Any, pair: tuple[str, str], context: list[int], continuation: lis
 def fits(lm: Any, question: Question) -> bool:
     """Whether every answer has at most as many tokens as the model reads at once."""
     texts = question.choices if question.rule == "partial" else [f" {choice}" for choice in question.choices]
-    # no tokenizer here makes more tokens than bytes
-    long = [text for text in texts if len(text.encode()) > lm.max_length]
+    # no tokenizer here makes more tokens than bytes, but for one in front
+    long = [text for text in texts if len(text.encode()) >= lm.max_length]
     return all(len(lm.tok_encode(text)) <= lm.max_length for text in long)
 
 

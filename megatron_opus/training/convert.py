@@ -155,7 +155,13 @@ def opus_to_hf(
         config = hf_layout.published_config(model, dtype, base)
         beside = _Companions()
         for directory in [tokenizer] if tokenizer else origins:
-            beside = _companions(directory, partial, model)
+            try:
+                beside = _companions(directory, partial, model)
+            except ConfigError as error:
+                if tokenizer is not None:
+                    raise
+                # the weights are good whatever has become of the data since
+                beside = _Companions(notice=f"exported without a tokenizer: {error}")
             if beside.names:
                 break
         if base is None and beside.eod is not None:  # it stands before every document, and after it

@@ -14,18 +14,22 @@ from megatron_opus.data.hf_tokenizers import PROBES, hf_files
 from megatron_opus.data.tokenizers import Tokenizer, TokenizerError
 
 
-def loaded(tokenizer: Tokenizer, folder: Path, model_type: str) -> Any:
-    from transformers import AutoTokenizer
-
+def write(tokenizer: Tokenizer, folder: Path) -> None:
     for name, content in hf_files(tokenizer, 64).items():
         (folder / name).write_bytes(content)
+
+
+def loaded(folder: Path, model_type: str) -> Any:
+    from transformers import AutoTokenizer
+
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return AutoTokenizer.from_pretrained(folder)
 
 
 def same_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None:
+    write(tokenizer, folder)
     for model_type in ("gpt2", "qwen3"):
-        found = loaded(tokenizer, folder, model_type)
+        found = loaded(folder, model_type)
         assert found.eos_token_id == tokenizer.eod
         assert len(found) == tokenizer.vocab_size
         for text in (*PROBES, *texts):
@@ -60,7 +64,8 @@ def test_a_tokenizer_json_that_adds_tokens(tmp_path: Path) -> None:
     backend.enable_truncation(4)
     (tmp_path / "tokenizer.json").write_text(backend.to_str())
     tokenizer = tokenizers.load(f"hf:{tmp_path / 'tokenizer.json'}", "<eos>")
-    found = loaded(tokenizer, tmp_path, "gpt2")
+    write(tokenizer, tmp_path)
+    found = loaded(tmp_path, "gpt2")
     assert found.encode("abcabcabc") == tokenizer.encode("abcabcabc")
     assert len(found.encode("abcabcabc")) == 9
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ import pytest
 import tiny_runs
 from eval_helpers import ByHand, rows, write
 
+from megatron_opus.config import ConfigError
+from megatron_opus.data import manifest, tokenizers
 from megatron_opus.data.benchmarks import load_benchmark
+from megatron_opus.data.manifest import Manifest
 from megatron_opus.evaluation import harness
-from megatron_opus.evaluation.evaluate import Settings, evaluate
+from megatron_opus.evaluation.evaluate import Settings, evaluate, summary
+from megatron_opus.evaluation.exports import find_checkpoint
 from megatron_opus.evaluation.prompts import EvaluationError, questions
+from megatron_opus.training.convert import opus_to_hf
 from megatron_opus.training.metrics import read_metrics
 
 # The same sums in another order (padding, batches): float32 rounding of sums of some 100 nats, with a margin.
@@ -183,7 +189,7 @@ def test_perplexity_is_the_trainers(
     """Fault: other windows, positions, masks or counted tokens than in training, or another step's weights."""
     flags = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
     config = tiny_runs.recipe(
-        embedded_cache, tmp_path, "documents", data={"seq_length": 64, **flags}, training={"train_steps": 1}
+        embedded_cache, tmp_path, "documents", data={"seq_length": 64, **flags}, training={"train_steps": 2}
     )
     world2.run(train, config)
     of_documents = evaluate(Settings(run_dir=tmp_path / "documents", device="cpu"))
@@ -206,6 +212,9 @@ def test_the_record_is_complete_and_an_export_is_used_again(
     again, or destroys what the first one has found."""
     assert json.loads((run_dir / "evaluation.json").read_text()) == evaluated
     assert evaluated["step"] == 2
+    assert [line.split()[0] for line in summary(evaluated).splitlines()] == [
+        *BENCHMARKS, "average", "prose", "docstrings", "source", "tables",
+    ]  # fmt: skip
     values = [one["accuracy"] for one in evaluated["benchmarks"].values()]
     assert evaluated["average"] == pytest.approx(sum(values) / 4)
     assert evaluated["in_domain_average"] is None
@@ -257,3 +266,28 @@ def test_another_tokenizer_is_refused(evaluated: dict[str, Any], run_dir: Path, 
             evaluate(Settings(run_dir=run_dir, benchmarks=(("piqa", files["piqa"]),), device="cpu"))
     finally:
         path.write_bytes(good)
+
+
+def test_data_prepared_anew_does_not_spoil_an_export(run_dir: Path, tmp_path: Path) -> None:
+    """Fault: the tokenizer of other data beside a model that never saw it; or no export at all because of it."""
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.WordLevel({"</s>": 0, **{str(i): i for i in range(1, 5000)}}, unk_token="</s>"))
+    larger = tokenizers.HuggingFaceTokenizer(backend.to_str().encode())
+    description = larger.save(tmp_path / "tokenizer")
+    manifest.write(tmp_path, Manifest(tokenizer=description, datasets=[], settings={}))
+    path = find_checkpoint(run_dir, None)
+    with pytest.raises(ConfigError, match=r"expected at most the model's 4096 tokens, found 5000"):
+        opus_to_hf(path, tmp_path / "named", tokenizer=tmp_path / "tokenizer")
+    assert not (tmp_path / "named").exists()
+    moved = tmp_path / "run/checkpoints/step_00000002"
+    shutil.copytree(path, moved)
+    marker = json.loads((moved / "complete.json").read_text())
+    marker["config"]["data"]["path"] = str(tmp_path)
+    (moved / "complete.json").write_text(json.dumps(marker))
+    done = opus_to_hf(moved, tmp_path / "found")
+    assert done.companions == ()
+    assert "exported without a tokenizer: " in done.notice
+    assert (tmp_path / "found/model.safetensors").is_file()
+    with pytest.raises(EvaluationError, match=r"expected tokenizer files beside the model, found none"):
+        evaluate(Settings(model=tmp_path / "found", benchmarks=(("piqa", write(tmp_path / "p.jsonl", rows("piqa"))),)))
