@@ -126,6 +126,7 @@ def write_task(
     """
     import yaml
 
+    directory = directory.resolve()  # the configurations are used from other directories too
     directory.mkdir(parents=True, exist_ok=True)
     tasks = []
     for rule in sorted({question.rule for question in asked}):
