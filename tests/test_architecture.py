@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "scoring": {"scoring", "selection", "config", "types"},
     "data": {"data", "config", "types"},
     "backends": {"backends", "config", "checks", "types"},
+    "evaluation": {"evaluation", "training", "backends", "data", "config", "types"},
     "api": {"api", "backends", "scoring", "selection", "config", "types"},
     "__init__": {"api"},
     "launching": {"launching", "training", "data", "config"},

@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     beside = ", ".join(done.companions) or "no tokenizer files found"
     print(f"{done.output}: {done.tensors} tensors, {done.bytes / 1e9:.3f} GB; {beside}")
+    if done.notice:
+        print(f"convert_checkpoint: {done.notice}", file=sys.stderr)
     return 0
 
 

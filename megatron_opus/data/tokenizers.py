@@ -131,6 +131,10 @@ class _LibraryTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
 
+    def definition(self) -> str:
+        """The same tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
 
 class HuggingFaceTokenizer(_LibraryTokenizer):
     """Any `tokenizer.json`. `eod` names the token that ends a document where the file does not make it obvious."""

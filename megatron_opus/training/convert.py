@@ -21,8 +21,12 @@ from torch import Tensor
 from megatron_opus.backends import hf_layout
 from megatron_opus.backends.safetensors_files import INDEX, SINGLE, SafetensorsWriter, tensor_bytes
 from megatron_opus.backends.sharding import check_tensor_parallel
-from megatron_opus.config import ConfigError
+from megatron_opus.config import ConfigError, ModelConfig
+from megatron_opus.data import manifest as manifests
+from megatron_opus.data import tokenizers
+from megatron_opus.data.embedded import embedded_directory
 from megatron_opus.data.files import PARTIAL
+from megatron_opus.data.hf_tokenizers import hf_files
 from megatron_opus.data.manifest import TOKENIZER_DIRECTORY
 from megatron_opus.training import checkpoint
 from megatron_opus.training.weights import (
@@ -39,6 +43,7 @@ from megatron_opus.training.weights import (
 
 Precision = Literal["keep", "fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ORIGIN = "megatron_opus.json"  # beside exported weights: what they are of
 SOURCE_CONFIG = "source_config.json"  # a converted directory's: no other program should take it for a model's own
 # What makes a directory usable beside its weights; copied where it is found.
 COMPANIONS = (
@@ -62,7 +67,8 @@ class Converted:
     output: Path
     tensors: int
     bytes: int
-    companions: tuple[str, ...]  # tokenizer and other files that were copied
+    companions: tuple[str, ...]  # tokenizer and other files beside the weights
+    notice: str = ""  # what a user of the output has to know
 
 
 def hf_to_opus(
@@ -112,12 +118,14 @@ def opus_to_hf(
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: Path | None = None,
     overwrite: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Write a directory for `transformers.AutoModelForCausalLM.from_pretrained` from converted weights, a run folder or
     one of its checkpoints.
 
     tokenizer: a directory whose tokenizer files are copied; default: the one that the weights or the data came from.
-    Raises ConfigError and CheckpointError.
+    The tokenizer of prepared data is written so that `AutoTokenizer` gives its ids (data/hf_tokenizers.py).
+    origin: written beside the weights as ORIGIN. Raises ConfigError and CheckpointError.
     """
     _refuse_existing(output, overwrite)
     if tokenizer is not None and not any((tokenizer / name).is_file() for name in COMPANIONS):
@@ -129,13 +137,14 @@ def opus_to_hf(
     sources = _rows_of_tensors(placed)
     tensors = {name: (_dtype(weights, sources[name][0][0], precision), shape) for name, (shape, _) in published.items()}
     files = _plan_files(tensors, max_shard_bytes)
+    total = sum(tensor_bytes(*t) for t in tensors.values())
+    _refuse_full_disk(output, total)
     with _new_directory(output, overwrite) as partial:
         for file, names in files.items():
             with SafetensorsWriter(partial / file, {n: tensors[n] for n in names}) as out:
                 for name in names:
                     shape, transposed = published[name]
                     out.write(name, _assemble(weights, sources[name], shape, transposed).to(tensors[name][0]))
-        total = sum(tensor_bytes(*t) for t in tensors.values())
         if list(files) != [SINGLE]:
             where = {name: file for file, names in files.items() for name in names}
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
@@ -143,10 +152,24 @@ def opus_to_hf(
         dtypes = {dtype for dtype, _ in tensors.values()}
         dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
         base = next((found for found in map(_base_config, origins) if found is not None), None)
-        _write_json(partial / hf_layout.CONFIG_FILE, hf_layout.published_config(model, dtype, base))
-        offered = [tokenizer] if tokenizer else origins
-        copied = next((found for origin in offered if (found := _copy_companions(origin, partial))), ())
-    return Converted(output=output, tensors=len(tensors), bytes=total, companions=copied)
+        config = hf_layout.published_config(model, dtype, base)
+        beside = _Companions()
+        for directory in [tokenizer] if tokenizer else origins:
+            try:
+                beside = _companions(directory, partial, model)
+            except ConfigError as error:
+                if tokenizer is not None:
+                    raise
+                # the weights are good whatever has become of the data since
+                beside = _Companions(notice=f"exported without a tokenizer: {error}")
+            if beside.names:
+                break
+        if base is None and beside.eod is not None:  # it stands before every document, and after it
+            config |= {"bos_token_id": beside.eod, "eos_token_id": beside.eod}
+        _write_json(partial / hf_layout.CONFIG_FILE, config)
+        if origin is not None:
+            _write_json(partial / ORIGIN, origin)
+    return Converted(output=output, tensors=len(tensors), bytes=total, companions=beside.names, notice=beside.notice)
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -212,6 +235,16 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"{output} is not a converted model; --overwrite does not delete anything else")
 
 
+def _refuse_full_disk(output: Path, needed: int) -> None:
+    there = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ConfigError(
+            f"{output}: expected {needed / 1e9:.2f} GB of free space for the weights, found {free / 1e9:.2f} GB on the "
+            f"disk of {there}; make room or choose another output"
+        )
+
+
 @contextmanager
 def _new_directory(output: Path, overwrite: bool) -> Iterator[Path]:
     """A directory to fill; it becomes `output` when the block ends without an exception, else it is removed."""
@@ -247,13 +280,44 @@ def _copy_companions(source: Path, target: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Companions:
+    names: tuple[str, ...] = ()
+    eod: int | None = None  # where the tokenizer is that of prepared data
+    notice: str = ""
+
+
+def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
+    """Put the files that make weights usable into `target`: copies, or a tokenizer of prepared data rewritten."""
+    if source.name != TOKENIZER_DIRECTORY or not (source.parent / manifests.FILE_NAME).is_file():
+        return _Companions(_copy_companions(source, target))
+    try:
+        tokenizer = tokenizers.reopen(source, manifests.read(source.parent).tokenizer)
+    except (tokenizers.TokenizerError, manifests.ManifestError) as error:
+        raise ConfigError(str(error)) from error
+    if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{source}: expected at most the model's {model.vocab_size} tokens, found {tokenizer.vocab_size}: the data "
+            "has been prepared anew; name the tokenizer that the model was trained with by --tokenizer DIR"
+        )
+    try:
+        files = hf_files(tokenizer, model.max_position_embeddings)
+    except tokenizers.TokenizerError as error:
+        return _Companions(_copy_companions(source, target), tokenizer.eod, str(error))
+    for name, content in files.items():
+        (target / name).write_bytes(content)
+    return _Companions(tuple(files), tokenizer.eod)
+
+
 def _origins(weights: WeightSource) -> list[Path]:
     """Directories that may hold tokenizer files and the config.json that a model came from, best first."""
     found = [weights.where]
     if (weights.where / checkpoint.MARKER).is_file():
         config, _ = checkpoint_config(weights.where)
         found = [Path(config.model.init_from)] if config.model.init_from else []
-        found.append(Path(config.data.path) / TOKENIZER_DIRECTORY)
+        embedded = config.data.path == "embedded"
+        data = embedded_directory(config.data.cache_dir) if embedded else Path(config.data.path)
+        found.append(data / TOKENIZER_DIRECTORY)
     return found
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -305,6 +306,15 @@ def test_companions_travel(tmp_path: Path) -> None:
     assert {t.dtype for t in hf_models.raw_tensors(tmp_path / "back").values()} == {torch.bfloat16}
     with pytest.raises(ConfigError, match="expected tokenizer files, found none"):
         opus_to_hf(tmp_path / "ours", tmp_path / "again", tokenizer=tmp_path)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: hours of writing that end in `No space left on device`."""
+    source = hf_models.save(tmp_path / "hf", "gpt2")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"GB of free space for the weights, found 0\.00 GB on the disk"):
+        opus_to_hf(source, tmp_path / "new/back")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_weights_that_are_not_numbers_are_refused(world2: Any, tmp_path: Path) -> None:
