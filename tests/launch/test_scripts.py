@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 POLYGLOTS = sorted(p for kind in ("pretrain", "cpt") for p in (ROOT / "launch").glob(f"{kind}_*.sh"))
-SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
+OWN_SITES = {*(ROOT / "launch/env").glob("*.sh")} - {ROOT / "launch/env/example.sh"}
+SCRIPTS = [*sorted({*(ROOT / "launch").rglob("*.sh")} - OWN_SITES), ROOT / "tests/run.sh", ROOT / ".ci/run"]
 TOOLS = Path(sys.executable).parent  # deepspeed and shellcheck of the environment that runs the tests
 BARE_PATH = "/usr/bin:/bin"
 

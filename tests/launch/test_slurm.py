@@ -36,6 +36,10 @@ if [ "$status" = hang ]; then
   n=0
   while [ $((n += 1)) -lt 600 ]; do touch "$STAND_IN/rank$RANK.hangs"; sleep 0.1; done
 fi
+if [ "$status" = wait ]; then
+  while [ ! -e "$STAND_IN/asked" ]; do touch "$STAND_IN/rank$RANK.hangs"; sleep 0.1; done
+  status=75
+fi
 exit "$status"
 """
 QUICK = {"CHECK_RECIPE": "0", "NAME": "x", "HEALTH_CHECK": "0"}
@@ -139,6 +143,19 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster) -> None:
     assert start.wait() == 128 + signal.SIGKILL
     assert not cluster.requeued()
     assert "Slurm decides" in start.said()
+
+
+def test_a_run_can_be_saved_and_ended_by_hand(cluster: Cluster) -> None:
+    """Guards against a run that can be stopped in order only by being started again."""
+    submit(cluster, "wait 10")
+    start = cluster.start()
+    start.reach(lambda: len(list(cluster.folder.glob("*.hangs"))) == 2)
+    start.process.send_signal(signal.SIGTERM)  # scancel --batch --signal=TERM
+    start.reach(lambda: "SIGTERM" in start.said())
+    (cluster.folder / "asked").touch()  # scancel --signal=USR1: the ranks, which end with 75
+    assert start.wait() == 75
+    assert not cluster.requeued()
+    assert "stopped with a checkpoint; cancelled" in start.said()
 
 
 # --- what a rank is given -------------------------------------------------------------------------------------------
