@@ -128,7 +128,7 @@ def _cut(panel: Panel, values: Sequence[np.ndarray]) -> None:
 
 def effective_number(records: Sequence[Record]) -> Panel:
     """exp(entropy of the first draw): entropy ratio times log(eligible candidates), exponentiated."""
-    panel = Panel("Candidates that the first draw is spread over", STEPS, "exp(entropy)")
+    panel = Panel("Effective number of candidates", STEPS, "exp(entropy)")
     panel.zero = True
     for run, record in enumerate(records):
         ratio, n = record.column("entropy_ratio"), buffer_size(record)
