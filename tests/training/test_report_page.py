@@ -275,6 +275,21 @@ def test_a_ledger_alone(corpus: Path, tmp_path: Path) -> None:
     assert "holds no complete row" in notes_of(tmp_path / "run")
 
 
+def test_rows_with_little_in_them(tmp_path: Path) -> None:
+    """Guards against a traceback for the record of another version, which lacks names or has others."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": s, "loss": 1.0, "new": s, "validation_loss": {"x": 3.0 - s}} for s in range(3)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    rows = {row[0]: row[1:] for row in Reader(text).rows}
+    assert rows["final mean loss of x (the target is unknown), nats per token"] == ["1.0000", "1.0000"]
+    assert rows["update tokens needed for a's final loss"] == ["–", "–"]
+    assert rows["update tokens"] == ["–", "–"]
+    assert "new: value against step" in text
+
+
 def test_what_cannot_be_reported_is_refused(runs: list[Path], tmp_path: Path) -> None:
     """Guards against an empty page with status 0, and against a report written over a run's own file."""
     (tmp_path / "empty").mkdir()
