@@ -192,7 +192,7 @@ def test_the_same_input_gives_the_same_bytes(page: str, runs: list[Path], tmp_pa
     """Guards against times, random ids and the user's own matplotlib settings in the file."""
     import matplotlib as mpl
 
-    with mpl.rc_context({"lines.linewidth": 7.0, "axes.facecolor": "red", "svg.fonttype": "path"}):
+    with mpl.rc_context({"lines.linewidth": 7.0, "xtick.labelsize": 20.0, "svg.fonttype": "path"}):
         write_report(runs, tmp_path / "again.html", command="the <command>")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
@@ -273,6 +273,21 @@ def test_a_ledger_alone(corpus: Path, tmp_path: Path) -> None:
     assert "metrics.jsonl is missing" in notes_of(tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text("")
     assert "holds no complete row" in notes_of(tmp_path / "run")
+
+
+def test_rows_with_little_in_them(tmp_path: Path) -> None:
+    """Guards against a traceback for the record of another version, which lacks names or has others."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": s, "loss": 1.0, "new": s, "validation_loss": {"x": 3.0 - s}} for s in range(3)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    rows = {row[0]: row[1:] for row in Reader(text).rows}
+    assert rows["final mean loss of x (the target is unknown), nats per token"] == ["1.0000", "1.0000"]
+    assert rows["update tokens needed for a's final loss"] == ["–", "–"]
+    assert rows["update tokens"] == ["–", "–"]
+    assert "new: value against step" in text
 
 
 def test_what_cannot_be_reported_is_refused(runs: list[Path], tmp_path: Path) -> None:

@@ -196,8 +196,8 @@ def test_run_folder_holds_what_it_should(world2, embedded_cache, tmp_path):
     assert [("validation_loss" in row) for row in rows] == [False, True, True]
     expected = {
         "step", "loss", "lr", "grad_norm", "update_tokens", "candidate_tokens", "scored_tokens", "entropy_ratio",
-        "redundancy_share", "top_k_share", "score_seconds", "step_seconds", "step_cpu_seconds", "memory_bytes",
-        "score_bytes_sent", "fallbacks", "geometry", "selected_share",
+        "redundancy_share", "top_k_share", "score_seconds", "choose_seconds", "step_seconds", "step_cpu_seconds",
+        "memory_bytes", "score_bytes_sent", "fallbacks", "geometry", "selected_share",
     }  # fmt: skip
     assert expected <= set(rows[0])
     assert rows[-1]["update_tokens"] == 3 * 4 * 32

@@ -73,7 +73,7 @@ def validation(records: Sequence[Record], targets: Sequence[str], by_clock: bool
         for run, record in enumerate(records):
             if domain not in record.named(VALIDATION) or not len(record.evaluated):
                 continue
-            xs = record.seconds / seconds if by_clock else record.columns["update_tokens"]
+            xs = record.seconds / seconds if by_clock else record.tokens
             curve = record.curve(domain, xs)
             x, y = [p[0] for p in curve], [p[1] for p in curve]
             if not np.isfinite(y).any():
@@ -96,7 +96,7 @@ def training_loss(records: Sequence[Record]) -> list[Panel]:
         loss = record.column("loss")
         if loss is None:
             continue
-        for panel, x in zip(panels, (record.columns["update_tokens"], record.seconds / seconds), strict=True):
+        for panel, x in zip(panels, (record.tokens, record.seconds / seconds), strict=True):
             _smoothed(panel, run, record.label, x, loss)
     return drawn(panels)
 
@@ -128,7 +128,7 @@ def _cut(panel: Panel, values: Sequence[np.ndarray]) -> None:
 
 def effective_number(records: Sequence[Record]) -> Panel:
     """exp(entropy of the first draw): entropy ratio times log(eligible candidates), exponentiated."""
-    panel = Panel("Candidates that the first draw is spread over", STEPS, "exp(entropy)")
+    panel = Panel("Effective number of candidates", STEPS, "exp(entropy)")
     panel.zero = True
     for run, record in enumerate(records):
         ratio, n = record.column("entropy_ratio"), buffer_size(record)

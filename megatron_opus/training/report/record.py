@@ -80,6 +80,11 @@ class Record:
         passed = self.columns.get("step_seconds")
         return np.full(len(self), math.nan) if passed is None else np.nancumsum(passed)
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """[steps]: update tokens up to the end of each step; NaN where the rows do not say."""
+        return self.columns.get("update_tokens", np.full(len(self), math.nan))
+
     def named(self, prefix: str) -> list[str]:
         """The names below `prefix`, in the order of the rows."""
         return [name[len(prefix) :] for name in self.columns if name.startswith(prefix)]

@@ -100,7 +100,7 @@ def reached(record: Record, first: Record, wanted: Goal, x: Callable[[Record], n
     target = goal_curve(first, wanted, x(first))[-1][1]
     mine = first_reached(goal_curve(record, wanted, x(record)), target)
     theirs = first_reached(goal_curve(first, wanted, x(first)), target)
-    if not math.isfinite(target) or not theirs:
+    if not theirs or not math.isfinite(target) or not math.isfinite(theirs):
         return NONE
     return "never" if mine is None else f"{mine / theirs:.0%}"
 
@@ -122,7 +122,7 @@ def summary(records: Sequence[Record], wanted: Goal | None, degraded: Sequence[i
         if len(records) > 1:
             differences = [None if f is None or finals[0] is None else f - finals[0] for f in finals[1:]]
             rows.append([f"minus {first.label}", NONE, *(text(d, 4, True) for d in differences)])
-            for what, x in (("update tokens", _tokens), ("seconds of steps", lambda r: r.seconds)):
+            for what, x in (("update tokens", lambda r: r.tokens), ("seconds of steps", lambda r: r.seconds)):
                 cells = [reached(r, first, wanted, x) for r in records[1:]]
                 rows.append([f"{what} needed for {first.label}'s final loss", NONE, *cells])
     rows += [
@@ -137,10 +137,6 @@ def summary(records: Sequence[Record], wanted: Goal | None, degraded: Sequence[i
             rows.append([f"seconds per step against {first.label}, {how}", NONE, *(percent(o, True) for o in over)])
     rows.append(["degraded (see below)", *(count(d) for d in degraded)])
     return per_run(records, "", rows)
-
-
-def _tokens(record: Record) -> np.ndarray:
-    return record.columns["update_tokens"]
 
 
 def _seconds(record: Record, average: Callable[[np.ndarray], Any]) -> float | None:
