@@ -41,7 +41,7 @@ RECORD = np.dtype(
 SETTINGS = "settings.json"
 _PIECE_TOKENS = 1 << 22
 _BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 1 << 21
+_BATCH_TOKENS = 1 << 19
 _ITEM_BLOCK = 2048
 
 
@@ -333,7 +333,7 @@ class Scorer:
         for document in self.documents.read(piece):
             batch.append(document)
             tokens += len(document.ids)
-            if len(batch) >= _BATCH_DOCUMENTS or tokens >= _BATCH_CHARACTERS // 4:
+            if len(batch) >= _BATCH_DOCUMENTS or tokens >= _BATCH_TOKENS:
                 yield batch
                 batch, tokens = [], 0
         if batch:
