@@ -120,6 +120,8 @@ def evaluate(settings: Settings, say: Say = lambda text: None) -> dict[str, Any]
 def _check(settings: Settings) -> None:
     if (settings.run_dir is None) == (settings.model is None):
         raise EvaluationError("expected a run folder or --model DIR, got " + ("both" if settings.model else "neither"))
+    if settings.run_dir is not None and not settings.run_dir.is_dir():
+        raise EvaluationError(f"{settings.run_dir}: no such run folder")
     if settings.model is not None and settings.checkpoint is not None:
         raise EvaluationError("--checkpoint is of a run folder; --model DIR has one set of weights")
     if settings.model is not None and not (settings.model / "config.json").is_file():

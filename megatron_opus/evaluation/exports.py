@@ -37,8 +37,6 @@ class Exported:
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     """The newest complete checkpoint of a run, or the newest one of `step`. Raises EvaluationError."""
-    if not run_dir.is_dir():
-        raise EvaluationError(f"{run_dir}: no such run folder")
     found = checkpoint.complete(run_dir / "checkpoints")
     if not found:
         raise EvaluationError(

@@ -291,3 +291,9 @@ def test_data_prepared_anew_does_not_spoil_an_export(run_dir: Path, tmp_path: Pa
     assert (tmp_path / "found/model.safetensors").is_file()
     with pytest.raises(EvaluationError, match=r"expected tokenizer files beside the model, found none"):
         evaluate(Settings(model=tmp_path / "found", benchmarks=(("piqa", write(tmp_path / "p.jsonl", rows("piqa"))),)))
+
+
+def test_a_step_without_checkpoint_names_those_that_are_there(run_dir: Path) -> None:
+    """Fault: another step is evaluated than the one asked for."""
+    with pytest.raises(EvaluationError, match=r"no complete checkpoint of step 1; there are those of steps 2"):
+        evaluate(Settings(run_dir=run_dir, checkpoint=1))

@@ -102,7 +102,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             evaluate(Settings(**settings))
 
     refused(r"expected a run folder or --model DIR, got neither", benchmarks=good)
-    refused(r"none: no such run folder", run_dir=tmp_path / "none", benchmarks=good, output=tmp_path / "o.json")
+    refused(r"none: no such run folder", run_dir=tmp_path / "none", benchmarks=good)
     refused(r"expected a complete checkpoint, found none", run_dir=tmp_path, benchmarks=good)
     refused(r"nothing to evaluate", model=model)
     refused(r"found no config\.json", model=tmp_path, benchmarks=good)

@@ -32,6 +32,8 @@ def test_errors_are_one_line_with_status_1(tmp_path: Path, capsys: pytest.Captur
         assert expected in said
     assert evaluate.main([str(tmp_path)]) == 1
     assert "expected a complete checkpoint, found none" in capsys.readouterr().err
+    assert evaluate.main([str(tmp_path / "mistyped")]) == 1
+    assert "mistyped: no such run folder" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
     with pytest.raises(SystemExit):
         evaluate.parse([str(tmp_path), "--benchmarks", "arc_easy"])
