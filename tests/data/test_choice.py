@@ -150,6 +150,8 @@ def test_requests(tmp_path: Path) -> None:
         ({"presets": ["sciencepedia"]}, "where it is published is not known here"),
         ({"presets": ["fineweb", "fineweb=x.parquet"]}, "given twice"),
         ({"max_tokens": ["many"]}, "expected a number of at least 1"),
+        ({"max_tokens": ["wbe=1B"]}, "no dataset 'wbe'; there are web"),
+        ({"read": {"metadata_template": ["wbe={url}"]}}, "no dataset 'wbe'; there are web"),
         ({"max_tokens": ["1B", "2B"]}, "given twice for every dataset"),
         ({"buckets": ["3:5"]}, "expected NAME=LOW:HIGH"),
         ({"buckets": ["web=5:3"]}, "expected LOW <= HIGH"),
