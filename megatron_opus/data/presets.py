@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,6 +142,9 @@ def _by_name(option: str, values: Sequence[str], names: set[str]) -> dict[str, s
     found: dict[str, str] = {}
     for value in values:
         name, sep, rest = value.partition("=")
+        if sep and name not in names and re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            # Not a value for every dataset: a mistyped name would become part of every header.
+            raise PrepareError(f"--{option} {value!r}: no dataset {name!r}; there are {', '.join(sorted(names))}")
         key, text = (name, rest) if sep and name in names else ("", value)
         if key in found:
             raise PrepareError(f"--{option}: given twice for {key or 'every dataset'}")
