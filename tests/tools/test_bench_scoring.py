@@ -109,7 +109,7 @@ def test_the_frontier_grows_from_run_to_run(world1: DistributedPool, embedded_ca
     assert "d = 32, 2 layers, T = 32; source pool" in drawn or drawn.count("<use") > 4
     before = path.read_text()
     _, said = run(world1, embedded_cache, "frontier", *common, "--estimate-only", "--estimators=all")
-    assert "frontier of 20 estimators, expected minutes" in said
+    assert "frontier of 17 estimators, expected minutes" in said
     assert path.read_text() == before
     (cached,) = [x for x in cache.iterdir() if x.name.startswith("d32")]
     cached.write_bytes(cached.read_bytes()[:1000])
