@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -212,11 +213,12 @@ def pairs(cache: Path) -> dict[str, Any]:
     pool = work.pool("mixed", 6, 5, {"prose": 0.5, "source": 0.5})
     used = work.corpus.batch(sorted(work._seen)).tokens
     whole = work.oracle_pairs(pool.candidates, pool.proxy)
-    bench.PAIRS_BYTES = 1  # one candidate at a time
+    with mock.patch.object(bench, "PAIRS_BYTES", 1):  # one candidate at a time
+        one_by_one = work.oracle_pairs(pool.candidates, pool.proxy)
     return {
         "oracle": work.oracle(pool),
         "pairs": whole,
-        "one by one": work.oracle_pairs(pool.candidates, pool.proxy),
+        "one by one": one_by_one,
         "repeated": any(bool((row == used).all(1).any()) for row in pool.candidates.tokens),
         "used": len(used),
     }
