@@ -117,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--micro-batch-size", type=positive, default=1, help="of the update")
 
     option = add("frontier", "tax and fidelity of every estimator and size", model, trained)
-    sizes(option, candidates=32, length=512, repeats=3, estimators="all")
+    sizes(option, candidates=32, length=512, repeats=2, estimators="all")
     option("--tax-candidates", type=positive, default=8, help="with --proxy, the sequences of the timed pass")
     option("--fidelity-proxy", type=positive, default=8)
     option("--picture", type=Path, help=".svg or .png of all rows")

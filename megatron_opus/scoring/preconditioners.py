@@ -96,8 +96,12 @@ class Preconditioners:
         return adam_kappa(h) if isinstance(h, AdamHyper) else muon_kappa(h)
 
     def of_shard(self, index: int) -> bool:
-        """Whether a side that tensor parallelism leaves whole is preconditioned by its own shard's state: Muon's S."""
-        return index in self._muon
+        """Whether the side that tensor parallelism leaves whole is preconditioned by its own shard's state: Muon's S.
+
+        Where S stands on the side that is cut, the other one has the sketch alone, the same on every rank.
+        """
+        whole: Side = "cols" if self._matrices[index].cut == "rows" else "rows"
+        return index in self._muon and self._muon[index].side == whole
 
     def compose(self, requests: Sequence[tuple[int, Side, Projection]]) -> list[Projection]:
         """For each (matrix, side, sketch): the projection that applies P's side of this rank's shard, then the sketch.

@@ -12,7 +12,8 @@ tokens of a sequence, e bytes of an activation:
     candidates       4 n F over TP where features are wanted; 8 n over TP unless the alignment comes from them
     scores           12 n gathered over DP; 4 n F gathered over DP for the redundancy (scope `global`)
     agreement        12 N + 8 N^2 broadcast over DP and over TP
-    sequence parallel   e T (n + p) w / TP for the scattered factor of each matrix, w its projected width
+    sequence parallel   e T (n + p) w / TP for the scattered factor of each matrix, w its projected width; for
+                        candidates its whole width where Muon's multiplier stands on that side
 
 `second moments` and Muon's are sent every `refresh_every` steps, `proxy` every `proxy_refresh_every`. Nothing grows
 with the number of parameters but `exact`, `direction` and Muon's momentum at ZeRO 3. The tests compare this with what
@@ -119,7 +120,8 @@ def _gathered_widths(
     rows, columns, cut = matrix
     k, whole = config.selection.sketch, rows if cut else columns
     operator = _widths(config, tp, matrix)[0 if cut else 1] or whole
-    raw = geometry == "muon"  # the projection is the rank's own: the factor itself is gathered, for every part
+    # the multiplier stands on this side, and is the rank's own: the factor itself is gathered, for every part
+    raw = geometry == "muon" and ("cols" if rows > columns else "rows") == ("rows" if cut else "cols")
     one_sided = min(k.one_sided_dim, whole)
     candidate = (whole if raw else operator) if wanted else 0
     if k.alignment == "one_sided":

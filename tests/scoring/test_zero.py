@@ -22,6 +22,8 @@ from megatron_opus.config import (
     SelectionConfig,
     TrainingConfig,
 )
+from megatron_opus.training.memory import Layout
+from megatron_opus.training.traffic import scoring_traffic
 
 
 def engine_scores(
@@ -128,6 +130,8 @@ def engine_scores(
         "moments": moments,
         "align": signals.alignment,
         "inter": signals.interaction,
+        "bytes": signals.bytes_sent,
+        "run": run,
         "steps": {getattr(h, "step", None) for h in hypers},
         "lr": {h.lr for h in hypers},
         "next_lr": engine.get_lr()[0],
@@ -309,3 +313,28 @@ def test_tensor_parallel_times_zero_in_every_geometry(world2, world4, partition_
             estimator="one_sided",
             tolerance=NEWTON_SCHULZ if optimizer == "muon" else TOLERANCE,
         )
+
+
+def with_and_without_full_width(model: str, stage: int) -> dict[str, Any]:
+    from unittest import mock
+
+    from megatron_opus.scoring.preconditioners import Preconditioners
+
+    own = engine_scores(model, stage, 2, "fp32", sketched("auto"), optimizer="muon", sp=True)
+    with mock.patch.object(Preconditioners, "of_shard", return_value=True):
+        wide = engine_scores(model, stage, 2, "fp32", sketched("auto"), optimizer="muon", sp=True)
+    return {"own": own, "wide": wide}
+
+
+@pytest.mark.parametrize(("model", "stage"), [("gpt2", 0), ("qwen3", 2)])
+def test_muon_gathers_full_width_only_where_its_multiplier_stands(world4, model, stage):
+    """Fault: a sketch that is the same on every rank applied after tokens of full width were gathered, bytes that the
+    formula does not know; or tokens of another rank under this rank's own multiplier. The same products in both."""
+    config = dataclasses.replace(sketched("auto"), proxy_batch_size=K_P)
+    for result in world4.run(with_and_without_full_width, model, stage):
+        own, wide = result["own"], result["wide"]
+        assert relative(own["align"], wide["align"]) < 1e-5
+        assert relative(own["inter"], wide["inter"]) < 1e-5
+        layout = Layout(tp=2, dp=2, zero_stage=stage, micro_batch_size=1)
+        run = dataclasses.replace(own["run"], selection=config)
+        assert own["bytes"] == sum(scoring_traffic(run, layout).values()) < wide["bytes"]
