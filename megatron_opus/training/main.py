@@ -62,6 +62,7 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     from megatron_opus.data.buffer import DrawError
     from megatron_opus.data.corpus import CorpusError
     from megatron_opus.data.manifest import ManifestError
+    from megatron_opus.data.masks import MaskError
     from megatron_opus.data.tokenizers import TokenizerError
     from megatron_opus.training.agreement import OtherRankFailed, RankMismatch, software
     from megatron_opus.training.checkpoint import CheckpointError
@@ -74,6 +75,7 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
         ConfigError,
         CorpusError,
         ManifestError,
+        MaskError,
         TokenizerError,
         IndexedDataError,
         DrawError,
