@@ -18,6 +18,7 @@ from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch.distributed as dist
@@ -64,17 +65,9 @@ def _worker(rank: int, world_size: int, port: int, timeout: float, connection: C
 
 def _start_server(context: Any) -> None:
     """It keeps the environment it is started in: what torch reads when it is imported is set for that moment."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    try:
+    with mock.patch.dict(os.environ, ENVIRONMENT):
         context.set_forkserver_preload(PRELOAD)
         forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class DistributedPool:

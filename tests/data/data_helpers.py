@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from megatron_opus.backends import indexed
 from megatron_opus.data import manifest as manifests
@@ -28,6 +31,20 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
     return path
+
+
+def die_at_rename(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """This process kills itself instead of its `at`-th rename, counted from 0: for processes that are forked from it."""
+    rename, left = os.replace, at
+
+    def die(source: Any, target: Any) -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
 
 
 class StreamOfNumbers:

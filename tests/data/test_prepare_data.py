@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import make_text, run, spec, texts_of, write_jsonl
+from data_helpers import die_at_rename, make_text, run, spec, texts_of, write_jsonl
 
 from megatron_opus.backends import indexed
 from megatron_opus.data import manifest as manifests
@@ -164,16 +164,7 @@ def test_kill_at_every_commit_and_resume(
 
     for kill_at in range(0, total, 4):
         out = tmp_path / f"killed-{kill_at}"
-        left = kill_at
-
-        def die(source: Any, target: Any) -> None:
-            nonlocal left
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-            replace_file(source, target)
-
-        monkeypatch.setattr(os, "replace", die)
+        die_at_rename(monkeypatch, kill_at)
         killed(lambda out=out: run(out, *mixture, **SMALL))
         assert not (out / "manifest.json").exists()
         finished = {str(p.with_suffix("")) for p in (out / ".work").glob("*/**/[0-9]*.json")}

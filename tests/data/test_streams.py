@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import make_text, run, spec, texts_of, write_jsonl
+from data_helpers import die_at_rename, make_text, run, spec, texts_of, write_jsonl
 
 from megatron_opus.data import streams
 from megatron_opus.data.document import SourceError
@@ -80,16 +79,7 @@ def test_a_stream_gives_every_document_once_in_order(hub: Path, tmp_path: Path) 
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, function: Any) -> None:
     """Run in a process that kills itself before its `at`-th rename."""
     rename = os.replace
-    left = at
-
-    def die(source: Any, target: Any) -> None:
-        nonlocal left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", die)
+    die_at_rename(monkeypatch, at)
     child = os.fork()
     if child == 0:
         try:
