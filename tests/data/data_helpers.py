@@ -34,7 +34,7 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 
 def die_at_rename(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """This process kills itself instead of its `at`-th rename, counted from 0: for processes that are forked from it."""
+    """This process kills itself instead of its `at`-th rename, counted from 0: for forked ones."""
     rename, left = os.replace, at
 
     def die(source: Any, target: Any) -> None:
