@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on real text, on a CPU: raw files -> prepared corpus -> benchmark proxy -> OPUS and random -> export and
+# The whole chain on real text, on a CPU: raw files -> prepared corpus -> proxy -> OPUS and random -> export and
 # benchmarks -> report. What docs/chain.md records.
 #   launch/chain.sh TEXT [OUT]     TEXT holds pile_domains/*.jsonl and benchmarks_olmo/*.jsonl; OUT is runs/chain
 #   STEPS, LIMIT, ENCODER          300 steps; 200 questions of each benchmark; lexical, or a sentence-transformers name
@@ -50,5 +50,5 @@ for strategy in opus random; do
   timed "evaluation, $strategy" "$python" "$ROOT/tools/evaluate.py" "$out/$strategy" --benchmarks "${test_files[@]}" \
     --limit "${LIMIT:-200}" --device cpu
 done
-timed "report" "$python" "$ROOT/tools/report.py" "$out/opus" "$out/random" --output "$out/report.html"
+timed "report" "$python" "$ROOT/tools/report.py" "$out/random" "$out/opus" --output "$out/report.html"
 echo "$out/report.html"
