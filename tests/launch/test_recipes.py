@@ -80,7 +80,7 @@ def test_too_little_memory_is_said_before_anything_is_allocated(tmp_path: Path, 
     """Guards against an out-of-memory kill after minutes, which names no cause and no layout that would fit."""
     script = str(ROOT / "launch/pretrain_gpt2_xl.sh")
     command = ["deepspeed", "--num_gpus", "1", "--master_port", free_port(), script]
-    huge = ["model.num_layers=4800", "data=embedded", f"data.cache_dir={embedded_cache}"]  # terabytes, on any machine
+    huge = ["model.hidden_size=25600", "data=embedded", f"data.cache_dir={embedded_cache}"]  # terabytes, on any machine
     result = call(*command, *huge, cwd=tmp_path)
     said = result.stderr + result.stdout
     assert result.returncode == 2, said
