@@ -35,7 +35,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="NAME=FILE",
         help="JSONL or Parquet; mmlu, anli, hellaswag, piqa, siqa, winogrande, arc_easy, arc_challenge, "
-        "commonsense_qa, wsc, openbookqa, sciq, or any name for rows of query, choices, gold",
+        "commonsense_qa, wsc, openbookqa, sciq, race_m, race_h, ax_b, ax_g, story_cloze, "
+        "or any name for rows of query, choices, gold",
     )
     parser.add_argument("--token-budget", default="30M", metavar="N", help="tokens of the proxy (default 30M)")
     parser.add_argument(

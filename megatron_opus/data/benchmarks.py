@@ -1,8 +1,9 @@
 """Multiple-choice benchmarks as uniform records, out of JSONL or Parquet files.
 
-The ten benchmarks of the OPUS paper and two close to them are read with the field names of their Hugging Face data
-sets, and in the `query` / `choices` / `gold` form in which evaluation suites store them. The benchmark's name says
-which forms are possible, the first row which one it is, and every other row must have it too.
+The ten benchmarks of the OPUS paper, five of its six out-of-domain ones (BBH is generated) and two close to them are
+read with the field names of their Hugging Face data sets, and in the `query` / `choices` / `gold` form in which
+evaluation suites store them. The benchmark's name says which forms are possible, the first row which one it is, and
+every other row must have it too.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from megatron_opus.data.benchmark_rows import BenchmarkError, Row, listed, rows
 
 PAPER = (
     "mmlu", "anli", "hellaswag", "piqa", "siqa", "winogrande", "arc_easy", "arc_challenge", "commonsense_qa", "wsc",
@@ -28,14 +30,16 @@ ALIASES = {
     "arc-c": "arc_challenge",
     "winograd_wsc": "wsc",
     "wsc273": "wsc",
+    "race_middle": "race_m",
+    "race_high": "race_h",
+    "axb": "ax_b",
+    "axg": "ax_g",
+    "storycloze": "story_cloze",
 }
 ANLI_CHOICES = ("entailment", "neutral", "contradiction")
+AX_CHOICES = ("entailment", "not_entailment")
 YES_NO = ("no", "yes")
-_SHOWN_KEYS = 12
-
-
-class BenchmarkError(ValueError):
-    """A benchmark file that cannot be read: names file and line, what was expected and what was found."""
+_LABELS = (ANLI_CHOICES, AX_CHOICES, YES_NO)  # choices that are no text of the benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +60,20 @@ class BenchmarkItem:
 
     def text(self) -> str:
         """Context, question and choices, a line each, without the answer; choices that are mere labels are left out."""
-        choices = () if self.choices in (ANLI_CHOICES, YES_NO) else self.choices
+        choices = () if self.choices in _LABELS else self.choices
         return "\n".join(part for part in (self.context, self.question, *choices) if part)
 
     def passages(self) -> tuple[str, ...]:
         """The pieces of running text that a document with this item in it would contain; the question is in the first.
 
-        A choice is a piece of its own, unless it continues the question (HellaSwag, PIQA) or fills its blank.
+        A choice is a piece of its own, unless it continues the question, as in HellaSwag, or fills its blank.
         """
         question = " ".join(part for part in (self.context, self.question) if part)
-        if self.choices in (ANLI_CHOICES, YES_NO):
+        if self.choices in _LABELS:
             return (question,)
         if self.benchmark in ("winogrande", "wsc") and "_" in question:
             return tuple(question.replace("_", choice) for choice in self.choices)
-        if self.benchmark in ("hellaswag", "piqa"):
+        if self.benchmark in ("hellaswag", "piqa", "story_cloze"):
             return tuple(f"{question} {choice}" for choice in self.choices)
         return (question, *self.choices)
 
@@ -97,15 +101,15 @@ def load_benchmarks(files: Iterable[tuple[str, str | Path]]) -> list[BenchmarkIt
 def load_benchmark(name: str, path: str | Path) -> list[BenchmarkItem]:
     """The items of one JSONL or Parquet file, in its order.
 
-    name: one of PAPER, `openbookqa`, `sciq`, an alias of one; any other name takes rows of query, choices, gold.
+    name: a key of _FORMS or an alias of one; any other name takes rows of query, choices, gold.
     Raises BenchmarkError naming file and line for unreadable, empty or incomplete files and answers out of range.
     """
     benchmark, path = canonical_name(name), Path(path)
     chosen: _Form | None = None
     items = []
-    for line, values in _rows(path):
+    for line, values in rows(path):
         where = f"{path}:{line}"
-        row = _Row(where, values)
+        row = Row(where, values)
         if chosen is None:
             chosen = _form(benchmark, row)
         row.require(chosen.fields, benchmark)
@@ -139,112 +143,6 @@ def digest(items: Sequence[BenchmarkItem]) -> str:
     return found.hexdigest()
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line or row from 1, fields)."""
-    if not path.is_file():
-        raise BenchmarkError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    if path.suffix not in (".jsonl", ".json"):
-        raise BenchmarkError(f"{path}: expected a .jsonl or .parquet file, got suffix {path.suffix!r}")
-    with path.open("rb") as stream:
-        for line, raw in enumerate(stream, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                hint = "; a JSON array is to be written as one object per line" if raw.lstrip()[:1] == b"[" else ""
-                raise BenchmarkError(f"{path}:{line}: not one JSON object per line ({error}){hint}") from None
-            if not isinstance(row, dict):
-                raise BenchmarkError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
-            yield line, row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BenchmarkError(f"{path}: not a Parquet file: {error}") from error
-    yield from enumerate(rows, 1)
-
-
-class _Row:
-    """The fields of one row, each asked for with the type that it must have."""
-
-    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
-        self.where = where
-        self.values = values
-
-    def require(self, fields: Sequence[str], benchmark: str) -> None:
-        missing = [field for field in fields if field not in self.values]
-        if missing:
-            raise BenchmarkError(
-                f"{self.where}: missing {', '.join(missing)} (found {_listed(self.values)}); the rows of this "
-                f"{benchmark} file have {', '.join(fields)}"
-            )
-
-    def text(self, key: str) -> str:
-        return self._text(key, self.values[key])
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self.values[key]
-        if not isinstance(values, list | tuple):
-            raise BenchmarkError(f"{self.where}: {key!r}: expected a list of strings, got {type(values).__name__}")
-        return tuple(self._text(key, value) for value in values)
-
-    def labelled(self, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """(texts, labels) of `choices: {text: [...], label: [...]}`."""
-        value = self.values[key]
-        if not isinstance(value, Mapping) or not {"text", "label"} <= value.keys():
-            raise BenchmarkError(f"{self.where}: {key!r}: expected an object with the lists text and label")
-        inner = _Row(self.where, value)
-        texts, labels = inner.texts("text"), inner.texts("label")
-        if len(texts) != len(labels):
-            raise BenchmarkError(f"{self.where}: {key!r}: {len(texts)} texts and {len(labels)} labels")
-        return texts, labels
-
-    def number(self, key: str, count: int, first: int = 0) -> int | None:
-        """0-based index out of a number that starts at `first`; None for the -1 or "" of hidden answers."""
-        value = self.values[key]
-        if value in ("", -1, "-1"):
-            return None
-        digits = isinstance(value, str) and value.isascii() and value.isdigit()
-        if isinstance(value, bool) or not (isinstance(value, int) or digits):
-            raise BenchmarkError(f"{self.where}: {key!r}: expected a number, got {value!r}")
-        gold = int(value) - first
-        if not 0 <= gold < count:
-            raise BenchmarkError(f"{self.where}: {key!r}: expected {first}..{count - 1 + first}, got {value!r}")
-        return gold
-
-    def label(self, key: str, labels: Sequence[str]) -> int | None:
-        """Index of the answer's label; None for the "" of hidden answers."""
-        value = self.values[key]
-        if value == "":
-            return None
-        if value not in labels:
-            raise BenchmarkError(f"{self.where}: {key!r}: expected one of {', '.join(labels)}, got {value!r}")
-        return labels.index(value)
-
-    def _text(self, key: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise BenchmarkError(f"{self.where}: {key!r}: expected a string, got {type(value).__name__}")
-        return value
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    keys = list(map(str, values))
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return (", ".join(keys[:_SHOWN_KEYS]) or "no field") + more
-
-
 # --- forms ----------------------------------------------------------------------------------------------------------
 
 
@@ -259,10 +157,10 @@ class _Parts:
 @dataclass(frozen=True)
 class _Form:
     fields: tuple[str, ...]
-    read: Callable[[_Row], _Parts]
+    read: Callable[[Row], _Parts]
 
 
-def _stored(row: _Row) -> _Parts:
+def _stored(row: Row) -> _Parts:
     # "Question: ... Answer:" is the frame of a prompt, not the benchmark's text.
     query = re.sub(r"\s*\bAnswer:\s*$", "", re.sub(r"^\s*Question:\s*", "", row.text("query")))
     choices = row.texts("choices")
@@ -270,7 +168,7 @@ def _stored(row: _Row) -> _Parts:
 
 
 def _plain(question: str, choices: str, answer: str, context: str = "") -> _Form:
-    def read(row: _Row) -> _Parts:
+    def read(row: Row) -> _Parts:
         found = row.texts(choices)
         before = row.text(context) if context else ""
         return _Parts(before, row.text(question), found, row.number(answer, len(found)))
@@ -279,7 +177,7 @@ def _plain(question: str, choices: str, answer: str, context: str = "") -> _Form
 
 
 def _lettered(question: str) -> _Form:
-    def read(row: _Row) -> _Parts:
+    def read(row: Row) -> _Parts:
         texts, labels = row.labelled("choices")
         return _Parts("", row.text(question), texts, row.label("answerKey", labels))
 
@@ -289,7 +187,7 @@ def _lettered(question: str) -> _Form:
 def _named(question: str, choices: tuple[str, ...], answer: str, first: int, context: str = "") -> _Form:
     """Every choice in a field of its own; the answer is a number that starts at `first`."""
 
-    def read(row: _Row) -> _Parts:
+    def read(row: Row) -> _Parts:
         before = row.text(context) if context else ""
         found = tuple(row.text(choice) for choice in choices)
         return _Parts(before, row.text(question), found, row.number(answer, len(found), first))
@@ -297,18 +195,37 @@ def _named(question: str, choices: tuple[str, ...], answer: str, first: int, con
     return _Form((*([context] if context else []), question, *choices, answer), read)
 
 
-def _anli(row: _Row) -> _Parts:
+def _anli(row: Row) -> _Parts:
     return _Parts(row.text("premise"), row.text("hypothesis"), ANLI_CHOICES, row.number("label", 3))
 
 
-def _winogrande(row: _Row) -> _Parts:
+def _entailed(premise: str, hypothesis: str) -> _Form:
+    def read(row: Row) -> _Parts:
+        return _Parts(row.text(premise), row.text(hypothesis), AX_CHOICES, row.number("label", 2))
+
+    return _Form((premise, hypothesis, "label"), read)
+
+
+def _race(row: Row) -> _Parts:
+    options = row.texts("options")
+    return _Parts(
+        row.text("article"), row.text("question"), options, row.label("answer", tuple("ABCD"[: len(options)]))
+    )
+
+
+def _story(row: Row) -> _Parts:
+    texts = [row.text(key) for key in _STORY_FIELDS[:-1]]
+    return _Parts("", " ".join(texts[:4]), tuple(texts[4:]), row.number(_STORY_FIELDS[-1], 2, 1))
+
+
+def _winogrande(row: Row) -> _Parts:
     sentence = row.text("sentence")
     if sentence.count("_") != 1:
         raise BenchmarkError(f"{row.where}: 'sentence': expected one _ for the choice, found {sentence.count('_')}")
     return _Parts("", sentence, (row.text("option1"), row.text("option2")), row.number("answer", 2, 1))
 
 
-def _winograd(row: _Row) -> _Parts:
+def _winograd(row: Row) -> _Parts:
     text, pronoun, place = row.text("text"), row.text("pronoun"), row.values["pronoun_loc"]
     if not isinstance(place, int) or text[place : place + len(pronoun)] != pronoun:
         raise BenchmarkError(
@@ -319,12 +236,12 @@ def _winograd(row: _Row) -> _Parts:
     return _Parts("", sentence, options, row.number("label", len(options)))
 
 
-def _coreference(row: _Row) -> _Parts:
+def _coreference(row: Row) -> _Parts:
     question = f"Does {row.text('span2_text')} refer to {row.text('span1_text')}?"
     return _Parts(row.text("text"), question, YES_NO, row.number("label", 2))
 
 
-def _schema(row: _Row) -> _Parts:
+def _schema(row: Row) -> _Parts:
     """Contexts that differ in the filled-in choice, and one continuation."""
     contexts = row.texts("context_options")
     if len(contexts) < 2:
@@ -337,13 +254,20 @@ def _schema(row: _Row) -> _Parts:
     return _Parts("", sentence, tuple(tails), row.number("gold", len(contexts)))
 
 
-def _sciq(row: _Row) -> _Parts:
+def _sciq(row: Row) -> _Parts:
     choices = tuple(row.text(key) for key in ("distractor1", "distractor2", "distractor3", "correct_answer"))
     return _Parts("", row.text("question"), choices, 3)
 
 
 _STORED = _Form(("query", "choices", "gold"), _stored)
 _SCIQ_FIELDS = ("question", "distractor1", "distractor2", "distractor3", "correct_answer")
+_STORY_FIELDS = (
+    *(f"input_sentence_{i}" for i in (1, 2, 3, 4)),
+    "sentence_quiz1",
+    "sentence_quiz2",
+    "answer_right_ending",
+)
+_RACE = (_Form(("article", "question", "options", "answer"), _race),)
 _FORMS: Mapping[str, tuple[_Form, ...]] = {
     "mmlu": (_plain("question", "choices", "answer"),),
     "anli": (_Form(("premise", "hypothesis", "label"), _anli),),
@@ -361,14 +285,19 @@ _FORMS: Mapping[str, tuple[_Form, ...]] = {
     ),
     "openbookqa": (_lettered("question_stem"),),
     "sciq": (_Form(_SCIQ_FIELDS, _sciq),),
+    "race_m": _RACE,
+    "race_h": _RACE,
+    "ax_b": (_entailed("sentence1", "sentence2"),),
+    "ax_g": (_entailed("premise", "hypothesis"),),
+    "story_cloze": (_Form(_STORY_FIELDS, _story),),
 }
 
 
-def _form(benchmark: str, row: _Row) -> _Form:
+def _form(benchmark: str, row: Row) -> _Form:
     forms = (_STORED, *_FORMS.get(benchmark, ()))
     for form in forms:
         if all(field in row.values for field in form.fields):
             return form
     expected = " or ".join(", ".join(form.fields) for form in forms)
     known = "" if benchmark in _FORMS else f"; {benchmark!r} is none of {', '.join(_FORMS)}, of which more is known"
-    raise BenchmarkError(f"{row.where}: expected the fields {expected}; found {_listed(row.values)}{known}")
+    raise BenchmarkError(f"{row.where}: expected the fields {expected}; found {listed(row.values)}{known}")

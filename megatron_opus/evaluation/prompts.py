@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_opus.config import ConfigError
-from megatron_opus.data.benchmarks import ANLI_CHOICES, YES_NO, BenchmarkItem
+from megatron_opus.data.benchmarks import ANLI_CHOICES, AX_CHOICES, YES_NO, BenchmarkItem
 
 Rule = Literal["choices", "partial"]
 BLANKS = ("winogrande", "wsc")  # a sentence with _ for the choice
-# The words that a text would have where the data set has labels, in the order of ANLI_CHOICES.
+# The words that a text would have where the data set has labels, in the order of ANLI_CHOICES and AX_CHOICES.
 ANLI_ANSWERS = ("True", "Neither", "False")
-_ASKED = ("mmlu", "piqa", "arc_easy", "arc_challenge", "commonsense_qa", "openbookqa", "sciq", "wsc")
+AX_ANSWERS = ("True", "False")
+_ASKED = (
+    "mmlu", "piqa", "arc_easy", "arc_challenge", "commonsense_qa", "openbookqa", "sciq", "wsc", "race_m", "race_h",
+)  # fmt: skip
 
 
 class EvaluationError(ConfigError):
@@ -80,8 +83,7 @@ def _question(item: BenchmarkItem) -> Question:
         rule: Rule = "partial"
     else:
         contexts, rest, rule = (prompt(item),), choices, "choices"
-        if item.choices == ANLI_CHOICES:
-            rest = ANLI_ANSWERS
+        rest = {ANLI_CHOICES: ANLI_ANSWERS, AX_CHOICES: AX_ANSWERS}.get(item.choices, rest)
         if not contexts[0].strip():
             raise EvaluationError(f"{where}: the question is empty")
     return Question(id=item.id, subject=item.subject, rule=rule, contexts=contexts, choices=rest, gold=item.gold)
@@ -97,6 +99,8 @@ def prompt(item: BenchmarkItem) -> str:
     question = item.question.strip()
     if item.choices == ANLI_CHOICES:
         return f"{item.context.strip()}\nQuestion: {question} True, False, or Neither?\nAnswer:"
+    if item.choices == AX_CHOICES:
+        return f"{item.context.strip()}\nQuestion: {question} True or False?\nAnswer:"
     if item.choices == YES_NO:
         return f"{item.context.strip()}\nQuestion: {question}\nAnswer:"
     if item.benchmark == "hellaswag":

@@ -101,6 +101,33 @@ ROWS: tuple[tuple[str, dict[str, Any], str, str, tuple[str, ...], int | None], .
         ("x", "y"),
         0,
     ),
+    (
+        "RACE-M",
+        {
+            "example_id": "m1.txt",
+            "article": "It rained.",
+            "question": "It was _ .",
+            "options": ["dry", "wet"],
+            "answer": "B",
+        },
+        "It rained.",
+        "It was _ .",
+        ("dry", "wet"),
+        1,
+    ),
+    ("axb", {"sentence1": "A", "sentence2": "B", "label": 1}, "A", "B", ("entailment", "not_entailment"), 1),
+    ("AX-g", {"premise": "A", "hypothesis": "B", "label": 0}, "A", "B", ("entailment", "not_entailment"), 0),
+    (
+        "story_cloze",
+        {
+            **{f"input_sentence_{i}": f"S{i}." for i in (1, 2, 3, 4)},
+            **{"sentence_quiz1": "She won.", "sentence_quiz2": "She ate.", "answer_right_ending": 2},
+        },
+        "",
+        "S1. S2. S3. S4.",
+        ("She won.", "She ate."),
+        1,
+    ),
     ("my_own", {"query": "Why so?", "choices": ["x", "y"], "gold": 1}, "", "Why so?", ("x", "y"), 1),
 )
 
@@ -129,6 +156,8 @@ def test_texts_for_similarity_and_for_overlap(tmp_path: Path) -> None:
     """Fault: label words (entailment, yes) pull documents toward themselves; a blank hides a sentence that leaked."""
     items = {i.benchmark: i for n, row, *_ in ROWS for i in load_benchmark(n, write(tmp_path / "x.jsonl", row))}
     assert items["anli"].text() == "It rains.\nIt is wet."
+    assert items["ax_g"].passages() == ("A B",)
+    assert items["story_cloze"].passages() == ("S1. S2. S3. S4. She won.", "S1. S2. S3. S4. She ate.")
     assert items["piqa"].text() == "Boil an egg\nfry\nheat water"
     assert items["winogrande"].passages() == ("Al met Bo and Al left.", "Al met Bo and Bo left.")
     assert items["hellaswag"].passages() == ("A man runs", "A man eats")

@@ -38,6 +38,17 @@ NLI = ("entailment", "neutral", "contradiction")
             ("It rains.\nQuestion: It is wet. True, False, or Neither?\nAnswer:",),
             ("True", "Neither", "False"),
         ),
+        (
+            item("ax_b", "It is wet.", "entailment", "not_entailment", context="It rains."),
+            ("It rains.\nQuestion: It is wet. True or False?\nAnswer:",),
+            ("True", "False"),
+        ),
+        (
+            item("race_h", "It is _ .", "a", "b", context="It rains."),
+            ("It rains.\nQuestion: It is _ .\nAnswer:",),
+            ("a", "b"),
+        ),
+        (item("story_cloze", "S1. S2.", "She won.", "She ate."), ("S1. S2.",), ("She won.", "She ate.")),
         (item("copa", "He ran therefore", "he won.", "he ate."), ("He ran therefore",), ("he won.", "he ate.")),
     ],
 )
