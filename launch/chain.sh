@@ -3,7 +3,7 @@
 # benchmarks -> report. What docs/chain.md records.
 #   launch/chain.sh TEXT [OUT]     TEXT holds pile_domains/*.jsonl and benchmarks_olmo/*.jsonl; OUT is runs/chain
 #   STEPS, LIMIT, ENCODER          300 steps; 200 questions of each benchmark; lexical, or a sentence-transformers name
-# Runs again from where it was interrupted: every part keeps what is finished.
+# Needs the extras lab, eval and proxy. Runs again from where it was interrupted: every part keeps what is finished.
 set -euo pipefail
 
 ROOT=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
