@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from scipy import sparse
 
 LEXICAL = "lexical"
 Matrix: TypeAlias = Any  # [n, d] float32, rows of length 1 or 0: np.ndarray or scipy.sparse.csr_matrix
@@ -80,10 +79,10 @@ class LexicalEncoder:
         self.having += np.bincount(found.indices, minlength=self.columns)
         self.texts += len(texts)
 
-    def encode_items(self, texts: Sequence[str]) -> sparse.csr_matrix:
+    def encode_items(self, texts: Sequence[str]) -> Matrix:
         return self.encode_documents(texts)
 
-    def encode_documents(self, texts: Sequence[str]) -> sparse.csr_matrix:
+    def encode_documents(self, texts: Sequence[str]) -> Matrix:
         from sklearn.preprocessing import normalize
 
         found = self._vectorizer.transform(texts)
@@ -223,7 +222,7 @@ class Nearest:
         if self._count == 0:
             raise EncoderError("nothing to compare with: there is no benchmark item")
         blocks = [items[start : start + _COLUMNS] for start in range(0, self._count, _COLUMNS)]
-        self._sparse = sparse.issparse(items)
+        self._sparse = not isinstance(items, np.ndarray)
         self._device = device
         self._blocks: list[Any] = [
             b.T.tocsr() if self._sparse else torch.from_numpy(np.ascontiguousarray(b)).to(device) for b in blocks

@@ -47,6 +47,19 @@ def die_at_rename(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(os, "replace", die)
 
 
+def killed(function: Callable[[], Any]) -> None:
+    """Run in a forked process that kills itself with SIGKILL; fails if it ends in any other way."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
 class StreamOfNumbers:
     """TokenDocuments whose token i is i: a sequence then shows where it was read."""
 

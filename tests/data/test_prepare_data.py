@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import die_at_rename, make_text, run, spec, texts_of, write_jsonl
+from data_helpers import die_at_rename, killed, make_text, run, spec, texts_of, write_jsonl
 
 from megatron_opus.backends import indexed
 from megatron_opus.data import manifest as manifests
@@ -121,19 +119,6 @@ def test_manifest(mixture: tuple[DatasetSpec, ...], tmp_path: Path) -> None:
 
 
 # --- interruptions --------------------------------------------------------------------------------------------------
-
-
-def killed(function: Callable[[], Any]) -> None:
-    """Run in a forked process that kills itself with SIGKILL; fails if it ends in any other way."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        finally:
-            os._exit(3)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_kill_at_every_commit_and_resume(

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import die_at_rename, make_text, run, spec, texts_of, write_jsonl
+from data_helpers import die_at_rename, killed, make_text, run, spec, texts_of, write_jsonl
 
 from megatron_opus.data import streams
 from megatron_opus.data.document import SourceError
@@ -80,15 +80,8 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int, function: Any) -> None
     """Run in a process that kills itself before its `at`-th rename."""
     rename = os.replace
     die_at_rename(monkeypatch, at)
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        finally:
-            os._exit(3)
-    _, status = os.waitpid(child, 0)
+    killed(function)
     monkeypatch.setattr(os, "replace", rename)
-    assert os.WIFSIGNALED(status)
 
 
 def test_kill_while_fetching_and_resume(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +81,21 @@ def test_training_and_resume(corpus: Path, tmp_path: Path, world2: DistributedPo
     for column in ("losses", "ids", "selected", "order"):
         assert resumed[column] == whole[column], column
     assert torch.equal(resumed["weights"], whole["weights"])
+
+
+def test_an_installation_without_the_extra_is_told_of_it(tmp_path: Path) -> None:
+    """Fault: a traceback about scipy from an import at the top, before the message that names the extra."""
+    code = "import sys; sys.modules.update(scipy=None, sklearn=None, sentence_transformers=None); import build_proxy; "
+    code += "sys.exit(build_proxy.main(sys.argv[1:]))"
+    arguments = ["--corpus", str(tmp_path), "--output", str(tmp_path / "out"), "--benchmarks", "a=b", "--encoder"]
+    for encoder in ("lexical", "some/model"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments, encoder],
+            cwd=ROOT / "tools",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "pip install -e '.[proxy]'" in done.stderr
+        assert "Traceback" not in done.stderr
