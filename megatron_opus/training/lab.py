@@ -3,9 +3,12 @@
 An experiment is a YAML file that states its hypothesis, metric and stopping rule before anything runs; they are
 recorded in the experiment's folder with the settings of every run, and neither can be changed afterwards without
 another folder. Runs that are finished are kept, interrupted ones resumed, failed ones tried again at the next start.
+A run that another experiment in the same output directory has made, with the same settings, data and source code, is
+copied instead of made again: arms such as the baseline are common to many.
 
     <output>/<name>/experiment.json      what was announced, and the settings of every run
     <output>/<name>/<arm>-<seed>/        an ordinary run folder
+    <output>/<name>/<arm>-<seed>/lab.json   what it was made by; where it was copied from
     <output>/<name>/logs/<arm>-<seed>.txt
 """
 
@@ -16,6 +19,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +35,7 @@ from megatron_opus.data.files import write_json
 from megatron_opus.training.metrics import read_metrics
 
 RECORD = "experiment.json"
+MADE_BY = "lab.json"  # in a finished run's folder
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
 OPTIONAL = ("corpus", "settings", "shared", "clock")
@@ -268,11 +273,17 @@ def run_all(
     kept = len(runs) - len(waiting)
     if kept:
         say(f"{kept} of {len(runs)} runs are finished and kept")
+    source = source_of_package()
     active: list[tuple[PlannedRun, subprocess.Popen[bytes], float]] = []
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
                 run = waiting.pop(0)
+                twin = find_twin(run, source)
+                if twin is not None:
+                    copy_run(twin, run)
+                    say(f"{run.name}: copied from {twin}, the same run")
+                    continue
                 say(f"{run.name}: {'resumes' if (run.directory / 'config.yaml').exists() else 'starts'}")
                 active.append((run, _start(run, environment or {}), time.monotonic()))
             time.sleep(0.2)
@@ -288,11 +299,46 @@ def run_all(
                 active.remove(entry)
                 took = time.monotonic() - began
                 problem = why_unfinished(run)
+                if not problem:
+                    write_json(run.directory / MADE_BY, {"source": source})
                 say(f"{run.name}: " + (f"FAILED {problem}" if problem else f"finished in {took:.0f} s"))
     finally:
         for _, process, _ in active:
             process.kill()
             process.wait()
+
+
+def source_of_package() -> str:
+    from megatron_opus.training.agreement import source_hash  # imports torch, which a report does without
+
+    return source_hash(ROOT / "megatron_opus")
+
+
+def find_twin(run: PlannedRun, source: str) -> Path | None:
+    """A finished run of another experiment beside this one with the same settings, data and source code."""
+    if run.directory.exists():  # it has begun: it is resumed
+        return None
+    wanted = {**_settings(run.config), "name": None}
+    for path in sorted(run.directory.parent.parent.glob(f"*/*-{run.seed}/{MADE_BY}")):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        found = configs.load(path.parent / "config.yaml")
+        if (
+            made["source"] == source
+            and {**_settings(found), "name": None} == wanted
+            and found.data.path == run.config.data.path
+        ):
+            return path.parent
+    return None
+
+
+def copy_run(twin: Path, run: PlannedRun) -> None:
+    """The twin's record without its checkpoints; a copy that is cut short is not taken for a run."""
+    unfinished = run.directory.with_name(f".{run.name}.copy")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(twin, unfinished, ignore=shutil.ignore_patterns("checkpoints"))
+    made = json.loads((unfinished / MADE_BY).read_text(encoding="utf-8"))
+    write_json(unfinished / MADE_BY, {**made, "copied_from": made.get("copied_from", str(twin))})
+    unfinished.rename(run.directory)
 
 
 def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_opus.config import ConfigError
+from megatron_opus.config import ConfigError, to_dict
 from megatron_opus.training import lab, lab_report
 from megatron_opus.training.statistics import interval, t_quantile
 
@@ -250,3 +250,29 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
     metrics.write_text(metrics.read_text().replace("step_cpu_seconds", "something_else"))
     with pytest.raises(lab.LabError, match="expected step_cpu_seconds"):
         lab_report.collect(found, runs, record)
+
+
+def test_a_run_that_another_experiment_made_is_copied(tmp_path, monkeypatch):
+    """Fault: the baseline trained again by every protocol that has it, or a run of other settings, another seed or other
+    source code taken for it."""
+    monkeypatch.setattr(lab, "_start", lambda *_: pytest.fail("a run was started"))
+    first = lab.read_experiment(experiment_file(tmp_path, seeds=[1]))
+    runs = first.runs(tmp_path / "out" / "first", None)
+    for run in runs:
+        write_run(run, {1: 4.0, 3: 3.0}, 1.0)
+        (run.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config)))
+        (run.directory / "checkpoints").mkdir()
+        (run.directory / lab.MADE_BY).write_text(json.dumps({"source": lab.source_of_package()}))
+    arms = {"baseline": {"selection.strategy": "random"}, "opus": {"selection.temperature": 0.5}}
+    second = lab.read_experiment(experiment_file(tmp_path, name="second", baseline="baseline", arms=arms, seeds=[1, 2]))
+    planned = second.runs(tmp_path / "out" / "second", None)
+    source = lab.source_of_package()
+    twins = {run.name: lab.find_twin(run, source) for run in planned}
+    assert twins == {"baseline-1": runs[0].directory, "opus-1": None, "baseline-2": None, "opus-2": None}
+    assert lab.find_twin(planned[0], "other source") is None
+    said: list[str] = []
+    lab.run_all(planned[:1], jobs=1, say=said.append)
+    assert said == [f"baseline-1: copied from {runs[0].directory}, the same run"]
+    assert lab.is_finished(planned[0])
+    assert not (planned[0].directory / "checkpoints").exists()
+    assert json.loads((planned[0].directory / lab.MADE_BY).read_text())["copied_from"] == str(runs[0].directory)
