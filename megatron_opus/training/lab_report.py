@@ -133,14 +133,31 @@ COLUMNS: tuple[tuple[str, str, int, bool], ...] = (
 )
 
 
-def table(results: Results) -> str:
-    """What was announced, a line per arm, and every run that is missing with the reason."""
-    e = results.experiment
+def cells(results: Results) -> list[list[str]]:
+    """The title row and a row per arm."""
     rows = [["arm", "seeds", *(title for _, title, _, _ in COLUMNS)]]
     for arm in results.arms:
         values = [getattr(arm, key) for key, _, _, _ in COLUMNS]
         texts = ["" if v is None else v.text(d, s) for v, (_, _, d, s) in zip(values, COLUMNS, strict=True)]
-        rows.append([arm.arm, f"{len(arm.seeds)}/{len(e.seeds)}", *texts])
+        rows.append([arm.arm, f"{len(arm.seeds)}/{len(results.experiment.seeds)}", *texts])
+    return rows
+
+
+def markdown(results: Results) -> str:
+    """The table of arms alone; a difference whose interval leaves out 0 is bold."""
+    rows = cells(results)
+    column = 2 + [key for key, _, _, _ in COLUMNS].index("difference")
+    for row, arm in zip(rows[1:], results.arms, strict=True):
+        found = arm.difference
+        if found is not None and found.half is not None and abs(found.mean) > found.half:
+            row[column] = f"**{row[column]}**"
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def table(results: Results) -> str:
+    """What was announced, a line per arm, and every run that is missing with the reason."""
+    e = results.experiment
+    rows = cells(results)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         f"experiment     {e.name}",
@@ -203,9 +220,10 @@ def as_csv(results: Results) -> str:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """report.txt, report.json, report.csv in `folder`."""
+    """report.txt, report.md, report.json, report.csv in `folder`."""
     contents = {
         "report.txt": table(results) + "\n",
+        "report.md": markdown(results) + "\n",
         "report.json": json.dumps(as_json(results), indent=1) + "\n",
         "report.csv": as_csv(results),
     }
@@ -230,7 +248,10 @@ def band(curves: Sequence[Points]) -> tuple[list[float], list[Interval]]:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """loss_tokens.png and loss_seconds.png: mean and 95% band of every arm. Raises LabError without matplotlib."""
+    """loss_tokens.png and loss_seconds.png, mean and 95% band of every arm; differences.png, what each gains.
+
+    Raises LabError without matplotlib.
+    """
     try:
         import matplotlib as mpl
 
@@ -239,7 +260,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     except ImportError as error:
         raise LabError(f"pictures need matplotlib ({error}): pip install -e '.[lab]'") from None
     e = results.experiment
-    made = []
+    made = [_draw_differences(results, folder / "differences.png", pyplot)]
     kind = "processor seconds" if e.clock == "cpu" else "seconds"
     pictures: tuple[tuple[str, Callable[[Run], Points], str], ...] = (
         ("loss_tokens.png", lambda run: by_tokens(run, e.metric), "update tokens"),
@@ -284,3 +305,34 @@ def draw(results: Results, folder: Path) -> list[Path]:
         pyplot.close(figure)
         made.append(folder / name)
     return made
+
+
+def _draw_differences(results: Results, path: Path, pyplot: Any) -> Path:
+    """Final loss minus the baseline's: a dot per seed, mean and 95% interval per arm, the best at the top."""
+    e = results.experiment
+    arms = [arm for arm in results.arms if arm.difference is not None]
+    arms.sort(key=lambda arm: arm.difference.mean if arm.difference is not None else 0.0, reverse=True)
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.32 * max(1, len(arms))), layout="constrained")
+    reach = 0.0
+    for y, arm in enumerate(arms):
+        found = arm.difference
+        assert found is not None
+        seeds = [seed for seed in arm.seeds if (e.baseline, seed) in results.runs]
+        dots = [
+            final_loss(results.runs[arm.arm, s], e.metric) - final_loss(results.runs[e.baseline, s], e.metric)
+            for s in seeds
+        ]
+        reach = max(reach, *(abs(x) for x in (*dots, found.mean)))
+        clear = found.half is not None and abs(found.mean) > found.half
+        colour = ("tab:blue" if found.mean < 0 else "tab:red") if clear else "gray"
+        axes.errorbar([found.mean], [y], xerr=[found.half or 0.0], fmt="o", color=colour, capsize=3)
+        axes.plot(dots, [y] * len(dots), "|", color="black", alpha=0.6)
+    axes.axvline(0.0, color="black", linestyle="--", linewidth=1)
+    if reach:  # an interval over two seeds is wider than what matters
+        axes.set_xlim(-1.6 * reach, 1.6 * reach)
+    axes.set_yticks(range(len(arms)), [f"{arm.arm} ({len(arm.seeds)})" for arm in arms])
+    axes.set(xlabel=f"final loss on {', '.join(e.metric)} minus {e.baseline}'s, nats; left is better", title=e.name)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

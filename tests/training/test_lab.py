@@ -223,6 +223,16 @@ def test_json_and_csv_say_what_the_table_says(results, tmp_path):
     assert data["failed"][0]["run"] == "opus-3"
     assert len(data["runs"]) == 5
     assert (tmp_path / "report.txt").read_text() == lab_report.table(results) + "\n"
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert lines[3].startswith("| opus | 2/3 | 2.6500 ± ")
+    assert "| **-0.5000 ± 0.0000** |" in lines[3]
+
+
+def test_every_picture_is_drawn(results, tmp_path):
+    """Fault: a picture that fails on an arm with fewer seeds than the baseline, or on the baseline itself."""
+    found = lab_report.draw(results, tmp_path)
+    assert {path.name for path in found} == {"differences.png", "loss_tokens.png", "loss_seconds.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
 
 
 def test_a_metric_that_was_not_evaluated_is_refused(results, folder, tmp_path):
@@ -253,8 +263,8 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
 
 
 def test_a_run_that_another_experiment_made_is_copied(tmp_path, monkeypatch):
-    """Fault: the baseline trained again by every protocol that has it, or a run of other settings, another seed or other
-    source code taken for it."""
+    """Fault: the baseline trained again by every protocol that has it, or a run of other settings, another seed or
+    other source code taken for it."""
     monkeypatch.setattr(lab, "_start", lambda *_: pytest.fail("a run was started"))
     first = lab.read_experiment(experiment_file(tmp_path, seeds=[1]))
     runs = first.runs(tmp_path / "out" / "first", None)
