@@ -320,14 +320,14 @@ def find_twin(run: PlannedRun, source: str) -> Path | None:
         return None
     wanted = {**_settings(run.config), "name": None}
     for path in sorted(run.directory.parent.parent.glob(f"*/*-{run.seed}/{MADE_BY}")):
+        folder = path.parent
         made = json.loads(path.read_text(encoding="utf-8"))
-        found = configs.load(path.parent / "config.yaml")
-        if (
-            made["source"] == source
-            and {**_settings(found), "name": None} == wanted
-            and found.data.path == run.config.data.path
-        ):
-            return path.parent
+        # as planned: config.yaml also has what the run filled in
+        planned = json.loads((folder.parent / RECORD).read_text(encoding="utf-8"))["runs"].get(folder.name)
+        data = configs.load(folder / "config.yaml").data.path
+        same = planned is not None and {**planned, "name": None} == wanted
+        if same and made["source"] == source and data == run.config.data.path:
+            return folder
     return None
 
 

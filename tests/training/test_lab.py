@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -263,14 +264,16 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
 
 
 def test_a_run_that_another_experiment_made_is_copied(tmp_path, monkeypatch):
-    """Fault: the baseline trained again by every protocol that has it, or a run of other settings, another seed or
-    other source code taken for it."""
+    """Fault: the baseline trained again by every protocol that has it, also because its config.yaml has what the run
+    filled in; or a run of other settings, another seed or other source code taken for it."""
     monkeypatch.setattr(lab, "_start", lambda *_: pytest.fail("a run was started"))
     first = lab.read_experiment(experiment_file(tmp_path, seeds=[1]))
     runs = first.runs(tmp_path / "out" / "first", None)
+    lab.record(first, runs, tmp_path / "out" / "first")
     for run in runs:
         write_run(run, {1: 4.0, 3: 3.0}, 1.0)
-        (run.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config)))
+        filled = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, vocab_size=4096))
+        (run.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(filled)))
         (run.directory / "checkpoints").mkdir()
         (run.directory / lab.MADE_BY).write_text(json.dumps({"source": lab.source_of_package()}))
     arms = {"baseline": {"selection.strategy": "random"}, "opus": {"selection.temperature": 0.5}}
