@@ -271,14 +271,20 @@ def draw(results: Results, folder: Path) -> list[Path]:
         ),
     )
     for name, points_of, label in pictures:
-        figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(9.5, 5), layout="constrained")
         lowest, highest = math.inf, -math.inf
+        others = [arm.arm for arm in results.arms if arm.arm != e.baseline]
+        palette = pyplot.get_cmap("tab10" if len(others) <= 10 else "tab20")
         for arm in results.arms:
             curves = [points_of(results.runs[arm.arm, seed]) for seed in arm.seeds]
             if not curves:
                 continue
             xs, losses = band(curves)
-            style: dict[str, Any] = {"linestyle": "--", "color": "black"} if arm.arm == e.baseline else {}
+            style: dict[str, Any] = {"linestyle": "--", "color": "black"}
+            if arm.arm != e.baseline:
+                place = others.index(arm.arm)
+                # where 20 colours do not do, the line tells
+                style = {"linestyle": ("-", ":", "-.")[place // 20 % 3], "color": palette(place % palette.N)}
             means, halves = [v.mean for v in losses], [v.half or 0.0 for v in losses]
             (line,) = axes.plot(xs, means, marker=".", label=f"{arm.arm} ({len(curves)})", **style)
             axes.fill_between(
@@ -299,7 +305,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             axes.set_ylim(lowest - margin, highest + margin)
         axes.set(xlabel=label, ylabel=f"loss on {', '.join(e.metric)}, nats per token", title=e.name)
         axes.set_xlim(left=0)
-        axes.legend(title="arm (seeds); thin: a seed, band: 95%")
+        figure.legend(title="arm (seeds)\nthin: a seed, band: 95%", loc="outside right upper", fontsize=8)
         axes.grid(alpha=0.3)
         figure.savefig(folder / name, dpi=120)
         pyplot.close(figure)
