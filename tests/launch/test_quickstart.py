@@ -188,8 +188,9 @@ def test_an_interruption_ends_every_process_and_says_how_to_go_on(clone: Path, s
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # a shell cannot trap a signal that was ignored when it started, as SIGINT is for commands in the background
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509, no threads here
+        # a shell cannot trap a signal that was ignored when it started, as SIGINT is for commands in the background and
+        # SIGHUP under nohup
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),  # noqa: PLW1509, no threads here
     )
     deadline = time.monotonic() + 30
     while not (pid_file.exists() and pid_file.read_text().strip()):
