@@ -101,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return sub.add_argument
 
     option = add("flops", "overhead of recipes in FLOPs, counted from shapes")
-    option("--recipe", type=Path, nargs="+", default=RECIPES, help="default: GPT-2 XL, GPT-2 Large, Qwen3-8B")
+    option("--recipe", nargs="+", default=RECIPES, help="default: GPT-2 XL, GPT-2 Large, Qwen3-8B")
     option("overrides", nargs="*", metavar="key=value", help="of every recipe, such as optimizer.name=muon")
 
     option = add("tax", "scoring pass / its forward and backward", model)
@@ -132,6 +132,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--redundancy-dims", type=numbers, default=[8192, 1024])
     option("--draw-candidates", type=positive, default=1024)
     args = parser.parse_args(argv)
+    if args.command == "flops":  # `--recipe FILE key=value`: the option takes all that follow
+        given = [str(x) for x in args.recipe]
+        args.overrides += [x for x in given if "=" in x]
+        args.recipe = [Path(x) for x in given if "=" not in x] or RECIPES
     unknown = set(getattr(args, "sections", ())) - set(SECTIONS)
     if unknown:
         parser.error(f"--sections: expected some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")

@@ -67,6 +67,9 @@ def test_flops_are_counted_without_a_model(tmp_path: Path, capsys: pytest.Captur
     assert rows["pretrain_gpt2_xl"]["overhead"] < 0.139  # 4/6 of the share of tokens
     assert bench_scoring.main(one) == 0
     assert len(rows_of(path)) == 3  # the same row again, in its place
+    # Fault: an override behind a recipe is taken for another recipe
+    assert bench_scoring.main([*one[:3], "optimizer.name=muon", f"--json={path}"]) == 0
+    assert [row["optimizer"] for row in rows_of(path) if row["recipe"] == "pretrain_gpt2_xl"] == ["adamw", "muon"]
 
 
 def test_the_overhead_of_a_real_step(world1: DistributedPool, embedded_cache: Path, tmp_path: Path) -> None:
