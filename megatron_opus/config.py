@@ -142,8 +142,8 @@ class SketchConfig:
     operator: Literal["two_sided", "two_stage", "tensor_sketch", "materialise"] = "two_sided"
     dim: int = 8192
     intermediate_dim: int = 65536  # two_stage: numbers of the two-sided sketch that is hashed down to `dim`
-    # Where the alignment comes from. one_sided ranks better than features of 8192 numbers a layer at the same cost, and
-    # leaves to the features the redundancy alone, for which one sketch of all layers will do (docs/performance.md).
+    # Where the alignment comes from. one_sided leaves to the features the redundancy alone, for which one sketch of all
+    # layers will do, a fraction of the memory; which ranks better depends on the model (docs/performance.md).
     alignment: Literal["features", "one_sided", "direction"] = "one_sided"
     one_sided_dim: int = 64  # of the sketched side of each layer
     seed: int = 42
