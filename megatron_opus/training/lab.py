@@ -274,6 +274,7 @@ def run_all(
     if kept:
         say(f"{kept} of {len(runs)} runs are finished and kept")
     source = source_of_package()
+    whole: set[str] = set()  # runs that this call makes from their first step: a resumed one may be of two sources
     active: list[tuple[PlannedRun, subprocess.Popen[bytes], float]] = []
     try:
         while waiting or active:
@@ -284,6 +285,8 @@ def run_all(
                     copy_run(twin, run)
                     say(f"{run.name}: copied from {twin}, the same run")
                     continue
+                if not run.directory.exists():
+                    whole.add(run.name)
                 say(f"{run.name}: {'resumes' if (run.directory / 'config.yaml').exists() else 'starts'}")
                 active.append((run, _start(run, environment or {}), time.monotonic()))
             time.sleep(0.2)
@@ -299,7 +302,7 @@ def run_all(
                 active.remove(entry)
                 took = time.monotonic() - began
                 problem = why_unfinished(run)
-                if not problem:
+                if not problem and run.name in whole:
                     write_json(run.directory / MADE_BY, {"source": source})
                 say(f"{run.name}: " + (f"FAILED {problem}" if problem else f"finished in {took:.0f} s"))
     finally:

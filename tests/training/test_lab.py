@@ -8,6 +8,7 @@ import io
 import json
 import math
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,20 @@ def test_a_run_that_another_experiment_made_is_copied(tmp_path, monkeypatch):
     assert lab.is_finished(planned[0])
     assert not (planned[0].directory / "checkpoints").exists()
     assert json.loads((planned[0].directory / lab.MADE_BY).read_text())["copied_from"] == str(runs[0].directory)
+
+
+def test_a_resumed_run_is_not_said_to_be_of_one_source(tmp_path, monkeypatch):
+    """Fault: a run begun with other source code, resumed with today's, and copied as if all of it were today's."""
+    found = lab.read_experiment(experiment_file(tmp_path, seeds=[1]))
+    runs = found.runs(tmp_path / "out" / "mini", None)
+    (runs[0].directory).mkdir(parents=True)  # begun
+
+    def start(run: lab.PlannedRun, _: object) -> subprocess.Popen[bytes]:
+        if run.directory.exists():
+            run.directory.rmdir()
+        write_run(run, {1: 4.0, 3: 3.0}, 1.0)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(lab, "_start", start)
+    lab.run_all(runs, jobs=1, say=lambda _: None)
+    assert [(run.directory / lab.MADE_BY).exists() for run in runs] == [False, True]
