@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_opus.config import ConfigError
-from megatron_opus.training import lab, lab_report
+from megatron_opus.training import lab, lab_pictures, lab_report
 from megatron_opus.training.curves import NotComparable
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         written = lab_report.write(results, folder)
         print("\n" + lab_report.table(results))
         if not arguments.no_pictures:
-            written += lab_report.draw(results, folder)
+            written += lab_pictures.draw(results, folder)
         print("\n" + "\n".join(str(path) for path in written))
     except (lab.LabError, NotComparable, ConfigError, ValueError, OSError, RuntimeError) as error:
         print(f"experiment: {error}", file=sys.stderr)

@@ -38,7 +38,7 @@ RECORD = "experiment.json"
 MADE_BY = "lab.json"  # in a finished run's folder
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
-OPTIONAL = ("corpus", "settings", "shared", "clock")
+OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts")
 CLOCKS = ("wall", "cpu")
 RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
 SINGLE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -77,6 +77,7 @@ class Experiment:
     baseline: str
     seeds: tuple[int, ...]
     arms: Mapping[str, Mapping[str, Any]]  # name -> dotted overrides
+    contrasts: tuple[tuple[str, str], ...]  # arms compared with each other, beside the baseline
     shared: Mapping[str, Any]  # metric and settings that replace those above on larger text, whose domains differ
     clock: str  # `wall`, or `cpu`: the seconds a processor worked for a run, which other work beside it leaves alone
 
@@ -155,6 +156,10 @@ def read_experiment(path: Path) -> Experiment:
         raise fail(f"clock: expected one of {', '.join(CLOCKS)}, got {clock!r}")
     if raw["baseline"] not in arms:
         raise fail(f"baseline: expected one of the arms {', '.join(arms)}, got {raw['baseline']!r}")
+    contrasts = raw.get("contrasts") or []
+    for pair in contrasts:
+        if not isinstance(pair, list) or len({*pair} & {*arms}) != 2 or len(pair) != 2:
+            raise fail(f"contrasts: expected pairs of two different arms, [arm, other], got {pair!r}")
     return Experiment(
         name=raw["name"],
         hypothesis=raw["hypothesis"].strip(),
@@ -166,6 +171,7 @@ def read_experiment(path: Path) -> Experiment:
         baseline=raw["baseline"],
         seeds=tuple(seeds),
         arms=arms,
+        contrasts=tuple((arm, other) for arm, other in contrasts),
         shared=shared,
         clock=clock,
     )
@@ -174,7 +180,7 @@ def read_experiment(path: Path) -> Experiment:
 def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> dict[str, Any]:
     """Announce the experiment in its folder, or check that it is the one announced there. Raises LabError.
 
-    Arms and seeds may be added; the report says which were. What was announced may not change.
+    Arms, seeds and contrasts may be added; the report says which were. What was announced may not change.
     """
     path = folder / RECORD
     announced = {
@@ -186,9 +192,10 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
         "clock": experiment.clock,
     }
     settings = {run.name: _settings(run.config) for run in runs}
+    contrasts = [f"{arm} minus {other}" for arm, other in experiment.contrasts]
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = {**announced, "added_later": [], "runs": settings}
+        made = {**announced, "contrasts": contrasts, "added_later": [], "runs": settings}
         write_json(path, made)
         return made
     old = json.loads(path.read_text(encoding="utf-8"))
@@ -207,8 +214,15 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
                 f"{values.get(changed[0])!r} ({len(changed)} keys differ); name the arm differently or choose another "
                 "--output"
             )
-    added = [name for name in settings if name not in old["runs"]]
-    made = {**old, "added_later": [*old["added_later"], *added], "runs": {**old["runs"], **settings}}
+    known = old.get("contrasts", [])
+    new = [contrast for contrast in contrasts if contrast not in known]
+    added = [*(name for name in settings if name not in old["runs"]), *new]
+    made = {
+        **old,
+        "contrasts": [*known, *new],
+        "added_later": [*old["added_later"], *added],
+        "runs": {**old["runs"], **settings},
+    }
     if added:
         write_json(path, made)
     return made

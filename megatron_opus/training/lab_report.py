@@ -1,4 +1,4 @@
-"""The results of an experiment: intervals over seeds, paired with the baseline by seed, as text, JSON, CSV, pictures.
+"""The results of an experiment: intervals over seeds, paired with the baseline by seed, as text, Markdown, JSON, CSV.
 
 Loss: the mean of the metric's validation domains at the end of a run, nats per token.
 
@@ -18,7 +18,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,22 @@ class ArmResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """One arm against another, both not the baseline: paired by seed, over the seeds that both finished."""
+
+    arm: str
+    other: str
+    seeds: list[int]
+    difference: Interval | None  # loss minus the other's
+    token_ratio: Interval | None
+    second_ratio: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     experiment: Experiment
     arms: list[ArmResult]
+    contrasts: list[Contrast]
     failed: list[tuple[str, str]]  # run, why: never left out
     added_later: list[str]
     runs: dict[tuple[str, int], Run]
@@ -65,6 +78,7 @@ def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mappi
     return Results(
         experiment=experiment,
         arms=[_arm(experiment, arm, runs) for arm in experiment.arms],
+        contrasts=[_contrast(experiment, arm, other, runs) for arm, other in experiment.contrasts],
         failed=[(p.name, why_unfinished(p)) for p in planned if not is_finished(p)],
         added_later=list(record["added_later"]),
         runs=runs,
@@ -72,23 +86,56 @@ def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mappi
 
 
 def _arm(experiment: Experiment, arm: str, runs: Mapping[tuple[str, int], Run]) -> ArmResult:
-    metric, clock = experiment.metric, experiment.clock
+    clock = experiment.clock
     mine = {seed: runs[arm, seed] for seed in experiment.seeds if (arm, seed) in runs}
-    pairs = [(mine[s], runs[experiment.baseline, s]) for s in mine if (experiment.baseline, s) in runs]
-
-    def paired(value: Callable[[Run, Run], float]) -> Interval | None:
-        return None if arm == experiment.baseline else interval([value(a, b) for a, b in pairs])
-
+    pairs = [] if arm == experiment.baseline else list(_pairs(experiment, arm, experiment.baseline, runs).values())
+    difference, token_ratio, second_ratio = _against(experiment, pairs)
     return ArmResult(
         arm=arm,
         strategy=next((run.strategy for run in mine.values()), ""),
         seeds=list(mine),
-        loss=interval([final_loss(run, metric) for run in mine.values()]),
-        difference=paired(lambda a, b: final_loss(a, metric) - final_loss(b, metric)),
-        token_ratio=paired(lambda a, b: ratio_to_target(by_tokens(a, metric), by_tokens(b, metric))),
-        second_ratio=paired(lambda a, b: ratio_to_target(by_seconds(a, metric, clock), by_seconds(b, metric, clock))),
-        overhead=paired(lambda a, b: (_clock(a, clock)[-1] / a.steps) / (_clock(b, clock)[-1] / b.steps) - 1),
+        loss=interval([final_loss(run, experiment.metric) for run in mine.values()]),
+        difference=difference,
+        token_ratio=token_ratio,
+        second_ratio=second_ratio,
+        overhead=interval([(_clock(a, clock)[-1] / a.steps) / (_clock(b, clock)[-1] / b.steps) - 1 for a, b in pairs]),
         scoring_share=interval([run.score_seconds / run.seconds for run in mine.values()]),
+    )
+
+
+def _contrast(experiment: Experiment, arm: str, other: str, runs: Mapping[tuple[str, int], Run]) -> Contrast:
+    pairs = _pairs(experiment, arm, other, runs)
+    difference, token_ratio, second_ratio = _against(experiment, list(pairs.values()))
+    return Contrast(
+        arm=arm,
+        other=other,
+        seeds=list(pairs),
+        difference=difference,
+        token_ratio=token_ratio,
+        second_ratio=second_ratio,
+    )
+
+
+def _pairs(
+    experiment: Experiment, arm: str, other: str, runs: Mapping[tuple[str, int], Run]
+) -> dict[int, tuple[Run, Run]]:
+    """By seed, for the seeds that both arms finished."""
+    return {
+        seed: (runs[arm, seed], runs[other, seed])
+        for seed in experiment.seeds
+        if (arm, seed) in runs and (other, seed) in runs
+    }
+
+
+def _against(
+    experiment: Experiment, pairs: Sequence[tuple[Run, Run]]
+) -> tuple[Interval | None, Interval | None, Interval | None]:
+    """Difference of the final losses, ratio of tokens to target, ratio of seconds to target."""
+    metric, clock = experiment.metric, experiment.clock
+    return (
+        interval([final_loss(a, metric) - final_loss(b, metric) for a, b in pairs]),
+        interval([ratio_to_target(by_tokens(a, metric), by_tokens(b, metric)) for a, b in pairs]),
+        interval([ratio_to_target(by_seconds(a, metric, clock), by_seconds(b, metric, clock)) for a, b in pairs]),
     )
 
 
@@ -143,22 +190,43 @@ def cells(results: Results) -> list[list[str]]:
     return rows
 
 
+def contrast_cells(results: Results) -> list[list[str]]:
+    """The title row and a row per contrast; nothing without any."""
+    columns = [c for c in COLUMNS if c[0] in ("difference", "token_ratio", "second_ratio")]
+    rows = [["contrast", "seeds", "difference", *(title for _, title, _, _ in columns[1:])]]
+    for found in results.contrasts:
+        values = [getattr(found, key) for key, _, _, _ in columns]
+        texts = ["" if v is None else v.text(d, s) for v, (_, _, d, s) in zip(values, columns, strict=True)]
+        rows.append([f"{found.arm} minus {found.other}", f"{len(found.seeds)}/{len(results.experiment.seeds)}", *texts])
+    return rows if len(rows) > 1 else []
+
+
 def markdown(results: Results) -> str:
-    """The table of arms alone; a difference whose interval leaves out 0 is bold."""
-    rows = cells(results)
-    column = 2 + [key for key, _, _, _ in COLUMNS].index("difference")
-    for row, arm in zip(rows[1:], results.arms, strict=True):
-        found = arm.difference
-        if found is not None and found.half is not None and abs(found.mean) > found.half:
-            row[column] = f"**{row[column]}**"
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    """The tables of arms and contrasts; a difference whose interval leaves out 0 is bold."""
+    tables = []
+    rows, column = cells(results), 2 + [key for key, _, _, _ in COLUMNS].index("difference")
+    for cell_rows, place, found in (
+        (rows, column, [arm.difference for arm in results.arms]),
+        (contrast_cells(results), 2, [contrast.difference for contrast in results.contrasts]),
+    ):
+        if not cell_rows:
+            continue
+        for row, difference in zip(cell_rows[1:], found, strict=True):
+            if difference is not None and difference.clear:
+                row[place] = f"**{row[place]}**"
+        lines = (cell_rows[0], ["---"] * len(cell_rows[0]), *cell_rows[1:])
+        tables.append("\n".join("| " + " | ".join(row) + " |" for row in lines))
+    return "\n\n".join(tables)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def table(results: Results) -> str:
-    """What was announced, a line per arm, and every run that is missing with the reason."""
+    """What was announced, a line per arm and contrast, and every run that is missing with the reason."""
     e = results.experiment
-    rows = cells(results)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         f"experiment     {e.name}",
         f"hypothesis     {' '.join(e.hypothesis.split())}",
@@ -167,8 +235,10 @@ def table(results: Results) -> str:
         f"baseline       {e.baseline}; mean ± half of the 95% t-interval over seeds; ratios below 1: it needs less",
         f"clock          {'processor seconds of the run' if e.clock == 'cpu' else 'wall clock'}, evaluation left out",
         "",
-        *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
+        *_aligned(cells(results)),
     ]
+    if results.contrasts:
+        lines += ["", *_aligned(contrast_cells(results))]
     if results.failed:
         lines += ["", "not finished, and not in the table:", *(f"  {name}: {why}" for name, why in results.failed)]
     if results.added_later:
@@ -186,6 +256,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "baseline": e.baseline,
         "clock": e.clock,
         "arms": [asdict(arm) for arm in results.arms],
+        "contrasts": [asdict(contrast) for contrast in results.contrasts],
         "failed": [{"run": name, "why": why} for name, why in results.failed],
         "added_later": results.added_later,
         "runs": [
@@ -231,114 +302,3 @@ def write(results: Results, folder: Path) -> list[Path]:
         with atomic_file(folder / name) as stream:
             stream.write(text.encode())
     return [folder / name for name in contents]
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
-def band(curves: Sequence[Points]) -> tuple[list[float], list[Interval]]:
-    """Mean x and the interval of the loss at every evaluation that all curves have."""
-    xs, losses = [], []
-    for points in zip(*curves, strict=False):
-        found = interval([loss for _, loss in points])
-        assert found is not None
-        xs.append(math.fsum(x for x, _ in points) / len(points))
-        losses.append(found)
-    return xs, losses
-
-
-def draw(results: Results, folder: Path) -> list[Path]:
-    """loss_tokens.png and loss_seconds.png, mean and 95% band of every arm; differences.png, what each gains.
-
-    Raises LabError without matplotlib.
-    """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise LabError(f"pictures need matplotlib ({error}): pip install -e '.[lab]'") from None
-    e = results.experiment
-    made = [_draw_differences(results, folder / "differences.png", pyplot)]
-    kind = "processor seconds" if e.clock == "cpu" else "seconds"
-    pictures: tuple[tuple[str, Callable[[Run], Points], str], ...] = (
-        ("loss_tokens.png", lambda run: by_tokens(run, e.metric), "update tokens"),
-        (
-            "loss_seconds.png",
-            lambda run: by_seconds(run, e.metric, e.clock),
-            f"{kind} of training steps, scoring included",
-        ),
-    )
-    for name, points_of, label in pictures:
-        figure, axes = pyplot.subplots(figsize=(9.5, 5), layout="constrained")
-        lowest, highest = math.inf, -math.inf
-        others = [arm.arm for arm in results.arms if arm.arm != e.baseline]
-        palette = pyplot.get_cmap("tab10" if len(others) <= 10 else "tab20")
-        for arm in results.arms:
-            curves = [points_of(results.runs[arm.arm, seed]) for seed in arm.seeds]
-            if not curves:
-                continue
-            xs, losses = band(curves)
-            style: dict[str, Any] = {"linestyle": "--", "color": "black"}
-            if arm.arm != e.baseline:
-                place = others.index(arm.arm)
-                # where 20 colours do not do, the line tells
-                style = {"linestyle": ("-", ":", "-.")[place // 20 % 3], "color": palette(place % palette.N)}
-            means, halves = [v.mean for v in losses], [v.half or 0.0 for v in losses]
-            (line,) = axes.plot(xs, means, marker=".", label=f"{arm.arm} ({len(curves)})", **style)
-            axes.fill_between(
-                xs,
-                [m - h for m, h in zip(means, halves, strict=True)],
-                [m + h for m, h in zip(means, halves, strict=True)],
-                alpha=0.12,
-                color=line.get_color(),
-                linewidth=0,
-            )
-            for curve in curves:
-                axes.plot(*zip(*curve, strict=True), linewidth=0.6, alpha=0.5, color=line.get_color())
-            # the first steps would squeeze what matters into a line, and so would the band of two seeds
-            late = [loss for curve in curves for _, loss in curve[len(curve) // 4 :]]
-            lowest, highest = min(lowest, *late), max(highest, *late)
-        if math.isfinite(lowest):
-            margin = 0.05 * (highest - lowest) or 0.05
-            axes.set_ylim(lowest - margin, highest + margin)
-        axes.set(xlabel=label, ylabel=f"loss on {', '.join(e.metric)}, nats per token", title=e.name)
-        axes.set_xlim(left=0)
-        figure.legend(title="arm (seeds)\nthin: a seed, band: 95%", loc="outside right upper", fontsize=8)
-        axes.grid(alpha=0.3)
-        figure.savefig(folder / name, dpi=120)
-        pyplot.close(figure)
-        made.append(folder / name)
-    return made
-
-
-def _draw_differences(results: Results, path: Path, pyplot: Any) -> Path:
-    """Final loss minus the baseline's: a dot per seed, mean and 95% interval per arm, the best at the top."""
-    e = results.experiment
-    arms = [arm for arm in results.arms if arm.difference is not None]
-    arms.sort(key=lambda arm: arm.difference.mean if arm.difference is not None else 0.0, reverse=True)
-    figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.32 * max(1, len(arms))), layout="constrained")
-    reach = 0.0
-    for y, arm in enumerate(arms):
-        found = arm.difference
-        assert found is not None
-        seeds = [seed for seed in arm.seeds if (e.baseline, seed) in results.runs]
-        dots = [
-            final_loss(results.runs[arm.arm, s], e.metric) - final_loss(results.runs[e.baseline, s], e.metric)
-            for s in seeds
-        ]
-        reach = max(reach, *(abs(x) for x in (*dots, found.mean)))
-        clear = found.half is not None and abs(found.mean) > found.half
-        colour = ("tab:blue" if found.mean < 0 else "tab:red") if clear else "gray"
-        axes.errorbar([found.mean], [y], xerr=[found.half or 0.0], fmt="o", color=colour, capsize=3)
-        axes.plot(dots, [y] * len(dots), "|", color="black", alpha=0.6)
-    axes.axvline(0.0, color="black", linestyle="--", linewidth=1)
-    if reach:  # an interval over two seeds is wider than what matters
-        axes.set_xlim(-1.6 * reach, 1.6 * reach)
-    axes.set_yticks(range(len(arms)), [f"{arm.arm} ({len(arm.seeds)})" for arm in arms])
-    axes.set(xlabel=f"final loss on {', '.join(e.metric)} minus {e.baseline}'s, nats; left is better", title=e.name)
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path

@@ -13,6 +13,11 @@ class Interval:
     half: float | None  # half the width of the 95% interval; None: fewer than two values
     count: int
 
+    @property
+    def clear(self) -> bool:
+        """The interval leaves out 0."""
+        return self.half is not None and abs(self.mean) > self.half
+
     def text(self, digits: int = 4, sign: bool = False) -> str:
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
         return mean if self.half is None else f"{mean} ± {self.half:.{digits}f}"

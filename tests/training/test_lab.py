@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from megatron_opus.config import ConfigError, to_dict
-from megatron_opus.training import lab, lab_report
+from megatron_opus.training import lab, lab_pictures, lab_report
 from megatron_opus.training.statistics import interval, t_quantile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +92,9 @@ def experiment_file(tmp_path: Path, **changes: Any) -> Path:
         ({"arms": {"random": {"seed": 3}}}, "random: seed is set by the laboratory"),
         ({"corpus": "noisy", "settings": {"data.path": "x"}}, "settings: data.path is set by the laboratory"),
         ({"shared": {"metric": ["x"]}}, "shared: expected metric and settings"),
+        ({"contrasts": [["opus", "opsu"]]}, "contrasts: expected pairs of two different arms"),
+        ({"contrasts": [["opus", "opus"]]}, "contrasts: expected pairs of two different arms"),
+        ({"contrasts": ["opus", "random"]}, "contrasts: expected pairs of two different arms"),
     ],
 )
 def test_an_incomplete_experiment_is_refused(tmp_path, changes, said):
@@ -142,6 +145,10 @@ def test_what_was_announced_stands(tmp_path):
     more = lab.read_experiment(experiment_file(tmp_path, seeds=[1, 2, 3, 4]))
     made = lab.record(more, more.runs(tmp_path / "mini", None), tmp_path / "mini")
     assert made["added_later"] == ["random-4", "opus-4"]
+    more = lab.read_experiment(experiment_file(tmp_path, seeds=[1, 2, 3, 4], contrasts=[["opus", "random"]]))
+    for _ in range(2):  # asked for again, it is not added again
+        made = lab.record(more, more.runs(tmp_path / "mini", None), tmp_path / "mini")
+        assert made["added_later"] == ["random-4", "opus-4", "opus minus random"]
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -204,6 +211,31 @@ def test_arms_are_paired_with_the_baseline_by_seed(results):
     assert opus.scoring_share.mean == pytest.approx(0.25)
 
 
+def test_arms_are_compared_with_each_other_by_seed(tmp_path):
+    """Fault: two arms said to differ, or not to, by their intervals against random, which share random's noise; a
+    contrast turned round; a seed that only one of the two finished."""
+    arms = {name: {"selection.temperature": i + 1} for i, name in enumerate(("random", "hot", "cold"))}
+    path = experiment_file(tmp_path, arms=arms, contrasts=[["cold", "hot"]])
+    found = lab.read_experiment(path)
+    folder = tmp_path / "out" / "mini"
+    runs = found.runs(folder, None)
+    record = lab.record(found, runs, folder)
+    for run in runs:
+        if run.name != "cold-3":
+            end = {"random": 3.0, "hot": 2.0, "cold": 1.75}[run.arm] + run.seed
+            write_run(run, {1: 8.0, 3: end}, 1.0)
+    results = lab_report.collect(found, runs, record)
+    (contrast,) = results.contrasts
+    assert (contrast.arm, contrast.other, contrast.seeds) == ("cold", "hot", [1, 2])
+    assert contrast.difference.mean == pytest.approx(-0.25)
+    assert contrast.difference.half == pytest.approx(0.0, abs=1e-9)
+    assert contrast.token_ratio.mean < 1
+    assert "\ncold minus hot  2/3    -0.2500 ± 0.0000" in lab_report.table(results)
+    assert "| cold minus hot | 2/3 | **-0.2500 ± 0.0000** |" in lab_report.markdown(results)
+    assert lab_report.as_json(results)["contrasts"][0]["difference"]["mean"] == pytest.approx(-0.25)
+    assert "contrasts.png" in {picture.name for picture in lab_pictures.draw(results, tmp_path)}
+
+
 def test_failed_runs_are_listed_with_the_reason(results):
     """Fault: an arm that looks better because its diverged seed is missing without a word."""
     assert results.failed == [("opus-3", "at step 0 of 4: error: rank 0: out of luck")]
@@ -232,7 +264,7 @@ def test_json_and_csv_say_what_the_table_says(results, tmp_path):
 
 def test_every_picture_is_drawn(results, tmp_path):
     """Fault: a picture that fails on an arm with fewer seeds than the baseline, or on the baseline itself."""
-    found = lab_report.draw(results, tmp_path)
+    found = lab_pictures.draw(results, tmp_path)
     assert {path.name for path in found} == {"differences.png", "loss_tokens.png", "loss_seconds.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
 
