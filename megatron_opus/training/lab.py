@@ -4,10 +4,12 @@ An experiment is a YAML file that states its hypothesis, metric and stopping rul
 recorded in the experiment's folder with the settings of every run, and neither can be changed afterwards without
 another folder. Runs that are finished are kept, interrupted ones resumed, failed ones tried again at the next start.
 A run that another experiment in the same output directory has made, with the same settings, data and source code, is
-copied instead of made again: arms such as the baseline are common to many.
+copied instead of made again: arms such as the baseline are common to many. Where the file has a `start`, all arms of a
+seed begin with the weights of one run, so that what happens by chance in a model's first steps is the same for them.
 
     <output>/<name>/experiment.json      what was announced, and the settings of every run
     <output>/<name>/<arm>-<seed>/        an ordinary run folder
+    <output>/<name>/start-<seed>/        where the arms of a seed begin, if the file says so
     <output>/<name>/<arm>-<seed>/lab.json   what it was made by; where it was copied from
     <output>/<name>/logs/<arm>-<seed>.txt
 """
@@ -38,9 +40,10 @@ RECORD = "experiment.json"
 MADE_BY = "lab.json"  # in a finished run's folder
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
-OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts")
+OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts", "start")
 CLOCKS = ("wall", "cpu")
 RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
+START, START_SEEDS = "start", 1000  # a run that arms begin with; its seeds are others, so that its data is too
 SINGLE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CORES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -57,6 +60,7 @@ class PlannedRun:
     recipe: Path
     overrides: tuple[str, ...]
     config: RunConfig
+    after: PlannedRun | None = None  # the run whose weights it starts from
 
     @property
     def name(self) -> str:
@@ -78,6 +82,7 @@ class Experiment:
     seeds: tuple[int, ...]
     arms: Mapping[str, Mapping[str, Any]]  # name -> dotted overrides
     contrasts: tuple[tuple[str, str], ...]  # arms compared with each other, beside the baseline
+    start: Mapping[str, Any]  # dotted overrides, beside `settings`, of a run that all arms of a seed begin with
     shared: Mapping[str, Any]  # metric and settings that replace those above on larger text, whose domains differ
     clock: str  # `wall`, or `cpu`: the seconds a processor worked for a run, which other work beside it leaves alone
 
@@ -96,25 +101,33 @@ class Experiment:
         """Every run with its resolved settings, seed by seed. `data`: the prepared corpus. Raises ConfigError."""
         planned = []
         for seed in self.seeds:
-            for arm, changes in self.arms.items():
-                directory = folder / f"{arm}-{seed}"
-                values = {**self.settings, **changes, "name": directory.name, "output_dir": str(folder), "seed": seed}
-                if data is not None:
-                    values["data.path"] = str(data)
-                overrides = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
-                config = configs.load(self.recipe, overrides)
-                configs.validate_world(config, 1)
-                planned.append(
-                    PlannedRun(
-                        arm=arm,
-                        seed=seed,
-                        directory=directory,
-                        recipe=self.recipe,
-                        overrides=overrides,
-                        config=config,
-                    )
-                )
+            start = self._run(START, self.start, seed, folder, data, None) if self.start else None
+            planned += [start] if start else []
+            planned += [self._run(arm, changes, seed, folder, data, start) for arm, changes in self.arms.items()]
         return planned
+
+    def _run(
+        self, arm: str, changes: Mapping[str, Any], seed: int, folder: Path, data: Path | None, after: PlannedRun | None
+    ) -> PlannedRun:
+        directory = folder / f"{arm}-{seed}"
+        values = {**self.settings, **changes, "name": directory.name, "output_dir": str(folder)}
+        values["seed"] = seed + (START_SEEDS if arm == START else 0)
+        if data is not None:
+            values["data.path"] = str(data)
+        if after is not None:
+            values["model.init_from"] = str(after.directory)
+        overrides = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
+        config = configs.load(self.recipe, overrides)
+        configs.validate_world(config, 1)
+        return PlannedRun(
+            arm=arm,
+            seed=seed,
+            directory=directory,
+            recipe=self.recipe,
+            overrides=overrides,
+            config=config,
+            after=after,
+        )
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -139,10 +152,12 @@ def read_experiment(path: Path) -> Experiment:
         raise fail(f"metric: expected a list of validation domains, got {metric!r}")
     if not isinstance(seeds, list) or not all(isinstance(s, int) for s in seeds) or len({*seeds}) < len(seeds):
         raise fail(f"seeds: expected a list of different whole numbers, got {seeds!r}")
-    settings = raw.get("settings") or {}
+    settings, start = raw.get("settings") or {}, raw.get("start") or {}
     if not isinstance(settings, dict) or not isinstance(arms, dict):
         raise fail("settings, arms: expected mappings of dotted keys of the recipe")
-    for arm, changes in {"settings": settings, **arms}.items():
+    if START in arms:
+        raise fail(f"arms: {START} is the name of the run that arms begin with; choose another")
+    for arm, changes in {"settings": settings, START: start, **arms}.items():
         if not isinstance(changes, dict):
             raise fail(f"arm {arm}: expected dotted keys and values, got {changes!r}")
         for key in changes:
@@ -171,6 +186,7 @@ def read_experiment(path: Path) -> Experiment:
         baseline=raw["baseline"],
         seeds=tuple(seeds),
         arms=arms,
+        start=start,
         contrasts=tuple((arm, other) for arm, other in contrasts),
         shared=shared,
         clock=clock,
@@ -259,7 +275,8 @@ def why_unfinished(run: PlannedRun) -> str:
         return ""
     log = log_of(run)
     if not log.exists():
-        return "not started"
+        blocked = run.after is not None and not is_finished(run.after)
+        return "not started: the run it starts from is not finished" if blocked else "not started"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     at = f"at step {steps_done(run)} of {run.config.training.train_steps}"
     errors = [line for line in lines if line.startswith(("error:", "experiment:"))]
@@ -292,8 +309,12 @@ def run_all(
     active: list[tuple[PlannedRun, subprocess.Popen[bytes], float]] = []
     try:
         while waiting or active:
-            while waiting and len(active) < jobs:
-                run = waiting.pop(0)
+            while len(active) < jobs:
+                ready = [run for run in waiting if run.after is None or is_finished(run.after)]
+                if not ready:
+                    break
+                run = ready[0]
+                waiting.remove(run)
                 twin = find_twin(run, source)
                 if twin is not None:
                     copy_run(twin, run)
@@ -303,6 +324,8 @@ def run_all(
                     whole.add(run.name)
                 say(f"{run.name}: {'resumes' if (run.directory / 'config.yaml').exists() else 'starts'}")
                 active.append((run, _start(run, environment or {}), time.monotonic()))
+            if not active:  # what is left waits for a run that failed
+                break
             time.sleep(0.2)
             for entry in list(active):
                 run, process, began = entry
@@ -333,7 +356,7 @@ def source_of_package() -> str:
 
 def find_twin(run: PlannedRun, source: str) -> Path | None:
     """A finished run of another experiment beside this one with the same settings, data and source code."""
-    if run.directory.exists():  # it has begun: it is resumed
+    if run.directory.exists() or run.arm == START:  # begun: it is resumed. A start is copied without its weights.
         return None
     wanted = {**_settings(run.config), "name": None}
     for path in sorted(run.directory.parent.parent.glob(f"*/*-{run.seed}/{MADE_BY}")):

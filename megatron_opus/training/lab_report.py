@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_opus.data.files import atomic_file
 from megatron_opus.training.curves import Run, first_reached, read_run
-from megatron_opus.training.lab import Experiment, LabError, PlannedRun, is_finished, why_unfinished
+from megatron_opus.training.lab import START, Experiment, LabError, PlannedRun, is_finished, why_unfinished
 from megatron_opus.training.statistics import Interval, interval
 
 Points = list[tuple[float, float]]
@@ -70,7 +70,7 @@ class Results:
 
 def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mapping[str, Any]) -> Results:
     """Read every finished run. Raises LabError when the metric's domains are not among those evaluated."""
-    runs = {(p.arm, p.seed): read_run(p.directory) for p in planned if is_finished(p)}
+    runs = {(p.arm, p.seed): read_run(p.directory) for p in planned if p.arm != START and is_finished(p)}
     for run in runs.values():
         missing = [d for d in experiment.metric if d not in run.curves]
         if missing:
