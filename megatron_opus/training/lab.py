@@ -310,10 +310,11 @@ def run_all(
     try:
         while waiting or active:
             while len(active) < jobs:
-                ready = [run for run in waiting if run.after is None or is_finished(run.after)]
-                if not ready:
+                saving = [r.directory for r, _, _ in active]  # a last step is recorded before it is saved
+                free = (r for r in waiting if r.after is None or r.after.directory not in saving)
+                run = next((r for r in free if r.after is None or is_finished(r.after)), None)
+                if run is None:
                     break
-                run = ready[0]
                 waiting.remove(run)
                 twin = find_twin(run, source)
                 if twin is not None:

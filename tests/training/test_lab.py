@@ -95,6 +95,8 @@ def experiment_file(tmp_path: Path, **changes: Any) -> Path:
         ({"contrasts": [["opus", "opsu"]]}, "contrasts: expected pairs of two different arms"),
         ({"contrasts": [["opus", "opus"]]}, "contrasts: expected pairs of two different arms"),
         ({"contrasts": ["opus", "random"]}, "contrasts: expected pairs of two different arms"),
+        ({"start": {"name": "x"}}, "start: name is set by the laboratory"),
+        ({"arms": {"start": {}, "random": {}}}, "start is the name of the run that arms begin with"),
     ],
 )
 def test_an_incomplete_experiment_is_refused(tmp_path, changes, said):
@@ -339,3 +341,54 @@ def test_a_resumed_run_is_not_said_to_be_of_one_source(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "_start", start)
     lab.run_all(runs, jobs=1, say=lambda _: None)
     assert [(run.directory / lab.MADE_BY).exists() for run in runs] == [False, True]
+
+
+def started(
+    tmp_path, monkeypatch, broken: str = ""
+) -> tuple[lab.Experiment, list[lab.PlannedRun], list[str], list[str]]:
+    """An experiment with a start, its runs ended in an instant, their order, and what was said."""
+    found = lab.read_experiment(experiment_file(tmp_path, seeds=[1, 2], start={"training.train_steps": 2}))
+    runs = found.runs(tmp_path / "out" / "mini", None)
+    lab.record(found, runs, tmp_path / "out" / "mini")
+    order: list[str] = []
+    said: list[str] = []
+
+    def start(run: lab.PlannedRun, _: Any) -> subprocess.Popen[bytes]:
+        assert run.after is None or lab.is_finished(run.after)
+        order.append(run.name)
+        if run.name != broken:
+            write_run(run, {run.config.training.train_steps - 1: 3.0}, 1.0)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(lab, "_start", start)
+    lab.run_all(runs, jobs=2, say=said.append)
+    return found, runs, order, said
+
+
+def test_arms_begin_with_the_weights_of_their_seed(tmp_path, monkeypatch):
+    """Fault: an arm that starts before its start has ended, with another seed's, or with data the start has seen first;
+    the start reported as an arm."""
+    found, runs, order, _ = started(tmp_path, monkeypatch)
+    assert {*order[:2]} == {"start-1", "start-2"}
+    assert len(order) == 6
+    for run in runs:
+        first = run.arm == lab.START
+        assert run.config.training.train_steps == (2 if first else 4)
+        assert run.config.model.init_from == (None if first else str(run.directory.with_name(f"start-{run.seed}")))
+        assert run.config.seed == run.seed + (lab.START_SEEDS if first else 0)
+    results = lab_report.collect(found, runs, {"added_later": []})
+    assert [arm.arm for arm in results.arms] == ["random", "opus"]
+    assert {arm for arm, _ in results.runs} == {"random", "opus"}
+    (runs[0].directory / lab.MADE_BY).write_text(json.dumps({"source": "same"}))
+    elsewhere = found.runs(tmp_path / "out" / "other", None)
+    assert lab.find_twin(elsewhere[0], "same") is None  # a copy has no weights to begin with
+
+
+def test_arms_of_a_failed_start_are_not_run(tmp_path, monkeypatch):
+    """Fault: endless waiting for a start that failed, or arms that begin with random weights without a word."""
+    found, runs, order, said = started(tmp_path, monkeypatch, broken="start-2")
+    assert {*order} == {"start-1", "start-2", "random-1", "opus-1"}
+    assert any(line.startswith("start-2: FAILED") for line in said)
+    failed = dict(lab_report.collect(found, runs, {"added_later": []}).failed)
+    assert {*failed} == {"start-2", "random-2", "opus-2"}
+    assert failed["opus-2"] == "not started: the run it starts from is not finished"
