@@ -265,8 +265,10 @@ def steps_done(run: PlannedRun) -> int:
 
 
 def is_finished(run: PlannedRun) -> bool:
-    rows = read_metrics(run.directory)
-    return bool(rows) and rows[-1]["step"] + 1 >= run.config.training.train_steps and "validation_loss" in rows[-1]
+    """A start is finished when its last weights are saved, which is after its last step is recorded."""
+    rows, steps = read_metrics(run.directory), run.config.training.train_steps
+    saved = run.arm != START or any(run.directory.glob(f"checkpoints/step_{steps:08d}*/complete.json"))
+    return saved and bool(rows) and rows[-1]["step"] + 1 >= steps and "validation_loss" in rows[-1]
 
 
 def why_unfinished(run: PlannedRun) -> str:
@@ -310,9 +312,7 @@ def run_all(
     try:
         while waiting or active:
             while len(active) < jobs:
-                saving = [r.directory for r, _, _ in active]  # a last step is recorded before it is saved
-                free = (r for r in waiting if r.after is None or r.after.directory not in saving)
-                run = next((r for r in free if r.after is None or is_finished(r.after)), None)
+                run = next((r for r in waiting if r.after is None or is_finished(r.after)), None)
                 if run is None:
                     break
                 waiting.remove(run)
