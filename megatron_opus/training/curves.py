@@ -28,6 +28,9 @@ class Run:
     curves: dict[str, list[tuple[int, float]]]  # validation domain -> (update tokens, loss), ascending
     clock: list[float]  # seconds at each point of the curves
     cpu_clock: list[float]  # seconds that the processor worked for this process; empty: not recorded
+    selected_share: dict[str, float]  # of the domains in what was trained on, mean over steps; empty: not recorded
+    entropy_ratio: float | None  # of the first draw, 1 is uniform, mean over steps; None: nothing was drawn by utility
+    largest_gradient: float | None  # norm before clipping, without the first twentieth of the steps; None: not recorded
 
     def final(self, domain: str) -> float:
         return self.curves[domain][-1][1]
@@ -64,7 +67,25 @@ def read_run(directory: Path) -> Run:
         },
         clock=clock,
         cpu_clock=[] if math.isnan(worked) else cpu_clock,
+        selected_share=_mean_shares(counted),
+        entropy_ratio=_mean([row["entropy_ratio"] for row in counted if row.get("entropy_ratio") is not None]),
+        largest_gradient=max(
+            (row["grad_norm"] for row in counted[len(counted) // 20 :] if row.get("grad_norm") is not None),
+            default=None,
+        ),
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _mean_shares(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    shares = [row["selected_share"] for row in rows if row.get("selected_share")]
+    return {
+        domain: math.fsum(s.get(domain, 0.0) for s in shares) / len(shares)
+        for domain in sorted({d for s in shares for d in s})
+    }
 
 
 def _number(loss: float | None) -> float:
