@@ -156,7 +156,7 @@ class SelectionConfig:
     scope: Literal["global", "rank_local"] = "global"  # rank_local: each data-parallel rank selects among its own
     rho: float = 0.5  # K / N: each step offers N = global_batch_size / rho candidates
     sampling: Literal["boltzmann", "greedy"] = "boltzmann"
-    temperature: float = 0.9
+    temperature: float = 0.3
     temperature_unit: Literal["std", "mad", "absolute"] = "std"  # mad: not inflated by outliers
     redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     ado: AdoConfig = field(default_factory=AdoConfig)

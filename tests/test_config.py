@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_opus import config as config_module
-from megatron_opus.config import ConfigError, RunConfig, dump, from_dict, load, to_dict, validate_world
+from megatron_opus.config import ConfigError, RunConfig, SelectionConfig, dump, from_dict, load, to_dict, validate_world
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -217,7 +217,7 @@ def test_the_recipes_hold_the_published_values() -> None:
         o, s, t = c.optimizer, c.selection, c.training
         assert c.data.seq_length == c.model.max_position_embeddings == length
         assert (c.buffer_size, t.global_batch_size, s.rho, s.score_length, s.proxy_batch_size) == (32, 16, 0.5, 512, 8)
-        assert (s.temperature, s.sketch.dim, s.sketch.seed, t.gradient_clipping) == (0.9, 8192, 42, 1.0)
+        assert (s.sketch.dim, s.sketch.seed, t.gradient_clipping) == (8192, 42, 1.0)
         assert (o.lr, o.adam_beta1, o.adam_beta2, o.adam_eps, t.precision) == (2e-3, 0.8, 0.95, 1e-8, "bf16")
         tokens = t.train_steps * t.global_batch_size * length
         assert 0 <= tokens - 30e9 < t.global_batch_size * length
@@ -246,10 +246,23 @@ def test_the_continued_pretraining_recipe_holds_the_published_values(optimizer: 
     o, s, t = c.optimizer, c.selection, c.training
     assert (o.name, o.lr, o.muon_lr, o.adam_beta1, o.adam_beta2) == (optimizer, 1e-6, 1e-5, 0.9, 0.95)
     assert (o.weight_decay, o.muon_weight_decay, o.lr_warmup_fraction) == (0.01, 0.01, 0.01)
-    assert (c.data.seq_length, s.rho, s.score_length, s.proxy_batch_size, s.temperature) == (4096, 0.5, 512, 4, 0.9)
+    assert (c.data.seq_length, s.rho, s.score_length, s.proxy_batch_size) == (4096, 0.5, 512, 4)
     assert (t.precision, t.recompute, c.parallel.zero_stage) == ("bf16", "full", 2)
     assert c.buffer_size == 16 * (8 // c.parallel.tensor_model_parallel_size)
     assert 0.5e9 <= t.train_steps * t.global_batch_size * c.data.seq_length <= 1.51e9
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_draws_as_was_measured_to_be_best(path: Path) -> None:
+    """Guards against recipes that differ in what docs/evidence.md settled, or a default that none of them has."""
+    s, default = load(path).selection, SelectionConfig()
+    assert (s.sampling, s.temperature, s.temperature_unit) == ("boltzmann", 0.3, "std")
+    assert (s.redundancy.scale, s.preconditioner.kind, s.preconditioner.form) == ("matched", "auto", "separable")
+    assert (s.sampling, s.temperature, s.temperature_unit) == (
+        default.sampling,
+        default.temperature,
+        default.temperature_unit,
+    )
 
 
 # --- combinations ---------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def missing_data(config: RunConfig) -> str:
 
 
 KINDS: list[tuple[Callable[[RunConfig], str], str, int]] = [
-    (other_configuration, "rank {last}: configuration.selection.temperature is 0.5, rank 0 has 0.9", 1),
+    (other_configuration, "rank {last}: configuration.selection.temperature is 0.5, rank 0 has 0.3", 1),
     (other_version, "rank {last}: version.numpy is '1.0', rank 0 has '2.0'", 1),
     (other_environment, "rank {last}: environment.NVIDIA_TF32_OVERRIDE is '1', rank 0 has '0'", 2),
     (other_data, "rank {last}: data.validation/", 1),
