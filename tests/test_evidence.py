@@ -101,6 +101,7 @@ def test_shares_and_entropies_beside_the_tables_are_the_runs():
         ("noisy", "random", "prose", "where random takes {}, and corrupted text"),
         ("noisy", "opus", "noise", "corrupted text for {} where random"),
         ("noisy", "high_ppl", "noise", "it takes {} of it"),
+        ("choices", "filter_then_weight", "prose", "greedy strategies take (prose {})"),
         ("near_duplicate", "opus", "copies", "copies are {} of the updates with it"),
         ("near_duplicate", "opus_no_redundancy", "copies", "copies are {} of the updates with it, without it"),
         ("clean", "opus", "source", "source is {} of its updates"),
@@ -110,9 +111,11 @@ def test_shares_and_entropies_beside_the_tables_are_the_runs():
         ("shift", "opus", "source", "less source ({},"),
     ):
         assert said.format(share_of(name, arm, domain)) in page, (name, arm, domain, share_of(name, arm, domain))
-    for name, said in (
-        ("warm", "entropy {:.3f} of the largest, half"),
-        ("ablations", "(entropy {:.3f} of the largest, the"),
+    for name, arm, said in (
+        ("warm", "paper", "entropy {:.3f} of the largest, half"),
+        ("ablations", "paper", "(entropy {:.3f} of the largest, the"),
+        ("choices", "temperature_0.3", "Its entropy is {:.2f} of the largest"),
+        ("choices", "opus", "of the largest, at 0.9 {:.2f}."),
     ):
-        ratios = [run["entropy_ratio"] for run in runs_of(name) if run["arm"] == "paper"]
+        ratios = [run["entropy_ratio"] for run in runs_of(name) if run["arm"] == arm]
         assert said.format(sum(ratios) / len(ratios)) in page
