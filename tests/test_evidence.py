@@ -86,6 +86,8 @@ def test_outliers_are_counted_as_the_pages_say():
     warm = [run["largest_gradient"] for run in runs_of("warm")]
     assert f"none of the {len(warm)} runs of `warm` exceeded 1.5" in page
     assert max(warm) < 1.5
+    stable = [run["largest_gradient"] for run in runs_of("stable")]
+    assert f"{sum(n > 10 for n in stable)} of the {len(stable)} runs of `stable` had a norm above 10" in page
 
 
 def test_shares_and_entropies_beside_the_tables_are_the_runs():
