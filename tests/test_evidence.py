@@ -121,3 +121,17 @@ def test_shares_and_entropies_beside_the_tables_are_the_runs():
     ):
         ratios = [run["entropy_ratio"] for run in runs_of(name) if run["arm"] == arm]
         assert said.format(sum(ratios) / len(ratios)) in page
+
+
+def test_the_arms_that_were_timed_again_have_the_same_losses():
+    """Fault: seconds of a repetition that was not one, or quoted from nowhere."""
+    rows = [(EVIDENCE / "choices" / name).read_text(encoding="utf-8") for name in ("report.md", "timed_again.md")]
+    first, again = ({row.split(" | ")[0]: row.split(" | ") for row in text.splitlines() if row} for text in rows)
+    page, readme = prose_of("docs/evidence.md"), (ROOT / "README.md").read_text(encoding="utf-8")
+    arms = ("| opus", "| temperature_0.3", "| filter_then_weight")
+    for arm in arms:
+        assert again[arm][2:5] == first[arm][2:5]  # loss, difference, tokens
+    assert "{}, {} and {} of random's seconds".format(*(again[arm][5] for arm in arms)) in page
+    for arm in arms[1:]:
+        mean, half = again[arm][5].split(" ± ")
+        assert f"| {float(mean):.2f} ± {float(half):.2f} |" in readme
