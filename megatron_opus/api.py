@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_opus.backends.layers import (
+from megatron_opus.backends.engines.optimizer_state import optimizer_state
+from megatron_opus.backends.model.gpt import forward_loss
+from megatron_opus.backends.model.parallel import megatron_groups
+from megatron_opus.backends.model.scored_layers import (
     ShardMap,
     is_megatron,
-    megatron_groups,
     megatron_layers,
     plain_layers,
     standard_shard_map,
 )
-from megatron_opus.backends.megatron import forward_loss
-from megatron_opus.backends.optimizer_state import optimizer_state
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.types import Batch, Groups, Signals

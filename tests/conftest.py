@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from distributed import DistributedPool  # noqa: E402
 from launched import Server  # noqa: E402
@@ -64,8 +64,8 @@ def partition_table(request: pytest.FixtureRequest) -> Iterator[PartitionTable]:
 @pytest.fixture(scope="session")
 def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data.cache_dir` with the embedded corpus in it, made once for all tests that train."""
-    from megatron_opus.backends import indexed
-    from megatron_opus.data.embedded import prepare_embedded
+    from megatron_opus.backends.formats import indexed
+    from megatron_opus.data.prepare.embedded import prepare_embedded
 
     cache = tmp_path_factory.mktemp("cache")
     prepare_embedded(cache, indexed, progress=False)

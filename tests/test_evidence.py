@@ -43,7 +43,7 @@ def test_the_tables_are_the_reports(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_what_was_announced_is_what_the_protocol_says(folder):
     """Fault: a protocol whose hypothesis, metric or arms were changed after its results were written down."""
-    from megatron_opus.training.lab import read_experiment
+    from megatron_opus.studies.lab.experiment import read_experiment
 
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     found = read_experiment(ROOT / "configs/lab" / f"{folder.name.removesuffix('_shared')}.yaml")

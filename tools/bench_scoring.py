@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from megatron_opus.training import bench_report as report
+from megatron_opus.studies.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = [ROOT / "configs" / f"{n}.yaml" for n in ("pretrain_gpt2_xl", "pretrain_gpt2_large", "cpt_qwen3_8b")]
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             report.pyplot()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that are not there
-            from megatron_opus.training import bench_commands as commands
+            from megatron_opus.studies.bench import commands
 
             def save(result: commands.Result) -> list[dict[str, object]]:
                 rows = report.merged(earlier["rows"], result.rows, result.keys)

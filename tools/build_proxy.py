@@ -79,13 +79,15 @@ def part(text: str) -> tuple[int, int]:
 
 
 def build(arguments: argparse.Namespace) -> Manifest | None:
-    from megatron_opus.data import bench_proxy, encoders, proxy_report
+    from megatron_opus.data.proxy import build as bench_proxy
+    from megatron_opus.data.proxy import encoders
+    from megatron_opus.data.proxy import report as proxy_report
 
     benchmarks, budget = pairs(arguments.benchmarks), bench_proxy.parse_tokens(arguments.token_budget)
     proxy_report.check_pictures()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that token files do not need
-        from megatron_opus.backends import indexed
+        from megatron_opus.backends.formats import indexed
     encoder: encoders.Encoder | None = None
     if arguments.kind == "bench" and benchmarks:
         if arguments.encoder == encoders.LEXICAL:

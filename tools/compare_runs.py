@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_opus.config import ConfigError
-from megatron_opus.training.curves import NotComparable, Run, first_reached, read_run
+from megatron_opus.runs.curves import NotComparable, Run, first_reached, read_run
 
 
 def table(runs: Sequence[Run]) -> str:

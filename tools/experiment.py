@@ -17,11 +17,15 @@ import sys
 import warnings
 from pathlib import Path
 
+from megatron_opus.studies.lab import runner
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_opus.config import ConfigError
-from megatron_opus.training import lab, lab_pictures, lab_report
-from megatron_opus.training.curves import NotComparable
+from megatron_opus.runs.curves import NotComparable
+from megatron_opus.studies.lab import experiment as lab
+from megatron_opus.studies.lab import pictures
+from megatron_opus.studies.lab import report as lab_report
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,11 +48,11 @@ def corpus(experiment: lab.Experiment, arguments: argparse.Namespace) -> Path | 
     """The prepared corpus, or None where the recipe's own data is used."""
     if not experiment.corpus:
         return None
-    from megatron_opus.data.lab_corpora import prepare_lab
+    from megatron_opus.studies.lab.corpora import prepare_lab
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that token files do not need
-        from megatron_opus.backends import indexed
+        from megatron_opus.backends.formats import indexed
     return prepare_lab(
         experiment.corpus, arguments.cache_dir, indexed, shared=arguments.shared, progress=False, log=print
     ).resolve()
@@ -64,12 +68,14 @@ def main(argv: list[str] | None = None) -> int:
         runs = experiment.runs(folder, corpus(experiment, arguments))
         record = lab.record(experiment, runs, folder)
         if not arguments.report_only:
-            lab.run_all(runs, jobs=arguments.jobs, minutes=arguments.minutes, say=lambda text: print(text, flush=True))
+            runner.run_all(
+                runs, jobs=arguments.jobs, minutes=arguments.minutes, say=lambda text: print(text, flush=True)
+            )
         results = lab_report.collect(experiment, runs, record)
         written = lab_report.write(results, folder)
         print("\n" + lab_report.table(results))
         if not arguments.no_pictures:
-            written += lab_pictures.draw(results, folder)
+            written += pictures.draw(results, folder)
         print("\n" + "\n".join(str(path) for path in written))
     except (lab.LabError, NotComparable, ConfigError, ValueError, OSError, RuntimeError) as error:
         print(f"experiment: {error}", file=sys.stderr)

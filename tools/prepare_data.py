@@ -23,11 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_opus.data.decontaminate import Decontamination
 from megatron_opus.data.manifest import CONTAMINATED_FILE, Manifest
-from megatron_opus.data.plan import PrepareConfig, expand_files
-from megatron_opus.data.prepare import prepare
-from megatron_opus.data.presets import PRESETS, Request, datasets_of, general_read
+from megatron_opus.data.prepare.decontaminate import Decontamination
+from megatron_opus.data.prepare.pipeline import prepare
+from megatron_opus.data.prepare.presets import PRESETS, Request, datasets_of, general_read
+from megatron_opus.data.prepare.resolve import PrepareConfig, expand_files
 
 # option -> (metavar, help) of what may be given once for all datasets and once for each
 PER_DATASET = {
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             # Here rather than above: importing megatron.core takes seconds, and a mistyped option should not. It
             # warns of missing GPU libraries, which token files do not need.
             warnings.simplefilter("ignore")
-            from megatron_opus.backends import indexed
+            from megatron_opus.backends.formats import indexed
 
         manifest = prepare(
             PrepareConfig(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_opus.training.report.record import ReportError
+from megatron_opus.report.record import ReportError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     command = shlex.join(["python", "tools/report.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        from megatron_opus.training.report.page import write_report  # matplotlib may be missing
+        from megatron_opus.report.page import write_report  # matplotlib may be missing
 
         notes = write_report(arguments.runs, arguments.output, data=arguments.data, command=command)
     except (ReportError, OSError) as error:

@@ -53,7 +53,7 @@ health_command() { # health_command NODES ADDRESS
   [[ -z $GPU_OPTION ]] || gpus=$TASKS_PER_NODE
   health=("${common[@]}" --job-name=health --ntasks="$NODES" --ntasks-per-node=1
     ${srun_container[@]+"${srun_container[@]}"} ${in_container[@]+"${in_container[@]}"}
-    env PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m megatron_opus.launching.health
+    env PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m megatron_opus.cluster.health
     --nodes "$1" --address "$2" --port "$port" --directory "$attempt" --output-dir "$OUTPUT_DIR"
     --imports "$HEALTH_IMPORTS" --gpus "$gpus" --min-gpu-free "$MIN_GPU_FREE" --min-disk-gib "$MIN_DISK_GIB"
     --max-clock-skew "$MAX_CLOCK_SKEW" --timeout "$HEALTH_TIMEOUT")

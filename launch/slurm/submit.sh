@@ -74,7 +74,7 @@ done
 
 # plan WHAT [key=value ...]: checks the recipe for this number of ranks and prints WHAT of it (recipe, name, output_dir)
 plan() {
-  PYTHONPATH=$ROOT "$SUBMIT_PYTHON" -m megatron_opus.launching.plan "$RECIPE" --ranks "$world" \
+  PYTHONPATH=$ROOT "$SUBMIT_PYTHON" -m megatron_opus.cluster.check_recipe "$RECIPE" --ranks "$world" \
     --show "$1" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "${@:2}"
 }
 

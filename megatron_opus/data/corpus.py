@@ -19,10 +19,11 @@ import torch
 
 from megatron_opus.config import DataConfig
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data import masks, tokenizers
+from megatron_opus.data import unlearned_spans
+from megatron_opus.data.excluded_documents import open_entry, open_unlearned
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.permutation import key, permute
-from megatron_opus.data.views import open_entry, open_unlearned
+from megatron_opus.data.tokenizers import base as tokenizers
 from megatron_opus.types import Batch, TokenDocuments
 
 _PIECE = 1 << 20  # tokens read at once when everything is read
@@ -225,7 +226,7 @@ class Corpus:
             start = int(sample_id - domain.offset) * length
             tokens[row] = domain.documents.tokens(start, length + 1)
             if domain.unlearned is not None:
-                counts[row] = ~masks.within(domain.unlearned, start + 1, length)
+                counts[row] = ~unlearned_spans.within(domain.unlearned, start + 1, length)
             if bounded:
                 ends[row, self._ends_within(domain, start) - 1] = True
         starts_after = np.zeros_like(ends)  # position opens a new document

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from megatron_opus.backends import indexed
+from megatron_opus.backends.formats import indexed
 from megatron_opus.config import DataConfig, RunConfig
-from megatron_opus.data.benchmarks import PAPER, canonical_name, digest, load_benchmark
+from megatron_opus.data.benchmarks.items import PAPER, canonical_name, digest, load_benchmark
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.files import write_json
 from megatron_opus.evaluation import harness
 from megatron_opus.evaluation.exports import Exported, export
 from megatron_opus.evaluation.perplexity import domain_perplexity
 from megatron_opus.evaluation.prompts import EvaluationError, Question, questions
-from megatron_opus.training.metrics import read_metrics
-from megatron_opus.training.session import open_corpus
+from megatron_opus.runs.data import open_corpus
+from megatron_opus.runs.metrics import read_metrics
 
 FORMAT = 1
 FILE_NAME = "evaluation.json"

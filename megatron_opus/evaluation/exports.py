@@ -11,11 +11,11 @@ from typing import Any
 
 from megatron_opus.config import RunConfig
 from megatron_opus.data.files import locked
-from megatron_opus.data.hf_tokenizers import TOKENIZER_FILE
+from megatron_opus.data.tokenizers.hf_export import TOKENIZER_FILE
 from megatron_opus.evaluation.prompts import EvaluationError
-from megatron_opus.training import checkpoint
-from megatron_opus.training.convert import ORIGIN, opus_to_hf
-from megatron_opus.training.weights import checkpoint_config
+from megatron_opus.runs import checkpoints
+from megatron_opus.weights.convert import ORIGIN, opus_to_hf
+from megatron_opus.weights.sources import checkpoint_config
 
 DIRECTORY = "exported"
 
@@ -37,7 +37,7 @@ class Exported:
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     """The newest complete checkpoint of a run, or the newest one of `step`. Raises EvaluationError."""
-    found = checkpoint.complete(run_dir / "checkpoints")
+    found = checkpoints.complete(run_dir / "checkpoints")
     if not found:
         raise EvaluationError(
             f"{run_dir / 'checkpoints'}: expected a complete checkpoint, found none; a run writes one at its end and "
@@ -45,9 +45,9 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         )
     if step is None:
         return found[-1]
-    of_step = [path for path in found if checkpoint.read_marker(path)["step"] == step]
+    of_step = [path for path in found if checkpoints.read_marker(path)["step"] == step]
     if not of_step:
-        there = ", ".join(str(checkpoint.read_marker(path)["step"]) for path in found)
+        there = ", ".join(str(checkpoints.read_marker(path)["step"]) for path in found)
         raise EvaluationError(f"{run_dir}: no complete checkpoint of step {step}; there are those of steps {there}")
     return of_step[-1]
 
@@ -82,7 +82,7 @@ def export(
 
 def _identity(path: Path) -> dict[str, Any]:
     """Of the checkpoint's files as they are now: a run that was deleted and made again has the same names."""
-    marker = path / checkpoint.MARKER
+    marker = path / checkpoints.MARKER
     return {"sha256": hashlib.sha256(marker.read_bytes()).hexdigest(), "saved_ns": marker.stat().st_mtime_ns}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_opus.config import ConfigError
-from megatron_opus.data.benchmarks import ANLI_CHOICES, AX_CHOICES, YES_NO, BenchmarkItem
+from megatron_opus.data.benchmarks.items import ANLI_CHOICES, AX_CHOICES, YES_NO, BenchmarkItem
 
 Rule = Literal["choices", "partial"]
 BLANKS = ("winogrande", "wsc")  # a sentence with _ for the choice

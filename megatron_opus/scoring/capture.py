@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_opus.scoring.collectives import Traffic, all_gather
-from megatron_opus.scoring.plan import Part
 from megatron_opus.scoring.preconditioners import Preconditioners
+from megatron_opus.scoring.projections import Part
 from megatron_opus.selection.precondition import Buckets, Projection, project
 from megatron_opus.types import Groups, ScoredLayer
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.scoring.capture import Capture, CaptureError, Reading, Sums
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
-from megatron_opus.scoring.plan import Part, Plan
 from megatron_opus.scoring.preconditioners import Preconditioners
+from megatron_opus.scoring.projections import Part, Plan
 from megatron_opus.scoring.windows import window_starts
 from megatron_opus.selection import utility
 from megatron_opus.types import Batch, Groups, OptimizerState, ScoredLayer, Signals

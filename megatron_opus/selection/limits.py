@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_opus.config import FloorsConfig
-from megatron_opus.strategy_config import check_floors, least, most
+from megatron_opus.config.strategies import check_floors, least, most
 from megatron_opus.types import Candidates
 
 

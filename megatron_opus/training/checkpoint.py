@@ -15,13 +15,10 @@ see one file system.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import random
-import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,40 +27,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_opus.backends.megatron import rng_tracker
+from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
-from megatron_opus.training.agreement import environment
-
-MARKER = "complete.json"
-DELETING = "deleting.json"  # a marker withdrawn: what is left of the directory may go
-FORMAT = 1
-
-# Keys that may differ between the run that saved and the run that resumes: they decide what is printed, written and
-# tolerated, or say where things lie (the data itself is compared by its fingerprint), not what is computed.
-FREE_KEYS = frozenset(
-    {
-        "output_dir",
-        "name",
-        "data.path",
-        "data.cache_dir",
-        "parallel.distributed_timeout_minutes",
-        "training.train_steps",  # the schedule's length is compared as optimizer.lr_decay_steps
-        "training.eval_interval",
-        "training.eval_sequences",
-        "training.checkpoint_interval",
-        "training.keep_checkpoints",
-        "training.log_interval",
-        "training.tensorboard",
-        "training.exit_duration_minutes",
-        "training.max_nonfinite_steps",
-        "selection.max_fallbacks",
-        "selection.debug_checks",
-    }
+from megatron_opus.ranks.agreement import _everywhere, _shared, environment
+from megatron_opus.runs.checkpoints import (
+    DELETING,
+    FORMAT,
+    MARKER,
+    CheckpointError,
+    _order,
+    _versions,
+    check,
+    complete,
+    latest,
 )
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, absent, or of another run."""
 
 
 def save(
@@ -142,97 +119,10 @@ def load(engine: Any, path: Path, *, fingerprints: Mapping[str, str], config: Ru
     return state
 
 
-def check(
-    path: Path, *, layout: Mapping[str, Any], fingerprints: Mapping[str, str], config: RunConfig
-) -> dict[str, Any]:
-    """The marker of a checkpoint that this run may resume from. Reads only. Raises CheckpointError."""
-    marker = read_marker(path)
-    if marker["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: expected format {FORMAT}, got {marker['format']}")
-    verify_files(path, marker)
-    saved, asked = _comparable(marker["config"]), _comparable(to_dict(config))
-    differences = _differences("", saved, asked)
-    differences += _differences("layout.", marker["layout"], dict(layout))
-    differences += _differences("fingerprint.", marker["fingerprints"], dict(fingerprints))
-    if differences:
-        lines = "\n".join(f"  {key}: saved {old!r}, now {new!r}" for key, old, new in differences)
-        hint = ""
-        if any(key == "optimizer.lr_decay_steps" for key, _, _ in differences):
-            steps = saved["optimizer.lr_decay_steps"]
-            hint = f"\nThe schedule of this run ends at step {steps}"
-            if saved["optimizer.min_lr"] > 0:
-                hint += f"; to train on at optimizer.min_lr, set optimizer.lr_decay_steps={steps}"
-            else:
-                hint += " with rate 0; a run that is to go on longer needs optimizer.min_lr above 0 from its start"
-        raise CheckpointError(f"checkpoint {path} belongs to another run; these must be equal:\n{lines}{hint}")
-    versions = [f"{k} {v} (now {_versions().get(k)})" for k, v in marker["versions"].items() if _versions().get(k) != v]
-    if versions:
-        warnings.warn(
-            f"checkpoint {path} was saved with {', '.join(versions)}: the run goes on, but perhaps not bit for bit",
-            stacklevel=2,
-        )
-    return marker
-
-
-def latest(directory: Path, *, skip_damaged: bool = False) -> Path | None:
-    """The newest complete checkpoint, or None. `skip_damaged`: pass over complete ones whose files are not all there.
-
-    Without it a damaged newest checkpoint is returned, and refused by `check`: going back is the user's decision.
-    """
-    for path in reversed(complete(directory)):
-        if skip_damaged:
-            try:
-                verify_files(path, read_marker(path))
-            except CheckpointError as error:
-                warnings.warn(f"passed over: {error}", stacklevel=2)
-                continue
-        return path
-    return None
-
-
 def shared_latest(directory: Path) -> Path | None:
     """`latest` as rank 0 sees it, on every rank: on a network file system each might see another one. Collective."""
     found: Path | None = _shared(lambda: latest(directory))
     return found
-
-
-def complete(directory: Path) -> list[Path]:
-    """Complete checkpoints under `directory`, oldest first."""
-    found = []
-    if directory.is_dir():
-        for path in directory.iterdir():
-            key = _order(path)
-            if key is not None and (path / MARKER).is_file():
-                found.append((key, path))
-    return [path for _, path in sorted(found)]
-
-
-def read_marker(path: Path) -> dict[str, Any]:
-    """Contents of `complete.json`. Raises CheckpointError when the checkpoint is incomplete or the file is broken."""
-    try:
-        return json.loads((path / MARKER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = complete(path.parent)
-        last = found[-1] if found else "none"
-        raise CheckpointError(
-            f"checkpoint {path}: no {MARKER}, it was never finished; last complete one: {last}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"checkpoint {path}: {MARKER} is not valid JSON ({error})") from error
-
-
-def verify_files(path: Path, marker: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless every file of the checkpoint is there with the size it was saved with."""
-    damaged = []
-    for name, size in marker["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            damaged.append(f"  {name}: expected {size} bytes, got {'no file' if found is None else found}")
-    if damaged:
-        others = [str(p) for p in complete(path.parent) if p != path]
-        remedy = f"resume from {others[-1]} instead, if that is wanted" if others else "there is no other one to go to"
-        raise CheckpointError(f"checkpoint {path} is damaged; {remedy}:\n" + "\n".join(damaged))
 
 
 # --- random states --------------------------------------------------------------------------------------------------
@@ -269,50 +159,7 @@ def _layout(engine: Any) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "megatron-core")}
-
-
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys that must be equal; an open schedule length is that of the run."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Mapping[str, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                walk(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    walk("", config)
-    if flat["optimizer.lr_decay_steps"] is None:
-        flat["optimizer.lr_decay_steps"] = flat["training.train_steps"]
-    # a checkpoint makes the next step read the preconditioner anew: with a longer refresh, when matters
-    bound = {"training.checkpoint_interval"} if flat["selection.preconditioner.refresh_every"] > 1 else set()
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS - bound}
-
-
-def settings_that_differ(saved: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(key, saved, now) where a run recorded with `saved` (nested, as config.yaml has it) cannot be this one."""
-    return _differences("", _comparable(saved), _comparable(to_dict(config)))
-
-
-def _differences(prefix: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    keys = sorted({*saved, *now})
-    absent = "absent"
-    return [
-        (f"{prefix}{key}", saved.get(key, absent), now.get(key, absent))
-        for key in keys
-        if saved.get(key, absent) != now.get(key, absent)
-    ]
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _order(path: Path) -> tuple[int, int] | None:
-    match = re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name)
-    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def _new_directory(directory: Path, step: int) -> Path:
@@ -360,31 +207,3 @@ def _prune(directory: Path, keep: int) -> None:
     for path in directory.iterdir():
         if _order(path) is not None and (path / DELETING).is_file() and not (path / MARKER).is_file():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _everywhere(action: Any) -> None:
-    """Run on every rank; when it raises on one, every rank raises, and none is left waiting for the others."""
-    error = ""
-    try:
-        action()
-    except Exception as exception:
-        error = f"rank {dist.get_rank()}: {type(exception).__name__}: {exception}"
-    errors: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    failed = [e for e in errors if e]
-    if failed:
-        raise CheckpointError("\n".join(dict.fromkeys(e.split(": ", 1)[1] for e in failed)))
-
-
-def _shared(action: Any) -> Any:
-    """Run on rank 0, its result on every rank; an error is raised on every rank."""
-    outcome: list[Any] = [None, ""]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as exception:
-            outcome[1] = f"{type(exception).__name__}: {exception}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise CheckpointError(outcome[1])
-    return outcome[0]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,8 +19,8 @@ from megatron_opus.config import ConfigError, RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.iterator import SelectedBatchIterator
-from megatron_opus.data.ledger import REASONS, exclusions
 from megatron_opus.data.permutation import key
+from megatron_opus.runs.ledger import REASONS, exclusions
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.training import rank_local
@@ -227,52 +226,3 @@ class SelectionDriver:
             if any(other != drawn[0] for other in drawn):
                 different = [rank for rank, other in enumerate(drawn) if other != drawn[0]]
                 raise RuntimeError(f"step {counters.step}: ranks {different} drew other candidates than rank 0")
-
-
-def metrics_row(
-    driver: SelectionDriver,
-    corpus: Corpus,
-    candidates: Candidates,
-    signals: Signals,
-    selection: Selection,
-    *,
-    loss: float,
-    grad_norm: float,
-    lr: float,
-    skipped: bool,
-    choose_seconds: float,
-    step_seconds: float,
-    step_cpu_seconds: float,
-) -> dict[str, Any]:
-    """One line of metrics.jsonl (validation losses are added where they are measured)."""
-    counters = driver.counters
-    chosen = candidates.domains[selection.indices.numpy()]
-    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(corpus.domains["candidates"])}
-    return {
-        "step": counters.step,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "skipped": skipped,
-        "update_tokens": counters.update_tokens,
-        "candidate_tokens": counters.candidate_tokens,
-        "scored_tokens": counters.scored_tokens,
-        **selection.diagnostics,
-        "fallbacks": counters.fallbacks,
-        "excluded_total": counters.excluded,
-        "geometry": signals.geometry,
-        "selected_share": share,
-        "score_seconds": signals.seconds,
-        "score_bytes_sent": signals.bytes_sent,
-        "choose_seconds": choose_seconds,  # scoring, and beside it the buffer, the draw and reading what was drawn
-        "step_seconds": step_seconds,
-        "step_cpu_seconds": step_cpu_seconds,
-        "memory_bytes": memory_bytes(),
-    }
-
-
-def memory_bytes() -> int:
-    """Peak device memory on a GPU, resident memory of the process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss

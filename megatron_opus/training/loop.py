@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opus.backends.engines.deepspeed.train_step import train_step
+from megatron_opus.backends.engines.losses import evaluate
 from megatron_opus.config import RunConfig
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.iterator import SelectedBatchIterator
-from megatron_opus.data.ledger import LedgerWriter
-from megatron_opus.training.driver import SelectionDriver, metrics_row
-from megatron_opus.training.engine import evaluate, train_step
-from megatron_opus.training.metrics import MetricsWriter, ProgressLine
-from megatron_opus.training.stopping import StopAgreement
-from megatron_opus.training.watch import Watch
+from megatron_opus.ranks.lost_ranks import Watch
+from megatron_opus.ranks.stopping import StopAgreement
+from megatron_opus.runs.ledger import LedgerWriter
+from megatron_opus.training.driver import SelectionDriver
+from megatron_opus.training.metrics import MetricsWriter, ProgressLine, metrics_row
 from megatron_opus.types import Groups
 
 

@@ -57,19 +57,19 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     # megatron-core warns six times that Apex and Transformer Engine are absent; the run reports both in its own words
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # imported late: a mistyped key should not take the seconds that torch, megatron-core and deepspeed need
-    from megatron_opus.backends.indexed import IndexedDataError
-    from megatron_opus.backends.optimizer_state import UnsupportedOptimizer
+    from megatron_opus.backends.engines.optimizer_state import UnsupportedOptimizer
+    from megatron_opus.backends.formats.indexed import IndexedDataError
     from megatron_opus.data.buffer import DrawError
     from megatron_opus.data.corpus import CorpusError
     from megatron_opus.data.manifest import ManifestError
-    from megatron_opus.data.masks import MaskError
-    from megatron_opus.data.tokenizers import TokenizerError
-    from megatron_opus.training.agreement import OtherRankFailed, RankMismatch, software
-    from megatron_opus.training.checkpoint import CheckpointError
-    from megatron_opus.training.preflight import PreflightError
+    from megatron_opus.data.tokenizers.base import TokenizerError
+    from megatron_opus.data.unlearned_spans import MaskError
+    from megatron_opus.estimates.fit import PreflightError
+    from megatron_opus.ranks.agreement import OtherRankFailed, RankMismatch, software
+    from megatron_opus.ranks.lost_ranks import Watch, failure_message, prepare_nccl
+    from megatron_opus.ranks.stopping import STOPPED, SignalWatch
+    from megatron_opus.runs.checkpoints import CheckpointError
     from megatron_opus.training.session import RunDirectoryError, Session
-    from megatron_opus.training.stopping import STOPPED, SignalWatch
-    from megatron_opus.training.watch import Watch, failure_message, prepare_nccl
 
     refusals = (
         ConfigError,

@@ -7,13 +7,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+import psutil
+import torch
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+from megatron_opus.data.corpus import Corpus
+from megatron_opus.runs.metrics import METRICS_FILE, read_metrics
+from megatron_opus.training.driver import SelectionDriver
+from megatron_opus.types import Candidates, Selection, Signals
 
 
 class MetricsWriter:
@@ -48,33 +54,6 @@ class MetricsWriter:
         self._file.close()
         if self._events is not None:
             self._events.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All complete rows. A torn last line, from a killed process, is left out; any other raises ValueError."""
-    return [row for row in iter_metrics(run_dir) if row is not None]
-
-
-def iter_metrics(run_dir: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows one by one, then None where the last line is torn. Raises ValueError for any other broken line."""
-    path = run_dir / METRICS_FILE
-    if not path.exists():
-        return
-    torn = ""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if torn:
-                raise ValueError(torn)
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                    raise ValueError("expected an object with an integer `step`")
-            except ValueError as error:
-                torn = f"{path}, line {number}: not a row of metrics ({error}); repair or remove it"
-                continue
-            yield row
-    if torn:
-        yield None
 
 
 def _truncate(path: Path, first_step: int) -> None:
@@ -145,3 +124,52 @@ class ProgressLine:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def metrics_row(
+    driver: SelectionDriver,
+    corpus: Corpus,
+    candidates: Candidates,
+    signals: Signals,
+    selection: Selection,
+    *,
+    loss: float,
+    grad_norm: float,
+    lr: float,
+    skipped: bool,
+    choose_seconds: float,
+    step_seconds: float,
+    step_cpu_seconds: float,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl (validation losses are added where they are measured)."""
+    counters = driver.counters
+    chosen = candidates.domains[selection.indices.numpy()]
+    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(corpus.domains["candidates"])}
+    return {
+        "step": counters.step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "skipped": skipped,
+        "update_tokens": counters.update_tokens,
+        "candidate_tokens": counters.candidate_tokens,
+        "scored_tokens": counters.scored_tokens,
+        **selection.diagnostics,
+        "fallbacks": counters.fallbacks,
+        "excluded_total": counters.excluded,
+        "geometry": signals.geometry,
+        "selected_share": share,
+        "score_seconds": signals.seconds,
+        "score_bytes_sent": signals.bytes_sent,
+        "choose_seconds": choose_seconds,  # scoring, and beside it the buffer, the draw and reading what was drawn
+        "step_seconds": step_seconds,
+        "step_cpu_seconds": step_cpu_seconds,
+        "memory_bytes": memory_bytes(),
+    }
+
+
+def memory_bytes() -> int:
+    """Peak device memory on a GPU, resident memory of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

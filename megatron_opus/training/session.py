@@ -12,33 +12,35 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_opus import config as configs
-from megatron_opus.backends import extras, indexed
-from megatron_opus.backends.deepspeed import init_distributed
-from megatron_opus.backends.layers import megatron_layers
-from megatron_opus.backends.megatron import forward_loss, init_parallel
-from megatron_opus.backends.optimizer_state import optimizer_state
-from megatron_opus.backends.sharding import is_sharded, weight_shard
+from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+from megatron_opus.backends.engines.deepspeed.train_step import build_engine
+from megatron_opus.backends.engines.optimizer_state import optimizer_state
+from megatron_opus.backends.model import extras
+from megatron_opus.backends.model.build import build_model, resolve
+from megatron_opus.backends.model.gpt import forward_loss
+from megatron_opus.backends.model.parallel import init_parallel
+from megatron_opus.backends.model.scored_layers import megatron_layers
 from megatron_opus.config import RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
-from megatron_opus.data.corpus import Corpus
-from megatron_opus.data.embedded import prepare_embedded
 from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.estimates import fit
+from megatron_opus.layout.shapes import count_parameters
+from megatron_opus.layout.sharding import is_sharded, weight_shard
+from megatron_opus.ranks.agreement import check_agreement, environment, together, weight_digests
+from megatron_opus.ranks.lost_ranks import Watch, set_timeouts
+from megatron_opus.ranks.stopping import StopAgreement
+from megatron_opus.runs import checkpoints
+from megatron_opus.runs.data import Say, open_corpus
+from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.selection.strategies import build_strategy, scoring_config
-from megatron_opus.training import checkpoint, preflight
-from megatron_opus.training.agreement import check_agreement, environment, together, weight_digests
+from megatron_opus.training import checkpoint
 from megatron_opus.training.driver import SelectionDriver
-from megatron_opus.training.engine import build_engine
-from megatron_opus.training.initial_weights import load_initial_weights
 from megatron_opus.training.loop import TrainingLoop
-from megatron_opus.training.metrics import read_metrics
-from megatron_opus.training.model import build_model, count_parameters, resolve
-from megatron_opus.training.stopping import StopAgreement
-from megatron_opus.training.watch import Watch, set_timeouts
 from megatron_opus.types import Groups
+from megatron_opus.weights.initial_weights import load_initial_weights
 
-Say = Callable[[str], object]
 CONFIG_FILE = "config.yaml"
 
 
@@ -189,7 +191,7 @@ class Session:
                 )
             elif resume and not exists:
                 problem[0] = f"--resume: expected a run in {self.run_dir}, found none; leave --resume out to start one"
-            elif resume and checkpoint.latest(self.run_dir / "checkpoints") is None:
+            elif resume and checkpoints.latest(self.run_dir / "checkpoints") is None:
                 problem[0] = self._why_not_start_over(config)
         dist.broadcast_object_list(problem, src=0)
         if problem[0]:
@@ -198,7 +200,7 @@ class Session:
     def _why_not_start_over(self, config: RunConfig) -> str:
         """A run without checkpoint may begin again only if it had reached none: its record would be lost otherwise."""
         recorded = configs.to_dict(configs.load(self.run_dir / CONFIG_FILE))
-        if different := checkpoint.settings_that_differ(recorded, config):
+        if different := checkpoints.settings_that_differ(recorded, config):
             lines = "; ".join(f"{key}: {saved!r}, now {now!r}" for key, saved, now in different[:10])
             return f"--resume: {self.run_dir} is a run with other settings: {lines}"
         steps, interval = len(read_metrics(self.run_dir)), recorded["training"]["checkpoint_interval"]
@@ -226,16 +228,5 @@ def _check_weights(model: nn.Module, groups: Groups) -> None:
 
 
 def _check_memory(config: RunConfig, say: Say) -> None:
-    for line in preflight.check_memory(config, dist.get_world_size()):
+    for line in fit.check_memory(config, dist.get_world_size()):
         say(line)
-
-
-def open_corpus(recipe: RunConfig, say: Say) -> Corpus:
-    """The recipe's data; the embedded corpus is made on first use."""
-    path = Path(recipe.data.path)
-    if recipe.data.path == "embedded":
-        path = prepare_embedded(recipe.data.cache_dir, indexed, progress=False, log=say)  # type: ignore[arg-type]
-    corpus = Corpus.open(path, recipe.data, indexed.open_documents)
-    for entry in corpus.summary():
-        say(f"data: {entry['role']} {entry['name']}: {entry['tokens']:,} tokens, {entry['sequences']:,} sequences")
-    return corpus

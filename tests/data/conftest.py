@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from data_helpers import make_text, write_jsonl
 
-from megatron_opus.backends import indexed
+from megatron_opus.backends.formats import indexed
 from megatron_opus.config import DataConfig
 from megatron_opus.data.corpus import Corpus
-from megatron_opus.data.plan import DatasetSpec, PrepareConfig, holdout
-from megatron_opus.data.prepare import prepare
+from megatron_opus.data.prepare.pipeline import prepare
+from megatron_opus.data.prepare.resolve import DatasetSpec, PrepareConfig, holdout
 
 
 @pytest.fixture(scope="session")

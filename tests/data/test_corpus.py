@@ -11,12 +11,12 @@ import pytest
 import torch
 from data_helpers import StreamOfNumbers, make_text
 
-from megatron_opus.backends import indexed
+from megatron_opus.backends.formats import indexed
 from megatron_opus.config import DataConfig
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data.corpus import Corpus, CorpusError
 from megatron_opus.data.manifest import DatasetEntry, Manifest, ManifestError
-from megatron_opus.data.tokenizers import TokenizerError
+from megatron_opus.data.tokenizers.base import TokenizerError
 
 
 def numbers(candidates: dict[str, tuple[int, tuple[int, ...]]], **settings: Any) -> Corpus:

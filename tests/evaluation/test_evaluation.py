@@ -14,15 +14,16 @@ import tiny_runs
 from eval_helpers import ByHand, rows, write
 
 from megatron_opus.config import ConfigError
-from megatron_opus.data import manifest, tokenizers
-from megatron_opus.data.benchmarks import load_benchmark
+from megatron_opus.data import manifest
+from megatron_opus.data.benchmarks.items import load_benchmark
 from megatron_opus.data.manifest import Manifest
+from megatron_opus.data.tokenizers import base as tokenizers
 from megatron_opus.evaluation import harness
 from megatron_opus.evaluation.evaluate import Settings, evaluate, summary
 from megatron_opus.evaluation.exports import find_checkpoint
 from megatron_opus.evaluation.prompts import EvaluationError, questions
-from megatron_opus.training.convert import opus_to_hf
-from megatron_opus.training.metrics import read_metrics
+from megatron_opus.runs.metrics import read_metrics
+from megatron_opus.weights.convert import opus_to_hf
 
 # The same sums in another order (padding, batches): float32 rounding of sums of some 100 nats, with a margin.
 TOLERANCE = 1e-4

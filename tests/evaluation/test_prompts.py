@@ -9,7 +9,7 @@ import pytest
 import torch
 from eval_helpers import rows, write
 
-from megatron_opus.data.benchmarks import BenchmarkItem, load_benchmark
+from megatron_opus.data.benchmarks.items import BenchmarkItem, load_benchmark
 from megatron_opus.evaluation import harness
 from megatron_opus.evaluation.evaluate import Settings, evaluate
 from megatron_opus.evaluation.harness import Answered, summarise

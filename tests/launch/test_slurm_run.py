@@ -8,8 +8,8 @@ import yaml
 from launched import RECIPE, VOLATILE, Server, tiny
 from slurm_cluster import Cluster
 
-from megatron_opus.data.ledger import read_ledger
-from megatron_opus.training.metrics import read_metrics
+from megatron_opus.runs.ledger import read_ledger
+from megatron_opus.runs.metrics import read_metrics
 
 STEPS = ("training.train_steps=24", "training.checkpoint_interval=10")
 

@@ -23,8 +23,8 @@ from megatron_opus.config import (
     SketchConfig,
     TrainingConfig,
 )
-from megatron_opus.training.memory import Layout
-from megatron_opus.training.traffic import scoring_traffic
+from megatron_opus.estimates.traffic import scoring_traffic
+from megatron_opus.layout.scored import Layout
 from megatron_opus.types import Batch
 
 N, K_P, LENGTH = 8, 4, 16
@@ -68,9 +68,10 @@ def scores_of_rank(
     model_config: ModelConfig, tp: int, config: SelectionConfig, *, sp: bool = False, masked: bool = False
 ) -> dict[str, Any]:
     """Build, train four steps on the same data everywhere, score; the data-parallel ranks share the candidates."""
-    from megatron_opus.backends.layers import megatron_layers
-    from megatron_opus.backends.megatron import build_gpt, forward_loss, init_parallel, weight_shard
-    from megatron_opus.backends.optimizer_state import optimizer_state
+    from megatron_opus.backends.engines.optimizer_state import optimizer_state
+    from megatron_opus.backends.model.gpt import build_gpt, forward_loss, weight_shard
+    from megatron_opus.backends.model.parallel import init_parallel
+    from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.scoring.scoring_pass import ScoringPass
     from megatron_opus.selection import reference
     from megatron_opus.selection.precondition import adam_kappa, separable_factors

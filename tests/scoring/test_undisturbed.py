@@ -21,9 +21,9 @@ NORMS = dataclasses.replace(QWEN3, hidden_dropout=0.1)
 
 
 def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
-    from megatron_opus.backends.layers import megatron_layers
-    from megatron_opus.backends.megatron import forward_loss, weight_shard
-    from megatron_opus.backends.optimizer_state import optimizer_state
+    from megatron_opus.backends.engines.optimizer_state import optimizer_state
+    from megatron_opus.backends.model.gpt import forward_loss, weight_shard
+    from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.scoring.scoring_pass import ScoringPass
 
     shard = functools.partial(weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
@@ -38,8 +38,8 @@ def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
 
 def everything(engine: Any) -> dict[str, torch.Tensor]:
     """Weights (at stage 3: this rank's parts), optimizer state, random states."""
-    from megatron_opus.backends.megatron import rng_tracker
-    from megatron_opus.backends.partition import Partition
+    from megatron_opus.backends.engines.deepspeed.partition import Partition
+    from megatron_opus.backends.model.parallel import rng_tracker
 
     found = {
         f"weight {name}": getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.module.named_parameters()
@@ -51,7 +51,7 @@ def everything(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def run(arguments: dict[str, Any], scored: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], bool]:
-    from megatron_opus.training.engine import train_step
+    from megatron_opus.backends.engines.deepspeed.train_step import train_step
 
     config = recipe(**arguments)
     engine, groups = start(config)

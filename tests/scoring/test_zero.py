@@ -22,8 +22,8 @@ from megatron_opus.config import (
     SelectionConfig,
     TrainingConfig,
 )
-from megatron_opus.training.memory import Layout
-from megatron_opus.training.traffic import scoring_traffic
+from megatron_opus.estimates.traffic import scoring_traffic
+from megatron_opus.layout.scored import Layout
 
 
 def engine_scores(
@@ -41,15 +41,16 @@ def engine_scores(
     """Train with the real engine, then score: moments assembled over the data-parallel group, and the signals."""
     import torch.distributed as dist
 
-    from megatron_opus.backends.deepspeed import init_distributed
-    from megatron_opus.backends.layers import megatron_layers
-    from megatron_opus.backends.megatron import build_gpt, forward_loss, init_parallel, weight_shard
-    from megatron_opus.backends.optimizer_state import optimizer_state
+    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.deepspeed.train_step import build_engine, train_step
+    from megatron_opus.backends.engines.optimizer_state import optimizer_state
+    from megatron_opus.backends.model.build import DTYPES
+    from megatron_opus.backends.model.gpt import build_gpt, forward_loss, weight_shard
+    from megatron_opus.backends.model.parallel import init_parallel
+    from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.data.iterator import SelectedBatchIterator
     from megatron_opus.scoring.scoring_pass import ScoringPass
     from megatron_opus.selection import reference
-    from megatron_opus.training.engine import build_engine, train_step
-    from megatron_opus.training.model import DTYPES
 
     newton_schulz(torch.float32)
     model_config = {"gpt2": GPT2, "qwen3": QWEN3}[model_name]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opus.config import ConfigError, FloorsConfig, SelectionConfig
+from megatron_opus.config.strategies import check_floors
 from megatron_opus.selection.limits import Floors
 from megatron_opus.selection.strategies import build_strategy
-from megatron_opus.strategy_config import check_floors
 from megatron_opus.types import Candidates, Signals
 
 NAMES = ("a", "b", "c")

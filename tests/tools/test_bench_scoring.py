@@ -200,23 +200,23 @@ def test_results_of_another_kind_are_not_overwritten(tmp_path: Path, capsys: pyt
 
 
 def pairs(cache: Path) -> dict[str, Any]:
-    from megatron_opus.backends import indexed
-    from megatron_opus.backends.deepspeed import init_distributed
-    from megatron_opus.backends.megatron import init_parallel
+    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.formats import indexed
+    from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.config import ModelConfig, ParallelConfig
-    from megatron_opus.data.embedded import prepare_embedded
-    from megatron_opus.training import bench
+    from megatron_opus.data.prepare.embedded import prepare_embedded
+    from megatron_opus.studies.bench import workbench
 
     device = init_distributed(ParallelConfig())
     init_parallel(ParallelConfig())
     model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=1)
     corpus = prepare_embedded(cache, indexed, progress=False)
-    work = bench.Workbench(model, corpus, length=32, device=device, seed=3)
+    work = workbench.Workbench(model, corpus, length=32, device=device, seed=3)
     work.train(40, 4, mixture={"prose": 1.0})
     pool = work.pool("mixed", 6, 5, {"prose": 0.5, "source": 0.5})
     used = work.corpus.batch(sorted(work._seen)).tokens
     whole = work.oracle_pairs(pool.candidates, pool.proxy)
-    with mock.patch.object(bench, "PAIRS_BYTES", 1):  # one candidate at a time
+    with mock.patch.object(workbench, "PAIRS_BYTES", 1):  # one candidate at a time
         one_by_one = work.oracle_pairs(pool.candidates, pool.proxy)
     return {
         "oracle": work.oracle(pool),

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import compare_runs
 
-from megatron_opus.training.curves import first_reached
+from megatron_opus.runs.curves import first_reached
 
 CONFIG = "name: x\nmodel: {num_layers: 1, hidden_size: 8, num_attention_heads: 1}\nselection: {strategy: STRATEGY}\n"
 

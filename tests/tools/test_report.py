@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import report  # noqa: E402
 
 from megatron_opus.config import dump  # noqa: E402
-from megatron_opus.training.metrics import read_metrics  # noqa: E402
+from megatron_opus.runs.metrics import read_metrics  # noqa: E402
 
 pytest.importorskip("matplotlib", reason="the report needs the extra `lab`")
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from gpt_runs import GPT2, recipe, start, steps
 
+from megatron_opus.runs import checkpoints
+
 PRINTS = {"data": "abc", "tokenizer": "def"}
 DROPOUT = dataclasses.replace(GPT2, hidden_dropout=0.1, attention_dropout=0.1)
 
@@ -49,7 +51,7 @@ def resume_and_run(arguments: dict[str, Any], directory: str) -> list[tuple[floa
 
     config = recipe(**arguments)
     engine, groups = start(dataclasses.replace(config, seed=99))  # other weights and random states until loaded
-    path = checkpoint.latest(Path(directory))
+    path = checkpoints.latest(Path(directory))
     assert path is not None
     state = checkpoint.load(engine, path, fingerprints=PRINTS, config=config)
     assert state["ids"].tolist() == [0, 1, 2]
@@ -87,14 +89,13 @@ def test_resumed_run_is_bit_identical(world2: Any, tmp_path: Path, arguments: di
 
 
 def save_three(directory: str) -> list[str]:
-    from megatron_opus.training import checkpoint
 
     config = recipe()
     engine, _ = start(config)
     for step in (1, 2, 3):
         save_now(engine, directory, config, step, keep=2)
     save_now(engine, directory, config, 3, keep=2)
-    return [path.name for path in checkpoint.complete(Path(directory))]
+    return [path.name for path in checkpoints.complete(Path(directory))]
 
 
 def test_a_complete_checkpoint_is_never_written_into(world2: Any, tmp_path: Path) -> None:
@@ -104,12 +105,11 @@ def test_a_complete_checkpoint_is_never_written_into(world2: Any, tmp_path: Path
 
 
 def save_again(directory: str) -> str:
-    from megatron_opus.training import checkpoint
 
     config = recipe()
     engine, _ = start(config)
     save_now(engine, directory, config, 2)
-    return str(checkpoint.latest(Path(directory)))
+    return str(checkpoints.latest(Path(directory)))
 
 
 def leave_incomplete(path: Path) -> None:
@@ -124,11 +124,10 @@ def test_incomplete_checkpoint_is_ignored(world2: Any, tmp_path: Path) -> None:
     (tmp_path / "step_00000002").rename(tmp_path / "step_00000001")
     leave_incomplete(tmp_path / "step_00000002")
     leave_incomplete(tmp_path / "step_00000009")
-    from megatron_opus.training import checkpoint
 
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
-    with pytest.raises(checkpoint.CheckpointError, match=r"never finished; last complete one: .*step_00000001"):
-        checkpoint.read_marker(tmp_path / "step_00000009")
+    assert checkpoints.latest(tmp_path) == tmp_path / "step_00000001"
+    with pytest.raises(checkpoints.CheckpointError, match=r"never finished; last complete one: .*step_00000001"):
+        checkpoints.read_marker(tmp_path / "step_00000009")
     assert world2.run(save_again, str(tmp_path)) == [str(tmp_path / "step_00000002")] * 2
     assert (tmp_path / "step_00000009").is_dir()
 
@@ -143,11 +142,11 @@ def refused(arguments: dict[str, Any], directory: str, prints: dict[str, str], c
     other = dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **keys) for section, keys in change.items()}
     )
-    path = checkpoint.latest(Path(directory))
+    path = checkpoints.latest(Path(directory))
     assert path is not None
     try:
         checkpoint.load(engine, path, fingerprints=prints, config=other)
-    except checkpoint.CheckpointError as error:
+    except checkpoints.CheckpointError as error:
         assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
         return str(error)
     return ""
@@ -204,8 +203,6 @@ def test_truncated_file(saved: Path, tmp_path: Path) -> None:
     """A file cut short by a full disk raises in the middle of loading, when half of the state is already replaced."""
     import shutil
 
-    from megatron_opus.training import checkpoint
-
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     shutil.copytree(directory / "step_00000002", directory / "step_00000005")
@@ -213,16 +210,16 @@ def test_truncated_file(saved: Path, tmp_path: Path) -> None:
     victim = next((damaged / "engine").glob("*optim_states.pt"))
     victim.write_bytes(victim.read_bytes()[:-10])
     (damaged / "rng_00001.pt").unlink()
-    marker = checkpoint.read_marker(damaged)
-    with pytest.raises(checkpoint.CheckpointError) as caught:
-        checkpoint.verify_files(damaged, marker)
+    marker = checkpoints.read_marker(damaged)
+    with pytest.raises(checkpoints.CheckpointError) as caught:
+        checkpoints.verify_files(damaged, marker)
     size = victim.stat().st_size
     assert f"expected {size + 10} bytes, got {size}" in str(caught.value)
     assert "rng_00001.pt" in str(caught.value)
     assert "resume from" in str(caught.value)
-    assert checkpoint.latest(directory) == damaged  # not passed over in silence
+    assert checkpoints.latest(directory) == damaged  # not passed over in silence
     with pytest.warns(UserWarning, match="passed over"):
-        assert checkpoint.latest(directory, skip_damaged=True) == directory / "step_00000002"
+        assert checkpoints.latest(directory, skip_damaged=True) == directory / "step_00000002"
 
 
 def test_marker_is_plain_json(saved: Path) -> None:
@@ -245,7 +242,7 @@ def one_rank_fails(directory: str) -> str:
         checkpoint._rng_states = lambda: {"unpicklable": (lambda: None)}
     try:
         save_now(engine, directory, config, 4)
-    except checkpoint.CheckpointError as error:
+    except checkpoints.CheckpointError as error:
         return str(error)
     finally:
         checkpoint._rng_states = original

@@ -13,8 +13,8 @@ import torch
 
 from megatron_opus import config as configs
 from megatron_opus.config import RunConfig
-from megatron_opus.data.embedded import prepare_embedded
-from megatron_opus.training.convert import opus_to_hf
+from megatron_opus.data.prepare.embedded import prepare_embedded
+from megatron_opus.weights.convert import opus_to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def model(embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 for the embedded corpus's tokenizer, with a few ids more, as the published ones have."""
-    from megatron_opus.backends import indexed
+    from megatron_opus.backends.formats import indexed
     from megatron_opus.data import manifest
 
     data = prepare_embedded(embedded_cache, indexed, progress=False)
@@ -55,8 +55,8 @@ def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """A whole run on this rank; what the start said, the losses, and what the model computes at the end."""
     import torch.distributed as dist
 
-    from megatron_opus.backends.megatron import forward_loss
-    from megatron_opus.training.metrics import read_metrics
+    from megatron_opus.backends.model.gpt import forward_loss
+    from megatron_opus.runs.metrics import read_metrics
     from megatron_opus.training.session import Session
     from megatron_opus.types import Batch
 
@@ -64,7 +64,7 @@ def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     session = Session(config, resume=resume, versions={}, say=said.append)
     session.train()
     model = session.engine.module.eval()
-    from megatron_opus.backends.layers import megatron_groups
+    from megatron_opus.backends.model.parallel import megatron_groups
 
     rows = read_metrics(session.run_dir)
     computed = hf_models.logits_of(model, megatron_groups(), dist, forward_loss, Batch)
@@ -155,10 +155,10 @@ def read_by_ranks(config: RunConfig, other: str) -> str:
     """Rank 1 sees another directory under the same name."""
     import torch.distributed as dist
 
-    from megatron_opus.backends.deepspeed import init_distributed
-    from megatron_opus.backends.megatron import init_parallel
-    from megatron_opus.training.initial_weights import load_initial_weights
-    from megatron_opus.training.model import build_model
+    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.model.build import build_model
+    from megatron_opus.backends.model.parallel import init_parallel
+    from megatron_opus.weights.initial_weights import load_initial_weights
 
     init_distributed(config.parallel)
     groups = init_parallel(config.parallel)

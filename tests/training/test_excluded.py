@@ -55,7 +55,7 @@ def damaged_run(config: RunConfig, kind: str, wanted: str) -> dict[str, Any]:
     wanted: damage what `few` of the candidates of step 0 have and the proxy has not, or what almost `all` have.
     """
     from megatron_opus.data.buffer import CandidateBuffer
-    from megatron_opus.data.ledger import read_ledger
+    from megatron_opus.runs.ledger import read_ledger
     from megatron_opus.training.session import Session
 
     session = Session(config, resume=False, versions={}, say=lambda text: None)

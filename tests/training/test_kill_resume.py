@@ -7,8 +7,8 @@ import time
 
 from launched import VOLATILE, tiny
 
-from megatron_opus.data.ledger import read_ledger
-from megatron_opus.training.metrics import read_metrics
+from megatron_opus.runs.ledger import read_ledger
+from megatron_opus.runs.metrics import read_metrics
 
 STEPS, INTERVAL = 26, 4
 KILLS = 5

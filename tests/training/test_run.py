@@ -68,12 +68,12 @@ def test_selecting_everything_is_not_selecting(world2, embedded_cache, tmp_path)
 
 def bare_loop(config: RunConfig) -> dict[str, Any]:
     """The same training without driver, strategy or scoring pass."""
-    from megatron_opus.backends.deepspeed import init_distributed
-    from megatron_opus.backends.megatron import init_parallel
+    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.deepspeed.train_step import build_engine, train_step
+    from megatron_opus.backends.model.build import build_model, resolve
+    from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.data.buffer import CandidateBuffer
-    from megatron_opus.training.engine import build_engine, train_step
-    from megatron_opus.training.model import build_model, resolve
-    from megatron_opus.training.session import open_corpus
+    from megatron_opus.runs.data import open_corpus
 
     init_distributed(config.parallel)
     corpus = open_corpus(config, lambda text: None)
@@ -190,7 +190,7 @@ def test_run_folder_holds_what_it_should(world2, embedded_cache, tmp_path):
     }  # fmt: skip
     resolved = load(folder / "config.yaml")
     assert resolved.model.vocab_size is not None
-    from megatron_opus.training.metrics import read_metrics
+    from megatron_opus.runs.metrics import read_metrics
 
     rows = read_metrics(folder)
     assert [("validation_loss" in row) for row in rows] == [False, True, True]

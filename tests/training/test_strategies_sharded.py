@@ -55,8 +55,8 @@ def recipe(cache: Path, output: Path, name: str, selection: dict[str, Any], **se
 
 
 def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
-    from megatron_opus.data.ledger import read_ledger
-    from megatron_opus.training.metrics import read_metrics
+    from megatron_opus.runs.ledger import read_ledger
+    from megatron_opus.runs.metrics import read_metrics
     from megatron_opus.training.session import Session
 
     said: list[str] = []
@@ -124,7 +124,7 @@ def test_a_resumed_mixture_ends_as_an_undisturbed_one(alone, embedded_cache, tmp
 
 
 def sequence_losses_of_rank(tp: int) -> tuple[torch.Tensor, float]:
-    from megatron_opus.training.engine import train_step
+    from megatron_opus.backends.engines.deepspeed.train_step import train_step
 
     engine, groups = start(small_recipe(tp=tp))
     batch = batch_of_step(0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_opus.config import SelectionConfig
+from megatron_opus.config.strategies import check_floors, least
 from megatron_opus.selection.limits import Floors
 from megatron_opus.selection.strategies.ado import AdoStrategy
 from megatron_opus.selection.strategies.filter_then_weight import FilterThenWeightStrategy
@@ -15,7 +16,6 @@ from megatron_opus.selection.strategies.greats import GreatsStrategy
 from megatron_opus.selection.strategies.opus import OpusStrategy
 from megatron_opus.selection.strategies.perplexity import PerplexityStrategy
 from megatron_opus.selection.strategies.random import RandomStrategy
-from megatron_opus.strategy_config import check_floors, least
 from megatron_opus.types import SelectionStrategy
 
 __all__ = [

@@ -1,0 +1,85 @@
+"""DeepSpeed's Muon, as installed: which weights get it, and the numbers of its update.
+
+W <- (1 - lr * decay) W - lr * scale * NewtonSchulz(q), with m <- mu m + (1 - mu) g and q = (1 - mu) g + mu m. Its
+functions carry the numbers as literals and defaults; they are read from there, so that another version is either
+described as it is or refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_opus.backends.model import cpu_shims
+
+BLOCKS = "decoder.layers."  # of a Megatron GPT: embeddings, the last norm and the output layer lie outside
+
+
+class UnsupportedOptimizer(TypeError):
+    """An optimizer whose update the selector cannot describe."""
+
+
+def gets_muon(name: str, parameter: Tensor) -> bool:
+    """Our rule: matrices of the transformer blocks. Never embeddings (positions too), output layer, norms, biases.
+
+    Shapes are whole: call it before ZeRO 3 has cut the parameter. DeepSpeed's own rule goes by names and would give
+    Muon to a position embedding.
+    """
+    return name.startswith(BLOCKS) and parameter.ndim == 2
+
+
+def tag(model: nn.Module) -> None:
+    """Set `use_muon` on every parameter: DeepSpeed's ZeRO optimizers look for it there."""
+    for name, parameter in model.named_parameters():
+        parameter.use_muon = gets_muon(name, parameter)  # type: ignore[attr-defined]
+
+
+def kernels() -> ModuleType:
+    """DeepSpeed's module of Muon functions; without accelerator they run eagerly.
+
+    They are decorated with torch.compile, whose first call on a CPU takes minutes and gains nothing.
+    """
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    if cpu_shims.active():
+        for module in (original_muon, muon_optimizer):
+            for name, value in list(vars(module).items()):
+                eager = getattr(value, "_torchdynamo_orig_callable", None)
+                if eager is not None:
+                    setattr(module, name, eager)
+    return original_muon
+
+
+def shape_scale(rows: int, columns: int) -> float:
+    """The factor of a matrix of this shape: of the **local** shard, for that is what DeepSpeed orthogonalises."""
+    return float(kernels()._aspect_ratio_scale(rows, columns))
+
+
+def nesterov() -> bool:
+    return bool(_default("nesterov"))
+
+
+def coefficients(ns_method: str) -> tuple[tuple[float, float, float], ...]:
+    """(a, b, c) of each Newton-Schulz step X <- a X + b A X + c A^2 X, A = X X^T, for `gram` or `standard`.
+
+    Both compute the same function. Raises UnsupportedOptimizer when the installed version hides its numbers.
+    """
+    module = kernels()
+    name = {"gram": "zeropower_via_gram_newtonschulz", "standard": "zeropower_via_newtonschulz5"}.get(ns_method, "")
+    function = inspect.unwrap(getattr(module, name)) if hasattr(module, name) else None
+    constants = () if function is None else function.__code__.co_consts
+    found = [c for c in constants if isinstance(c, tuple) and len(c) == 3 and all(isinstance(x, float) for x in c)]
+    if len(found) != 1:
+        raise UnsupportedOptimizer(
+            f"Muon: expected one triple of Newton-Schulz coefficients in DeepSpeed's {name or ns_method!r}, found "
+            f"{found}; this DeepSpeed is not known: use the version in constraints.txt, or "
+            "selection.preconditioner.kind=adamw"
+        )
+    return (found[0],) * int(_default("ns_steps"))
+
+
+def _default(name: str) -> Any:
+    return inspect.signature(inspect.unwrap(kernels().muon_update)).parameters[name].default

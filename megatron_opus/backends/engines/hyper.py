@@ -1,0 +1,129 @@
+"""Read the hyper-parameters of the coming step from the parameter groups of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_opus.backends.engines.deepspeed import muon
+from megatron_opus.backends.engines.deepspeed.muon import UnsupportedOptimizer
+from megatron_opus.backends.engines.deepspeed.second_moment import SecondMoment
+from megatron_opus.types import AdamHyper, Geometry, Hyper, MuonHyper, SgdHyper
+
+SECOND_MOMENT = "exp_avg_sq"
+MOMENTUM = "momentum_buffer"
+Kind = Literal["adamw", "muon", "sgd"]
+
+
+def _kind(optimizer: Any, group: dict[str, Any]) -> Kind:
+    """What updates the parameters of this group."""
+    classes = type(optimizer).__mro__
+    names = {cls.__name__ for cls in classes}
+    # torch has a Muon of its own, with other numbers
+    from_deepspeed = any(cls.__module__.startswith("deepspeed.") for cls in classes)
+    if from_deepspeed and names & {"MuonWithAuxAdam", "SingleDeviceMuonWithAuxAdam"}:
+        return "muon" if group["use_muon"] else "adamw"
+    if from_deepspeed and names & {"Muon", "SingleDeviceMuon"}:
+        return "muon"
+    if names & {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}:
+        return "adamw"
+    if "SGD" in names:
+        return "sgd"
+    raise UnsupportedOptimizer(
+        "optimizer: expected Adam, AdamW, FusedAdam, DeepSpeedCPUAdam, SGD or DeepSpeed's Muon, got "
+        f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+    )
+
+
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """Plain numbers; all tensors among them are read with one synchronisation, not one each."""
+    tensors = [v.detach().double().flatten() for v in values if isinstance(v, Tensor)]
+    if not tensors:
+        return [float(v) for v in values]
+    device = tensors[0].device
+    read = iter(torch.cat([t.to(device, non_blocking=True) for t in tensors]).tolist())
+    return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What is known of one weight's coming step."""
+
+    weight: Tensor
+    kind: Kind
+    group: dict[str, Any]
+    state: dict[str, Any]
+    steps: int | None  # completed steps as the engine counts them; None: nobody counts them for us
+
+
+def _hypers(found: Sequence[_Found], geometry: Geometry, has_muon: bool, own: SecondMoment | None) -> list[Hyper]:
+    # FusedAdam counts its steps in the group, torch and DeepSpeedCPUAdam in the state
+    steps = _numbers([0 if f.steps == 0 else f.state.get("step", f.group.get("step", 0)) for f in found])
+    rates = _numbers([f.group["lr"] for f in found])
+    result: list[Hyper] = []
+    for f, step, lr in zip(found, steps, rates, strict=True):
+        wanted = f.kind if geometry == "auto" else geometry
+        if wanted == "muon" and f.kind == "adamw" and has_muon:
+            wanted = "adamw"  # a Muon run has AdamW weights, and that is what moves them
+        if wanted == "sgd":
+            result.append(SgdHyper(lr=lr * _sgd_factor(f) if f.kind == "sgd" else lr))
+        elif wanted == "adamw" and f.kind == "muon" and own is not None:
+            result.append(own.hyper(lr))
+        elif wanted != f.kind:
+            remedy = "; set selection.preconditioner.kind=adamw before the run starts" if f.kind == "muon" else ""
+            raise UnsupportedOptimizer(
+                f"geometry {wanted}: a scored weight is updated by {f.kind} and no state for {wanted} is kept{remedy}"
+            )
+        elif wanted == "adamw":
+            result.append(_adam(f, int(step), lr))
+        else:
+            result.append(_muon(f, lr))
+    return result
+
+
+def _adam(f: _Found, step: int, lr: float) -> AdamHyper:
+    missing = f.state and f.steps != 0 and SECOND_MOMENT not in f.state
+    if f.group.get("amsgrad") or missing:
+        raise UnsupportedOptimizer(
+            f"optimizer: expected AdamW with its second moment under {SECOND_MOMENT!r} and without amsgrad, found "
+            f"state {sorted(map(str, f.state))}, amsgrad {bool(f.group.get('amsgrad'))}"
+        )
+    beta1, beta2 = (float(b) for b in f.group["betas"])
+    return AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=float(f.group["eps"]), step=step)
+
+
+def _muon(f: _Found, lr: float) -> MuonHyper:
+    weight: Any = f.weight
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    if len(shape) != 2 or getattr(weight, "is_expert_group", False) or getattr(weight, "muon_num_heads", None):
+        raise UnsupportedOptimizer(
+            f"Muon: expected whole two-dimensional matrices, got shape {list(shape)}, expert group "
+            f"{bool(getattr(weight, 'is_expert_group', False))}, heads {getattr(weight, 'muon_num_heads', None)}; "
+            "such a weight is orthogonalised in parts, which the selector does not describe: give it to AdamW"
+        )
+    # without a count, a momentum is there after the first step
+    steps = f.steps if f.steps is not None else int(MOMENTUM in f.state)
+    return MuonHyper(
+        lr=lr,
+        momentum=float(f.group["momentum"]),
+        nesterov=muon.nesterov(),
+        scale=muon.shape_scale(*shape),
+        coefficients=muon.coefficients(f.group.get("ns_method", "gram")),
+        step=steps,
+    )
+
+
+def _sgd_factor(f: _Found) -> float:
+    """Share of a new gradient in SGD's coming step: 1, but 1 + mu with Nesterov and 1 - dampening once it runs."""
+    if f.group.get("nesterov"):
+        return 1.0 + float(f.group["momentum"])
+    running = f.state.get(MOMENTUM) is not None
+    return 1.0 - float(f.group.get("dampening", 0.0)) if running else 1.0
+
+
+def _kinds(optimizer: Any, groups: Iterable[dict[str, Any]]) -> list[Kind]:
+    return [_kind(optimizer, group) for group in groups]

@@ -1,0 +1,42 @@
+"""The state of a plain torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_opus.backends.engines.deepspeed.partition import find
+from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, _Found, _hypers, _kind, _kinds
+from megatron_opus.types import Fragment, Geometry, Hyper
+
+
+class TorchState:
+    """A torch optimizer in one process, or replicated over data-parallel ranks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.sharded_over_dp = False
+        self._optimizer = optimizer
+        self._has_muon = "muon" in _kinds(optimizer, optimizer.param_groups)
+        self._where = {
+            id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])
+        }
+
+    def hypers(self, weights: Sequence[torch.nn.Parameter], geometry: Geometry = "auto") -> list[Hyper]:
+        found = []
+        for weight in weights:
+            group = self._optimizer.param_groups[find(self._where, weight)[0]]
+            kind, state = _kind(self._optimizer, group), self._optimizer.state.get(weight, {})
+            found.append(_Found(weight=weight, kind=kind, group=group, state=state, steps=None if state else 0))
+        return _hypers(found, geometry, self._has_muon, None)
+
+    def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        return self._fragment(weight, SECOND_MOMENT)
+
+    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        group = self._optimizer.param_groups[find(self._where, weight)[0]]
+        return self._fragment(weight, MOMENTUM) if _kind(self._optimizer, group) == "muon" else []
+
+    def _fragment(self, weight: torch.nn.Parameter, name: str) -> Sequence[Fragment]:
+        state = self._optimizer.state.get(weight, {})
+        return [Fragment(start=0, values=state[name].flatten())] if state.get(name) is not None else []

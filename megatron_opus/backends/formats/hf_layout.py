@@ -1,0 +1,309 @@
+"""Published GPT-2 and Qwen3 checkpoints: their config.json, tensor names, and where each row of ours lies in theirs.
+
+Pure functions of the configuration (h hidden, f feed-forward, n heads, g query groups, c channels, V vocabulary):
+
+ours                              GPT-2 (transformer.)                 Qwen3 (model.)
+embedding.word_embeddings [V', h] wte [V, h]                           embed_tokens [V, h]
+embedding.position_embeddings     wpe                                  -
+linear_qkv, by query group        h.i.attn.c_attn [h, 3h] = q | k | v  q_proj, k_proj, v_proj
+linear_proj [h, nc]               h.i.attn.c_proj [nc, h]              o_proj
+linear_fc1 [f, h] or [2f, h]      h.i.mlp.c_fc [h, f]                  gate_proj over up_proj
+linear_fc2 [h, f]                 h.i.mlp.c_proj [f, h]                down_proj
+output_layer [V', h]              lm_head [V, h]                       lm_head [V, h]
+
+GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its columns. V' is V rounded up; no
+published tensor holds its last rows, which are zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_opus.config import ConfigError, ModelConfig
+from megatron_opus.layout.sharding import ffn_size, head_channels, query_groups
+
+Family = Literal["gpt2", "qwen3"]
+CONFIG_FILE = "config.json"
+PREFIX: dict[Family, str] = {"gpt2": "transformer.", "qwen3": "model."}
+ARCHITECTURE: dict[Family, str] = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}
+HEAD = "lm_head.weight"
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Causal masks that old GPT-2 files carry as if they were weights.
+_BUFFERS = re.compile(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$")
+
+_NAMES: dict[Family, dict[str, str]] = {
+    "gpt2": {
+        "input_layernorm": "ln_1",
+        "self_attention.linear_proj": "attn.c_proj",
+        "pre_mlp_layernorm": "ln_2",
+        "mlp.linear_fc1": "mlp.c_fc",
+        "mlp.linear_fc2": "mlp.c_proj",
+    },
+    "qwen3": {
+        "input_layernorm": "input_layernorm",
+        "self_attention.linear_proj": "self_attn.o_proj",
+        "self_attention.q_layernorm": "self_attn.q_norm",
+        "self_attention.k_layernorm": "self_attn.k_norm",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+        "mlp.linear_fc2": "mlp.down_proj",
+    },
+}
+_SHARED: dict[Family, dict[str, str]] = {
+    "gpt2": {
+        "embedding.word_embeddings.weight": "wte.weight",
+        "embedding.position_embeddings.weight": "wpe.weight",
+        "decoder.final_layernorm.weight": "ln_f.weight",
+        "decoder.final_layernorm.bias": "ln_f.bias",
+    },
+    "qwen3": {
+        "embedding.word_embeddings.weight": "embed_tokens.weight",
+        "decoder.final_layernorm.weight": "norm.weight",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows start ... start + length - 1 of one published tensor, seen as [d_out, d_in]."""
+
+    tensor: str
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A parameter of ours as published rows, one piece below the other; a rest of zeros is not listed."""
+
+    pieces: tuple[Piece, ...]
+    transposed: bool = False
+
+
+# --- config.json ----------------------------------------------------------------------------------------------------
+
+
+def family(model: ModelConfig) -> Family:
+    """The published architecture of this shape. Raises ConfigError with what keeps it from being either."""
+    asked: dict[Family, dict[str, tuple[Any, Any]]] = {
+        "gpt2": {
+            "position_embedding_type": ("learned_absolute", model.position_embedding_type),
+            "normalization": ("LayerNorm", model.normalization),
+            "swiglu": (False, model.swiglu),
+            "add_bias_linear": (True, model.add_bias_linear),
+            "qk_layernorm": (False, model.qk_layernorm),
+            "num_query_groups": (model.num_attention_heads, query_groups(model)),
+            "kv_channels": (model.hidden_size / model.num_attention_heads, head_channels(model)),
+        },
+        "qwen3": {
+            "position_embedding_type": ("rope", model.position_embedding_type),
+            "normalization": ("RMSNorm", model.normalization),
+            "swiglu": (True, model.swiglu),
+            "add_bias_linear": (False, model.add_bias_linear),
+            "add_qkv_bias": (False, model.add_qkv_bias),
+            "qk_layernorm": (True, model.qk_layernorm),
+        },
+    }
+    faults = {
+        name: [f"model.{key}: expected {want}, got {got}" for key, (want, got) in keys.items() if want != got]
+        for name, keys in asked.items()
+    }
+    for name in asked:
+        if not faults[name]:
+            return name
+    lines = "\n".join(f"  as {name}: {'; '.join(found)}" for name, found in faults.items())
+    raise ConfigError(f"this model has no published architecture, only GPT-2 and Qwen3 can be converted:\n{lines}")
+
+
+def read_config(directory: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """config.json of a Hugging Face model directory. Raises ConfigError."""
+    path = directory / name
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found; expected a Hugging Face model directory") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict) or raw.get("model_type") not in PREFIX:
+        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise ConfigError(f"{path}: model_type: expected one of {', '.join(PREFIX)}, got {found!r}")
+    return raw
+
+
+def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128) -> ModelConfig:
+    """Our description of a published model. Raises ConfigError for keys missing or not computed here."""
+
+    def need(key: str) -> Any:
+        if raw.get(key) is None:
+            raise ConfigError(f"{CONFIG_FILE}: missing key {key}")
+        return raw[key]
+
+    def only(key: str, allowed: tuple[Any, ...]) -> None:
+        if raw.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"{CONFIG_FILE}: {key}: expected {' or '.join(map(str, allowed))}, got {raw[key]!r}")
+
+    if raw["model_type"] == "gpt2":
+        only("activation_function", ("gelu_new", "gelu_pytorch_tanh"))
+        only("scale_attn_weights", (True,))
+        only("scale_attn_by_inverse_layer_idx", (False,))
+        only("add_cross_attention", (False,))
+        return ModelConfig(
+            num_layers=need("n_layer"),
+            hidden_size=need("n_embd"),
+            num_attention_heads=need("n_head"),
+            ffn_hidden_size=raw.get("n_inner"),
+            vocab_size=need("vocab_size"),
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            max_position_embeddings=need("n_positions"),
+            layernorm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
+            untie_embeddings_and_output_weights=not raw.get("tie_word_embeddings", True),
+        )
+    only("hidden_act", ("silu",))
+    only("attention_bias", (False,))
+    only("use_sliding_window", (False,))
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ConfigError(f"{CONFIG_FILE}: rope scaling: expected none, got {rope!r}")
+    theta = float(raw.get("rope_theta") or rope.get("rope_theta") or need("rope_theta"))
+    if theta != int(theta):
+        raise ConfigError(f"{CONFIG_FILE}: rope_theta: expected a whole number, got {theta}")
+    return ModelConfig(
+        num_layers=need("num_hidden_layers"),
+        hidden_size=need("hidden_size"),
+        num_attention_heads=need("num_attention_heads"),
+        num_query_groups=need("num_key_value_heads"),
+        kv_channels=raw.get("head_dim", 128),
+        ffn_hidden_size=need("intermediate_size"),
+        vocab_size=need("vocab_size"),
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        max_position_embeddings=need("max_position_embeddings"),
+        position_embedding_type="rope",
+        rotary_base=int(theta),
+        normalization="RMSNorm",
+        layernorm_epsilon=float(need("rms_norm_eps")),
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        qk_layernorm=True,
+        untie_embeddings_and_output_weights=not raw.get("tie_word_embeddings", False),
+    )
+
+
+def published_config(model: ModelConfig, dtype: str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.json for this model; keys of `base` (the model that it came from) that say nothing of ours are kept."""
+    kind = family(model)
+    common = {
+        "architectures": [ARCHITECTURE[kind]],
+        "model_type": kind,
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
+    }
+    own: dict[str, Any]
+    if kind == "gpt2":
+        own = {
+            "n_layer": model.num_layers,
+            "n_embd": model.hidden_size,
+            "n_head": model.num_attention_heads,
+            "n_inner": model.ffn_hidden_size,
+            "n_positions": model.max_position_embeddings,
+            "layer_norm_epsilon": model.layernorm_epsilon,
+            "activation_function": "gelu_new",
+            "embd_pdrop": model.hidden_dropout,
+            "resid_pdrop": model.hidden_dropout,
+            "attn_pdrop": model.attention_dropout,
+        }
+    else:
+        own = {
+            "num_hidden_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "num_attention_heads": model.num_attention_heads,
+            "num_key_value_heads": query_groups(model),
+            "head_dim": head_channels(model),
+            "intermediate_size": ffn_size(model),
+            "max_position_embeddings": model.max_position_embeddings,
+            "rms_norm_eps": model.layernorm_epsilon,
+            "rope_theta": model.rotary_base,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": model.attention_dropout,
+        }
+    kept = {k: v for k, v in (base or {}).items() if k not in ("dtype", "torch_dtype", "transformers_version")}
+    if "rope_parameters" in kept and kind == "qwen3":  # where newer versions of the library keep it
+        own.pop("rope_theta")
+        kept["rope_parameters"] = {**kept["rope_parameters"], "rope_theta": model.rotary_base}
+    if base is None:
+        # Defaults of the library are ids of its own vocabulary.
+        kept = {"bos_token_id": None, "eos_token_id": None}
+    return {**kept, **common, **own, "torch_dtype": dtype}
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def layouts(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
+    """Parameter of ours -> where its rows are published. `shapes`: whole, padded shapes of all parameters of ours."""
+    kind = family(model)
+    prefix = PREFIX[kind]
+    return {name: _layout(kind, prefix, name, shape[0], model) for name, shape in shapes.items()}
+
+
+def _layout(kind: Family, prefix: str, name: str, rows: int, model: ModelConfig) -> Layout:
+    if name in VOCABULARY:
+        assert model.vocab_size is not None
+        tensor = HEAD if name == VOCABULARY[1] else prefix + _SHARED[kind][name]
+        return Layout(pieces=(Piece(tensor=tensor, start=0, length=model.vocab_size),))
+    if name in _SHARED[kind]:
+        return Layout(pieces=(Piece(tensor=prefix + _SHARED[kind][name], start=0, length=rows),))
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    assert match is not None, name
+    index, module, leaf = match.groups()
+    layer = f"{prefix}{'h' if kind == 'gpt2' else 'layers'}.{index}"
+    transposed = kind == "gpt2" and leaf == "weight" and ".linear_" in name
+    if module == "self_attention.linear_qkv":
+        return Layout(pieces=_qkv(kind, layer, leaf, model), transposed=transposed)
+    if module == "mlp.linear_fc1" and kind == "qwen3":
+        f = ffn_size(model)
+        halves = (f"{layer}.mlp.{part}_proj.{leaf}" for part in ("gate", "up"))
+        return Layout(pieces=tuple(Piece(tensor=half, start=0, length=f) for half in halves))
+    tensor = f"{layer}.{_NAMES[kind][module]}.{leaf}"
+    return Layout(pieces=(Piece(tensor=tensor, start=0, length=rows),), transposed=transposed)
+
+
+def _qkv(kind: Family, layer: str, leaf: str, model: ModelConfig) -> tuple[Piece, ...]:
+    """Megatron's order is (queries.., key, value) of group 0, of group 1, ...; published: all q, all k, all v."""
+    c, n, g = head_channels(model), model.num_attention_heads, query_groups(model)
+    if kind == "gpt2":
+        tensors, offsets = (f"{layer}.attn.c_attn.{leaf}",) * 3, (0, n * c, (n + g) * c)
+    else:
+        tensors = tuple(f"{layer}.self_attn.{part}_proj.{leaf}" for part in "qkv")  # type: ignore[assignment]
+        offsets = (0, 0, 0)
+    widths = (n // g * c, c, c)
+    return tuple(
+        Piece(tensor=tensor, start=offset + group * width, length=width)
+        for group in range(g)
+        for tensor, offset, width in zip(tensors, offsets, widths, strict=True)
+    )
+
+
+def published_shapes(
+    placed: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Published tensor -> (its shape as stored, whether it is stored as [d_in, d_out])."""
+    rows: dict[str, int] = {}
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for name, layout in placed.items():
+        for piece in layout.pieces:
+            rows[piece.tensor] = rows.get(piece.tensor, 0) + piece.length
+            shape = (rows[piece.tensor], *shapes[name][1:])
+            found[piece.tensor] = (shape[::-1] if layout.transposed else shape, layout.transposed)
+    return found
+
+
+def is_buffer(tensor: str) -> bool:
+    """True for what is stored beside the weights and computed anew by every implementation."""
+    return bool(_BUFFERS.search(tensor))

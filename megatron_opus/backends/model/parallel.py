@@ -1,0 +1,111 @@
+"""Parallel groups and random states of megatron-core."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    _DATA_PARALLEL_RNG_TRACKER_NAME,
+    _EXPERT_PARALLEL_RNG_TRACKER_NAME,
+    _MODEL_PARALLEL_RNG_TRACKER_NAME,
+)
+
+from megatron_opus.backends.model import cpu_shims
+from megatron_opus.config import ConfigError, ParallelConfig
+from megatron_opus.types import Groups
+
+
+def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
+    """Tensor- and data-parallel groups over the processes that torch.distributed already knows; seeds all generators.
+
+    May be called again with another degree. Raises RuntimeError when torch.distributed has not been initialised and
+    ConfigError when the degree does not divide the number of processes.
+    """
+    if not torch.distributed.is_initialized():
+        raise RuntimeError(
+            "init_parallel: expected an initialised torch.distributed, got none; call init_distributed first"
+        )
+    world, tp = torch.distributed.get_world_size(), parallel.tensor_model_parallel_size
+    if world % tp:
+        raise ConfigError(f"parallel.tensor_model_parallel_size: {tp} does not divide the {world} processes started")
+    cpu_shims.install()
+    if tp > 1:
+        # Overlapping tensor-parallel communication with matmuls relies on kernels starting in issue order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if parallel_state.model_parallel_is_initialized() and parallel_state.get_tensor_model_parallel_world_size() != tp:
+        _leave_groups()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+            create_gloo_process_groups=False,
+        )
+    groups = megatron_groups()
+    seed_all(seed, groups)
+    return groups
+
+
+def _leave_groups() -> None:
+    """Forget the groups of another tensor-parallel degree and end their threads, which Megatron alone would leave."""
+    values = [x for value in vars(parallel_state).values() for x in (value if isinstance(value, list) else [value])]
+    groups = {id(x): x for x in values if isinstance(x, torch.distributed.ProcessGroup)}
+    parallel_state.destroy_model_parallel()
+    for group in groups.values():
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
+def seed_all(seed: int, groups: Groups) -> None:
+    """Seed Python, numpy, torch and Megatron's tracker.
+
+    Default states differ between data-parallel ranks only: dropout outside tensor-parallel regions must be the same on
+    all ranks that share a sequence. The tracked states differ between tensor-parallel ranks as well.
+    """
+    base = derived_seed(seed, "data-parallel", groups.dp_rank)
+    inner = derived_seed(seed, "model-parallel", groups.dp_rank, groups.tp_rank)
+    random.seed(base)
+    np.random.seed(base % 2**32)
+    torch.manual_seed(base)
+    if cpu_shims.active():
+        cpu_shims.install_rng_tracker(
+            {
+                _DATA_PARALLEL_RNG_TRACKER_NAME: base,
+                _MODEL_PARALLEL_RNG_TRACKER_NAME: inner,
+                _EXPERT_PARALLEL_RNG_TRACKER_NAME: inner + 1,
+            }
+        )
+    else:
+        model_parallel_cuda_manual_seed(base, tp_rank=groups.tp_rank, force_reset_rng=True)
+
+
+def rng_tracker() -> Any:
+    """Megatron's tracker of named random states: `get_states()` and `set_states(states)`."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()
+
+
+def derived_seed(seed: int, *path: object) -> int:
+    """A 31-bit seed for one purpose: independent streams from one number."""
+    digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def megatron_groups() -> Groups:
+    """This process's place in megatron-core's parallel state, which must be initialised."""
+    tp, dp = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_data_parallel_world_size()
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
+        dp=parallel_state.get_data_parallel_group() if dp > 1 else None,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=dp,
+    )

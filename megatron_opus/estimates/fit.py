@@ -1,0 +1,210 @@
+"""Before anything is allocated: does the recipe fit this machine, and if not, which layouts would?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_opus.config import ConfigError, RunConfig, validate, validate_world
+from megatron_opus.estimates.memory import GIB, MemoryEstimate, estimate
+from megatron_opus.layout.scored import Layout, layout_of
+from megatron_opus.layout.sharding import tensor_parallel_degrees
+
+MAX_RANKS = 1024  # the largest layout that is suggested
+SUGGESTIONS = 5
+STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+
+
+class PreflightError(RuntimeError):
+    """The recipe does not fit: bytes needed, bytes found, layouts that would fit. The run ends with a status not 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Memory as found. On a CPU the ranks of one machine share it; each GPU has its own."""
+
+    device: str  # "cpu" or "cuda"
+    bytes_found: float  # free on the machine (cpu) or on this rank's GPU (cuda)
+    local_ranks: int
+    source: str  # where the number comes from
+
+    def per_rank(self, local_ranks: int | None = None) -> float:
+        """Bytes for each of `local_ranks` processes on one such machine."""
+        return self.bytes_found / (local_ranks or self.local_ranks) if self.device == "cpu" else self.bytes_found
+
+
+def look_up_machine() -> Machine:
+    """Free memory of this rank's device, the limits of its container respected."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
+        return Machine(device="cuda", bytes_found=float(free), local_ranks=local_ranks, source="free GPU memory")
+    found, source = float(psutil.virtual_memory().available), "available memory"
+    limit = container_headroom()
+    if limit is not None and limit < found:
+        found, source = limit, "what the container's memory limit leaves"
+    return Machine(device="cpu", bytes_found=found, local_ranks=local_ranks, source=source)
+
+
+def container_headroom(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Bytes left below the cgroup's memory limit (versions 2 and 1); None without a limit.
+
+    Page cache counts as used there although it is given back on demand: inactive file pages are added again.
+    """
+    for limit_file, used_file, key in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = (root / limit_file).read_text().strip()
+            used = int((root / used_file).read_text())
+            statistics = (root / used_file).with_name("memory.stat").read_text()
+        except (OSError, ValueError):
+            continue
+        if limit == "max" or int(limit) >= 2**60:  # version 1 writes a huge number for no limit
+            return None
+        reclaimable = next((int(v) for k, v in map(str.split, statistics.splitlines()) if k == key), 0)
+        return max(0.0, float(int(limit) - used + reclaimable))
+    return None
+
+
+def check_memory(config: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
+    """Lines for the start-up report. Raises PreflightError when a rank cannot hold its part; allocates nothing.
+
+    `config.model.vocab_size` must be known. Without `machine` this one is looked up, and all ranks go by the tightest
+    (collective): they pass or fail together.
+    """
+    if machine is None:
+        machine = look_up_machine()
+        if dist.is_initialized():
+            found_everywhere = [machine.bytes_found] * dist.get_world_size()
+            dist.all_gather_object(found_everywhere, machine.bytes_found)
+            machine = replace(machine, bytes_found=min(found_everywhere))
+    layout = layout_of(config, world_size)
+    need = estimate(config, layout, device=machine.device)
+    found = machine.per_rank()
+    summary = (
+        f"memory per rank: {need.total / GIB:.2f} GiB needed, {found / GIB:.2f} GiB found "
+        f"({machine.source}, {machine.local_ranks} rank{'s' if machine.local_ranks > 1 else ''} on this machine)"
+    )
+    if need.total <= found:
+        return [summary]
+    raise PreflightError(
+        "\n".join(
+            [
+                f"the recipe does not fit this machine; {layout}",
+                summary,
+                *need.lines(),
+                *_advice(config, machine, layout),
+            ]
+        )
+    )
+
+
+def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[Layout, MemoryEstimate]]:
+    """Layouts that fit machines like this one, fewest ranks first, then least tensor parallelism, then lowest stage."""
+    found = []
+    seen: set[Layout] = set()
+    micro_sizes = [
+        n for n in range(config.training.micro_batch_size, 0, -1) if config.training.micro_batch_size % n == 0
+    ]
+    for tp in tensor_parallel_degrees(config.model):
+        dp = 1
+        while tp * dp <= MAX_RANKS:
+            for stage in STAGES:
+                for micro in micro_sizes:
+                    layout = Layout(tp=tp, dp=dp, zero_stage=stage, micro_batch_size=micro)
+                    if layout not in seen and _possible(config, layout):
+                        found.append(layout)
+                    seen.add(layout)
+            dp *= 2
+    # of two micro-batch sizes that fit, the larger one is the faster
+    found.sort(key=lambda x: (x.ranks, x.tp, x.zero_stage, -x.micro_batch_size))
+    for layout in found:
+        need = estimate(config, layout, device=machine.device)
+        # more ranks than are here now need more machines like this one, each with as many ranks
+        if need.total <= machine.per_rank(min(layout.ranks, machine.local_ranks)):
+            yield layout, need
+
+
+def _possible(config: RunConfig, layout: Layout) -> bool:
+    asked = replace(
+        config,
+        parallel=replace(config.parallel, tensor_model_parallel_size=layout.tp, zero_stage=layout.zero_stage),
+        training=replace(config.training, micro_batch_size=layout.micro_batch_size),
+    )
+    try:
+        validate(asked)
+        validate_world(asked, layout.ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+def _advice(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
+    lines = _gentler_scoring(config, machine, layout)
+    layouts: list[str] = []
+    shown: set[tuple[int, int]] = set()
+    for other, need in fitting_layouts(config, machine):
+        if (other.ranks, other.tp) in shown:
+            continue  # a higher stage or a smaller microbatch of a layout that is listed
+        shown.add((other.ranks, other.tp))
+        layouts.append(f"  {other}  ({need.total / GIB:.2f} GiB per rank)")
+        if len(layouts) == SUGGESTIONS:
+            break
+    if layouts:
+        plural = "s" if machine.local_ranks > 1 else ""
+        where = f"machines like this one, {machine.local_ranks} rank{plural} each"
+        if machine.device == "cuda":
+            where = "GPUs like this one"
+        lines += [f"layouts that would fit on {where}:", *layouts]
+    else:
+        lines.append(f"no layout of up to {MAX_RANKS} ranks like this one fits the recipe as it is")
+    return [*lines, *_smaller(config, machine, layout)]
+
+
+def _with_scoring(config: RunConfig, sequences: int) -> RunConfig:
+    return replace(config, selection=replace(config.selection, score_micro_batch_size=sequences))
+
+
+def _gentler_scoring(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
+    """The largest scoring micro-batch with which the recipe fits here, when that is all it takes."""
+    size = config.selection.score_micro_batch_size or config.buffer_size + config.selection.proxy_batch_size
+    while size > 1:
+        size //= 2
+        need = estimate(_with_scoring(config, size), layout, device=machine.device).total
+        if need <= machine.per_rank():
+            return [f"it fits with selection.score_micro_batch_size={size}  ({need / GIB:.2f} GiB per rank)"]
+    return []
+
+
+def _smaller(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
+    """The largest recipe of the same width that fits the ranks at hand, shortening sequences before dropping layers."""
+    layers = config.model.num_layers
+    while layers >= 1:
+        length = config.data.seq_length
+        while length >= 128:
+            # as many tokens in a scoring forward as in a training microbatch
+            score_length = min(config.selection.score_length, length)
+            size = max(1, length * layout.micro_batch_size // score_length)
+            asked = replace(
+                _with_scoring(config, size),
+                model=replace(config.model, num_layers=layers),
+                data=replace(config.data, seq_length=length),
+            )
+            need = estimate(asked, layout, device=machine.device).total
+            if need <= machine.per_rank():
+                return [
+                    f"a smaller recipe that fits here: model.num_layers={layers} data.seq_length={length} "
+                    f"selection.score_micro_batch_size={size}  ({need / GIB:.2f} GiB per rank)"
+                ]
+            length //= 2
+        layers //= 2
+    return []

@@ -1,0 +1,113 @@
+"""Starting a run from weights in files: each rank reads its own part, and all of them make sure of it."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_opus.config import ConfigError, ModelConfig, RunConfig
+from megatron_opus.layout.shapes import parameter_shapes
+from megatron_opus.layout.sharding import ffn_size, head_channels, is_sharded, query_groups
+from megatron_opus.ranks.agreement import RankMismatch
+from megatron_opus.runs.checkpoints import CheckpointError
+from megatron_opus.types import Groups
+from megatron_opus.weights.sources import (
+    WeightsError,
+    WeightSource,
+    local_ranges,
+    local_shape,
+    open_weights,
+    refuse_unless_equal,
+)
+
+
+def load_initial_weights(model: nn.Module, config: RunConfig, groups: Groups) -> str:
+    """Fill this rank's shards of `model` from `config.model.init_from`; a line that says from what. Collective.
+
+    Call before the engine is made: it copies the weights (masters) or cuts them (ZeRO 3). Raises WeightsError on every
+    rank when one rank cannot read its part, when the files are of another model, when a parameter would keep its random
+    values, or when a value is NaN or Inf; RankMismatch when ranks that hold the same weights have read different ones.
+    """
+    said, error = "", ""
+    digests: dict[str, int] = {}
+    try:
+        assert config.model.init_from is not None
+        source = open_weights(config.model.init_from)
+        refuse_other_model(source, config.model)
+        digests = _fill(model, source, config.model, groups)
+        kinds = {str(source.dtype(name)).removeprefix("torch.") for name in source.shapes}
+        said = f"initial weights: {source.where} ({', '.join(sorted(kinds))}), {len(digests)} tensors on this rank"
+    except (ConfigError, CheckpointError, OSError) as exception:
+        error = str(exception)
+    _compare(digests, error, groups)
+    return said
+
+
+def refuse_other_model(source: WeightSource, model: ModelConfig) -> None:
+    """Raise WeightsError naming every key by which the recipe asks for another function than the weights are of."""
+
+    def shape(m: ModelConfig) -> dict[str, Any]:
+        rope = m.position_embedding_type == "rope"
+        return {
+            "num_layers": m.num_layers,
+            "hidden_size": m.hidden_size,
+            "num_attention_heads": m.num_attention_heads,
+            "num_query_groups": query_groups(m),
+            "kv_channels": head_channels(m),
+            "ffn_hidden_size": ffn_size(m),
+            "vocab_size": m.vocab_size,
+            "position_embedding_type": m.position_embedding_type,
+            "rotary_base": m.rotary_base if rope else None,
+            "max_position_embeddings": None if rope else m.max_position_embeddings,
+            "normalization": m.normalization,
+            "layernorm_epsilon": m.layernorm_epsilon,
+            "swiglu": m.swiglu,
+            "add_bias_linear": m.add_bias_linear,
+            "add_qkv_bias": m.add_qkv_bias or m.add_bias_linear,
+            "qk_layernorm": m.qk_layernorm,
+            "untie_embeddings_and_output_weights": m.untie_embeddings_and_output_weights,
+        }
+
+    theirs, ours = shape(source.model), shape(model)
+    faults = [f"  model.{key}: expected {want}, got {ours[key]}" for key, want in theirs.items() if ours[key] != want]
+    if faults:
+        raise WeightsError("\n".join([f"model.init_from: {source.where} is another model than the recipe's:", *faults]))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, source: WeightSource, config: ModelConfig, groups: Groups) -> dict[str, int]:
+    """Parameter -> checksum of what this rank has read of it."""
+    shapes = parameter_shapes(config, padded=True)
+    parameters = dict(model.named_parameters())
+    expected = {n: local_shape(n, config, s, groups.tp_rank, groups.tp_size) for n, s in shapes.items()}
+    refuse_unless_equal(expected, {n: tuple(p.shape) for n, p in parameters.items()}, "the model as it was built")
+    digests = {}
+    for name, parameter in parameters.items():
+        rows, columns = local_ranges(name, config, shapes[name], groups.tp_rank, groups.tp_size)
+        value = source.read(name, rows, columns).contiguous()
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{source.where}: {name} holds NaN or Inf")
+        parameter.copy_(value)
+        digests[name] = zlib.crc32(value.flatten().view(torch.uint8).numpy().data)
+    return digests
+
+
+def _compare(digests: dict[str, int], error: str, groups: Groups) -> None:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (groups.tp_rank, error, digests))
+    errors = dict.fromkeys(e for _, e, _ in everyone if e)
+    if errors:
+        raise WeightsError("\n".join(errors))
+    first: dict[tuple[str, int], tuple[int, int]] = {}
+    for rank, (tp_rank, _, theirs) in enumerate(everyone):
+        for name, digest in theirs.items():
+            same = first.setdefault((name, tp_rank if is_sharded(name) else 0), (rank, digest))
+            if same[1] != digest:
+                raise RankMismatch(
+                    f"initial weights: rank {rank} has read another {name} than rank {same[0]}; every process must see "
+                    "the same files"
+                )
