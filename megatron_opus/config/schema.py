@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_opus.errors import Refusal
 
-class ConfigError(ValueError):
+
+class ConfigError(Refusal, ValueError):
     """A configuration that cannot be run: says what was expected, what was found and what to change."""
 
 

@@ -16,12 +16,13 @@ import torch
 
 from megatron_opus.data.corpus import Corpus, normalised
 from megatron_opus.data.permutation import key, permute, uniform
+from megatron_opus.errors import Refusal
 from megatron_opus.types import Candidates
 
 STATE_VERSION = 1
 
 
-class DrawError(ValueError):
+class DrawError(Refusal, ValueError):
     """A draw, a settlement or a state that does not fit this buffer."""
 
 

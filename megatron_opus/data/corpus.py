@@ -24,13 +24,14 @@ from megatron_opus.data.excluded_documents import open_entry, open_unlearned
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.permutation import key, permute
 from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.errors import Refusal
 from megatron_opus.types import Batch, TokenDocuments
 
 _PIECE = 1 << 20  # tokens read at once when everything is read
 OpenDocuments = Callable[[str, Path], TokenDocuments]
 
 
-class CorpusError(ValueError):
+class CorpusError(Refusal, ValueError):
     """Data that cannot serve the run: says what was expected, what was found and what to change."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opus.data.files import write_json
+from megatron_opus.errors import Refusal
 
 FORMAT = "megatron_opus.data"
 VERSION = 1
@@ -20,7 +21,7 @@ Role = Literal["candidates", "proxy", "validation"]
 ROLES: tuple[Role, ...] = ("candidates", "proxy", "validation")
 
 
-class ManifestError(ValueError):
+class ManifestError(Refusal, ValueError):
     """A prepared directory whose manifest is missing, unreadable or of another version."""
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_opus.data.files import atomic_file
+from megatron_opus.errors import Refusal
 
 SUFFIX = ".mask.npy"
 SCORE_SUFFIX = ".score.npy"
 
 
-class MaskError(ValueError):
+class MaskError(Refusal, ValueError):
     """A mask file that is missing, damaged or of another token stream."""
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opus.config import ConfigError, RunConfig, validate, validate_world
+from megatron_opus.errors import Refusal
 from megatron_opus.estimates.memory import GIB, MemoryEstimate, estimate
 from megatron_opus.layout.scored import Layout, layout_of
 from megatron_opus.layout.sharding import tensor_parallel_degrees
@@ -22,8 +23,10 @@ SUGGESTIONS = 5
 STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 
 
-class PreflightError(RuntimeError):
+class PreflightError(Refusal, RuntimeError):
     """The recipe does not fit: bytes needed, bytes found, layouts that would fit. The run ends with a status not 0."""
+
+    of_one_rank = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opus import __version__
+from megatron_opus.errors import Refusal
 from megatron_opus.runs.checkpoints import CheckpointError
 
 T = TypeVar("T")
@@ -33,12 +34,14 @@ VARIABLES = (
 )
 
 
-class RankMismatch(RuntimeError):
+class RankMismatch(Refusal, RuntimeError):
     """A rank runs another configuration, other data, other code or another library version, or has other weights."""
 
 
-class OtherRankFailed(RuntimeError):
+class OtherRankFailed(Refusal, RuntimeError):
     """This rank is well, but another one could not do its part."""
+
+    of_one_rank = True
 
 
 def check_agreement(facts: Mapping[str, Any], *, peers: str = "") -> None:

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from megatron_opus.config import schema
+from megatron_opus.errors import Refusal
 from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
 
 CONFIG_FILE, LEDGER, EVALUATION_FILE = "config.yaml", "ledger", "evaluation.json"
 SHARE, VALIDATION = "selected_share/", "validation_loss/"
 
 
-class ReportError(ValueError):
+class ReportError(Refusal, ValueError):
     """No page can be made: says what was expected, what was found and what to do."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.config import RunConfig, to_dict
+from megatron_opus.errors import Refusal
 
 MARKER = "complete.json"
 DELETING = "deleting.json"  # a marker withdrawn: what is left of the directory may go
@@ -44,8 +45,10 @@ FREE_KEYS = frozenset(
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Refusal, RuntimeError):
     """A checkpoint that is damaged, absent, or of another run."""
+
+    of_one_rank = True
 
 
 def check(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.config import load
+from megatron_opus.errors import Refusal
 from megatron_opus.runs.metrics import METRICS_FILE, read_metrics
 
 
-class NotComparable(ValueError):
+class NotComparable(Refusal, ValueError):
     """A folder without a run in it, or a run without a validation loss."""
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_opus.data.files import PARTIAL, atomic_file
+from megatron_opus.errors import Refusal
 from megatron_opus.types import Candidates, Selection, Signals
 
 SCHEMA = pa.schema(
@@ -40,7 +41,7 @@ REASONS = ("non-finite loss", "non-finite alignment", "non-finite factors")
 _PART = re.compile(r"steps-(\d+)-(\d+)\.parquet")
 
 
-class LedgerError(ValueError):
+class LedgerError(Refusal, ValueError):
     """A ledger with steps twice, out of order or missing."""
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_opus import config as configs
 from megatron_opus.config import ConfigError, RunConfig
+from megatron_opus.errors import Refusal
 
 
 def main(config: Path, argv: Sequence[str]) -> int:
@@ -57,35 +58,11 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     # megatron-core warns six times that Apex and Transformer Engine are absent; the run reports both in its own words
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # imported late: a mistyped key should not take the seconds that torch, megatron-core and deepspeed need
-    from megatron_opus.backends.engines.optimizer_state import UnsupportedOptimizer
-    from megatron_opus.backends.formats.indexed import IndexedDataError
-    from megatron_opus.data.buffer import DrawError
-    from megatron_opus.data.corpus import CorpusError
-    from megatron_opus.data.manifest import ManifestError
-    from megatron_opus.data.tokenizers.base import TokenizerError
-    from megatron_opus.data.unlearned_spans import MaskError
-    from megatron_opus.estimates.fit import PreflightError
-    from megatron_opus.ranks.agreement import OtherRankFailed, RankMismatch, software
+    from megatron_opus.ranks.agreement import software
     from megatron_opus.ranks.lost_ranks import Watch, failure_message, prepare_nccl
     from megatron_opus.ranks.stopping import STOPPED, SignalWatch
-    from megatron_opus.runs.checkpoints import CheckpointError
-    from megatron_opus.training.session import RunDirectoryError, Session
+    from megatron_opus.training.session import Session
 
-    refusals = (
-        ConfigError,
-        CorpusError,
-        ManifestError,
-        MaskError,
-        TokenizerError,
-        IndexedDataError,
-        DrawError,
-        UnsupportedOptimizer,
-        RankMismatch,
-        OtherRankFailed,
-        CheckpointError,
-        PreflightError,
-        RunDirectoryError,
-    )
     watch, signals, timeout = Watch(), SignalWatch(), recipe.parallel.distributed_timeout_minutes
     signals.install()
     watch.start(60 * timeout)
@@ -105,9 +82,8 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
         watch.now("ending the run")
         dist.barrier()
     except Exception as error:
-        if session is None and isinstance(error, refusals):
-            # ranks find the same fault; the others speak only when theirs may be another one
-            if rank == 0 or isinstance(error, OtherRankFailed | IndexedDataError | CheckpointError | PreflightError):
+        if session is None and isinstance(error, Refusal):
+            if rank == 0 or error.of_one_rank:
                 print(f"error: {'' if rank == 0 else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
             return 2
         traceback.print_exc()

@@ -23,6 +23,7 @@ from megatron_opus.backends.model.scored_layers import megatron_layers
 from megatron_opus.config import RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.errors import Refusal
 from megatron_opus.estimates import fit
 from megatron_opus.layout.shapes import count_parameters
 from megatron_opus.layout.sharding import is_sharded, weight_shard
@@ -44,7 +45,7 @@ from megatron_opus.weights.initial_weights import load_initial_weights
 CONFIG_FILE = "config.yaml"
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(Refusal, RuntimeError):
     """The run folder holds another run, or none to resume."""
 
 

@@ -16,13 +16,17 @@ from typing import BinaryIO
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 
+from megatron_opus.errors import Refusal
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries (documents + 1)
 _CHUNK_ITEMS = 1 << 20
 
 
-class IndexedDataError(ValueError):
+class IndexedDataError(Refusal, ValueError):
     """A `.bin` / `.idx` pair that cannot be read as what it claims to be."""
+
+    of_one_rank = True
 
 
 class IndexedDocuments:

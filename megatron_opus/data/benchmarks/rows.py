@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opus.errors import Refusal
+
 _SHOWN_KEYS = 12
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(Refusal, ValueError):
     """A benchmark file that cannot be read: names file and line, what was expected and what was found."""
 
 

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from megatron_opus.errors import Refusal
+
 TextDocuments = Literal["file", "paragraph", "line"]
 Spans = tuple[tuple[int, int], ...]
 
 
-class SourceError(ValueError):
+class SourceError(Refusal, ValueError):
     """A source that cannot be read: names the file and what was expected."""
 
 

@@ -27,12 +27,13 @@ from megatron_opus.data.prepare.records import (
     source_identity,
 )
 from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.errors import Refusal
 
 TRAIN_SENTENCEPIECE = "train-sentencepiece"
 WORK_DIRECTORY = ".work"
 
 
-class PrepareError(ValueError):
+class PrepareError(Refusal, ValueError):
     """Settings or sources that cannot be prepared: says what was expected, what was found and what to change."""
 
 

@@ -12,6 +12,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_opus.errors import Refusal
+
 DOMAINS = ("prose", "docstrings", "source", "tables")
 # Some builds ship the tests and some do not; without them the corpus depends less on who packaged Python.
 _LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"})
@@ -21,7 +23,7 @@ _CODE_CHARACTERS = 3000
 _REPEATED_CHARACTERS = 60  # from this length on a paragraph that came before is a copy, not a coincidence
 
 
-class StandardLibraryError(RuntimeError):
+class StandardLibraryError(Refusal, RuntimeError):
     """This Python has not the files that the embedded corpus is made of."""
 
 

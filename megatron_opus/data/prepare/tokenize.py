@@ -29,6 +29,7 @@ from megatron_opus.data.prepare.records import (
     record_digest,
 )
 from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.errors import Refusal
 
 MAX_LISTED = 1000  # malformed records named in the manifest, per dataset; all of them are counted
 _BATCH_CHARACTERS = 1 << 20
@@ -38,7 +39,7 @@ _SPLIT_RANGE = float(1 << 53)
 Report = Callable[[int, int], None]  # bytes read, tokens written
 
 
-class RecordError(ValueError):
+class RecordError(Refusal, ValueError):
     """A malformed record, named by file and line."""
 
 

@@ -16,12 +16,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
+from megatron_opus.errors import Refusal
+
 LEXICAL = "lexical"
 Matrix: TypeAlias = Any  # [n, d] float32, rows of length 1 or 0: np.ndarray or scipy.sparse.csr_matrix
 _COLUMNS = 4096  # benchmark items compared at once
 
 
-class EncoderError(ValueError):
+class EncoderError(Refusal, ValueError):
     """An encoder that cannot be used: says what was expected, what was found and what to change."""
 
 

@@ -29,6 +29,7 @@ from megatron_opus.data.proxy import encoders
 from megatron_opus.data.proxy.benchmark_overlap import BenchmarkText
 from megatron_opus.data.proxy.encoders import Encoder, EncoderError, LexicalEncoder, Nearest
 from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.errors import Refusal
 from megatron_opus.types import TokenDocuments
 
 RECORD = np.dtype(
@@ -48,7 +49,7 @@ _BATCH_TOKENS = 1 << 19
 _ITEM_BLOCK = 2048
 
 
-class ProxyError(ValueError):
+class ProxyError(Refusal, ValueError):
     """A proxy that cannot be built: says what was expected, what was found and what to change."""
 
 

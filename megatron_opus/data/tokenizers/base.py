@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_opus.errors import Refusal
+
 KINDS = ("sentencepiece", "gpt2", "hf")
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOD>", "<|eod|>")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(Refusal, ValueError):
     """Tokenizer files or settings that cannot be used: says what was expected, what was found and what to change."""
 
 

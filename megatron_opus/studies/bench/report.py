@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from megatron_opus.data.files import atomic_file
+from megatron_opus.errors import Refusal
 
 Rows = list[dict[str, Any]]
 
 
-class ReportError(ValueError):
+class ReportError(Refusal, ValueError):
     """A file that results cannot be merged into, or a picture that cannot be drawn."""
 
 

@@ -27,6 +27,7 @@ from megatron_opus.data.prepare.pipeline import Storage
 from megatron_opus.data.prepare.records import text_digest
 from megatron_opus.data.prepare.resolve import DatasetSpec
 from megatron_opus.data.prepare.tokenize import kept
+from megatron_opus.errors import Refusal
 
 VERSION = 1  # of the recipes below: another one gives another directory
 Parts = dict[tuple[str, Role], list[str]]
@@ -49,7 +50,7 @@ SHARED: dict[str, tuple[str, ...]] = {
 SHARED_BENCHMARK = ("gsm8k/test.jsonl", "gsm8k/train.jsonl")  # evaluation, proxy
 
 
-class LabCorpusError(ValueError):
+class LabCorpusError(Refusal, ValueError):
     """A corpus that is not known, or text that is not there."""
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from megatron_opus import config as configs
 from megatron_opus.config import RunConfig, schema
 from megatron_opus.data.files import write_json
+from megatron_opus.errors import Refusal
 
 RECORD = "experiment.json"
 MADE_BY = "lab.json"  # in a finished run's folder
@@ -40,7 +41,7 @@ SINGLE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD
 CORES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-class LabError(ValueError):
+class LabError(Refusal, ValueError):
     """An experiment that is incomplete, or not the one its folder belongs to."""
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_opus.backends.model import cpu_shims
+from megatron_opus.errors import Refusal
 
 BLOCKS = "decoder.layers."  # of a Megatron GPT: embeddings, the last norm and the output layer lie outside
 
 
-class UnsupportedOptimizer(TypeError):
+class UnsupportedOptimizer(Refusal, TypeError):
     """An optimizer whose update the selector cannot describe."""
 
 
