@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_opus.backends.engines.base import WholeModelRunner
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.model.gpt import forward_loss
 from megatron_opus.backends.model.parallel import megatron_groups
@@ -59,14 +60,14 @@ def build_scorer(
         layers = plain_layers(model, config)
     if device is None:
         device = next(model.parameters()).device
+    device = torch.device(device)
     return ScoringPass(
-        model,
+        WholeModelRunner(model, token_losses or _plain_token_losses, device),
         layers,
         optimizer_state(optimizer),
         config,
-        token_losses or _plain_token_losses,
         groups=groups or Groups(),
-        device=torch.device(device),
+        device=device,
     )
 
 

@@ -14,3 +14,13 @@ class Refusal(Exception):
     # Ranks that read the same recipe find the same fault, and rank 0 alone says it. Where ranks may find different
     # faults (their own files, their own memory), each one speaks.
     of_one_rank: ClassVar[bool] = False
+
+
+class UnsupportedOptimizer(Refusal, TypeError):
+    """An optimizer whose update the selector cannot describe."""
+
+
+class CheckpointError(Refusal, RuntimeError):
+    """A checkpoint that is damaged, absent, or of another run."""
+
+    of_one_rank = True

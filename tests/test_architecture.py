@@ -36,6 +36,37 @@ MAY_IMPORT = {
     "data": {"data", "config", "types", "errors"},
     "scoring": {"scoring", "selection", "layout", "config", "types", "errors"},  # it reads batches, not corpora
 }
+# Attributes by which the hosts' own engines, optimizers and partitioned parameters are known. Only the engine's folder
+# reads them: what else would is the trainer learning again which engine it runs on. A list of names, since the type of
+# an object cannot be seen in the source; names that other objects have too (`module`, `optimizer`) are not in it.
+HOST_ATTRIBUTES = {
+    "deepspeed": {
+        *(
+            "zero_optimization_stage",
+            "gradient_accumulation_steps",
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+        ),
+        *("save_checkpoint", "load_checkpoint", "get_lr", "get_global_grad_norm", "was_step_applied", "lr_scheduler"),
+        *(
+            "train_batch_size",
+            "global_steps",
+            "skipped_steps",
+            "micro_steps",
+            "step_settings",
+            "deepspeed",
+            "bit16_groups",
+            "fp32_groups",
+        ),
+        *("fp32_groups_flat", "single_partition_of_fp32_groups", "params_in_partition", "_hp_mapping"),
+        *("ds_id", "ds_shape", "ds_numel", "ds_tensor", "ds_process_group", "use_muon"),
+    },
+    "megatron": {
+        *("chained_optimizers", "model_param_gbuf_map", "gbuf_ranges", "model_param_group_index_map", "main_param"),
+        *("float16_groups", "fp32_from_float16_groups", "ddp_config", "main_grad", "bucket_groups", "opt_group_ranges"),
+        *("disable_forward_pre_hook", "enable_forward_pre_hook", "finalize_model_grads_func", "grad_sync_func"),
+    },
+}
 HOSTS = ("megatron", "deepspeed")  # one room alone speaks to them, so that a new version of theirs is one room's work
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard"}
 CONTAINERS = {"list", "dict", "set", "defaultdict", "OrderedDict", "deque", "Counter", "Generator", "default_rng"}
@@ -55,6 +86,19 @@ def imported(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(node.args[0].value)
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
             yield node.lineno, "torch.distributed"
+
+
+def attribute_faults(path: tuple[str, ...], tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Attributes of a host's own objects, read as `x.name` or by `getattr(x, "name")`, outside that engine's folder."""
+    for node in ast.walk(tree):
+        name = ""
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            name = str(node.args[1].value) if isinstance(node.args[1], ast.Constant) else ""
+        for host, names in HOST_ATTRIBUTES.items():
+            if name in names and path[1:4] != ("backends", "engines", host):
+                yield node.lineno, f"reads `{name}` of {host}'s engine: only backends/engines/{host} may"
 
 
 def under(name: str, prefix: str) -> bool:
@@ -145,7 +189,12 @@ def faults(root: Path) -> list[str]:
     for path in sorted((root / PACKAGE).rglob("*.py")):
         module = path.relative_to(root).with_suffix("").parts
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for fault in (*import_faults(module[1], tree, list(module[:-1])), *state_faults(tree)):
+        found_here = (
+            *import_faults(module[1], tree, list(module[:-1])),
+            *state_faults(tree),
+            *attribute_faults(module, tree),
+        )
+        for fault in found_here:
             note(path, *fault)
     for path in sorted((root / "tools").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -197,6 +246,13 @@ def test_the_checkout_keeps_the_rules() -> None:
         ),
         ("megatron_opus/training/a.py", "import tools.report", "nothing in the package may"),
         ("megatron_opus/attic/a.py", "", "a new room `attic`"),
+        (
+            "megatron_opus/training/a.py",
+            "x = 1\nengine.global_steps",
+            "a.py:2: reads `global_steps` of deepspeed's engine",
+        ),
+        ("megatron_opus/scoring/a.py", "getattr(p, 'ds_shape', 0)", "a.py:1: reads `ds_shape` of deepspeed's engine"),
+        ("megatron_opus/backends/engines/deepspeed/a.py", "p.main_grad", "reads `main_grad` of megatron's engine"),
         ("megatron_opus/data/a.py", "CACHE = {}", "module-level mutable state `CACHE`"),
         ("megatron_opus/data/a.py", "cache: dict = {'a': 1}", "module-level mutable state `cache`"),
         ("megatron_opus/data/a.py", "RNG = torch.Generator()", "module-level mutable state `RNG`"),
@@ -234,6 +290,7 @@ def test_a_circle_is_caught(tmp_path: Path) -> None:
         ("megatron_opus/selection/a.py", "import torch\nfrom megatron_opus.config import SelectionConfig"),
         ("megatron_opus/scoring/a.py", "import torch.distributed as dist\nfrom megatron_opus.selection import sketch"),
         ("megatron_opus/backends/a.py", "import deepspeed\nfrom megatron.core import parallel_state"),
+        ("megatron_opus/backends/engines/deepspeed/a.py", "engine.global_steps - engine.skipped_steps"),
         ("megatron_opus/data/a.py", "NAMES = ('a', 'b')\nTABLE = {'a': 1}\ndef f(x):\n    x['b'] = TABLE['a']"),
         ("megatron_opus/training/a.py", "from megatron_opus import api\nfrom megatron_opus.backends import layers"),
         ("tools/a.py", "from megatron_opus.data.prepare.pipeline import prepare"),

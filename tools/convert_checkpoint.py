@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         # Here rather than above: the imports take seconds, and a mistyped option should not.
         warnings.simplefilter("ignore")
         from megatron_opus.config import ConfigError
-        from megatron_opus.runs.checkpoints import CheckpointError
+        from megatron_opus.errors import CheckpointError
         from megatron_opus.weights.convert import hf_to_opus, opus_to_hf
     try:
         if arguments.command == "hf-to-opus":

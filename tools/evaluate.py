@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             from megatron_opus.data.corpus import CorpusError
             from megatron_opus.data.manifest import ManifestError
             from megatron_opus.data.tokenizers.base import TokenizerError
+            from megatron_opus.errors import CheckpointError
             from megatron_opus.evaluation.evaluate import Settings, evaluate, summary
-            from megatron_opus.runs.checkpoints import CheckpointError
     arguments["perplexity"] = not arguments.pop("no_perplexity")
     settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
     try:

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opus import __version__
-from megatron_opus.errors import Refusal
-from megatron_opus.runs.checkpoints import CheckpointError
+from megatron_opus.errors import CheckpointError, Refusal
 
 T = TypeVar("T")
 ABSENT = "absent"
@@ -78,25 +77,53 @@ def check_agreement(facts: Mapping[str, Any], *, peers: str = "") -> None:
 
 
 def together(action: Callable[[], T], doing: str) -> T:
-    """`action()` on every rank. Where it raises on some, they raise their own error and all others OtherRankFailed.
+    """Run `action` on every rank. Where it raises on some, they raise their own error, all others OtherRankFailed.
 
     Collective; the action itself need not be. Without this the ranks that are well would wait for the others until the
     time of a collective is over, and say nothing about the cause.
     """
-    result: T | None = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    said = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    everyone = _gather(said) if dist.is_initialized() else [said]
+    result, failure, everyone = _attempt(action)
     if failure is not None:
         raise failure
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
     if failed:
         raise OtherRankFailed(f"another rank failed while {doing}:\n  " + "\n  ".join(failed[:MOST]))
     return result  # type: ignore[return-value]
+
+
+def on_all_ranks(action: Callable[[], object]) -> None:
+    """Run `action` on every rank; when it raises on one, every rank raises the same CheckpointError. Collective."""
+    failed = [text for text in _attempt(action)[2] if text]
+    if failed:
+        raise CheckpointError("\n".join(dict.fromkeys(failed)))
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank; an error is raised on every rank. Collective."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        outcome[0], failure, _ = _attempt(action, alone=True)
+        outcome[1] = None if failure is None else _said(failure)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    result: T = outcome[0]
+    return result
+
+
+def _attempt(action: Callable[[], T], *, alone: bool = False) -> tuple[T | None, Exception | None, list[str]]:
+    """Run `action`: its result, its error, and what the errors of all ranks say (empty where there was none)."""
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    said = "" if failure is None else _said(failure)
+    return result, failure, [said] if alone or not dist.is_initialized() else _gather(said)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def software() -> dict[str, str]:
@@ -171,31 +198,3 @@ def _ranks(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, ranks[:8]))}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-
-
-def _everywhere(action: Any) -> None:
-    """Run on every rank; when it raises on one, every rank raises, and none is left waiting for the others."""
-    error = ""
-    try:
-        action()
-    except Exception as exception:
-        error = f"rank {dist.get_rank()}: {type(exception).__name__}: {exception}"
-    errors: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    failed = [e for e in errors if e]
-    if failed:
-        raise CheckpointError("\n".join(dict.fromkeys(e.split(": ", 1)[1] for e in failed)))
-
-
-def _shared(action: Any) -> Any:
-    """Run on rank 0, its result on every rank; an error is raised on every rank."""
-    outcome: list[Any] = [None, ""]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as exception:
-            outcome[1] = f"{type(exception).__name__}: {exception}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise CheckpointError(outcome[1])
-    return outcome[0]

@@ -22,6 +22,7 @@ from megatron_opus.config import DataConfig, schema
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data.manifest import ManifestError
 from megatron_opus.data.prepare.embedded import embedded_directory
+from megatron_opus.errors import CheckpointError
 from megatron_opus.report.decisions import Tally
 from megatron_opus.report.record import Record
 from megatron_opus.runs import checkpoints
@@ -133,7 +134,7 @@ def newest_marker(run: Path) -> dict[str, Any] | None:
     for path in reversed(checkpoints.complete(run / "checkpoints")):
         try:
             marker = checkpoints.read_marker(path)
-        except (checkpoints.CheckpointError, OSError):
+        except (CheckpointError, OSError):
             continue
         if isinstance(marker, dict):
             return marker

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.config import RunConfig, to_dict
-from megatron_opus.errors import Refusal
+from megatron_opus.errors import CheckpointError
 
 MARKER = "complete.json"
 DELETING = "deleting.json"  # a marker withdrawn: what is left of the directory may go
@@ -43,12 +43,6 @@ FREE_KEYS = frozenset(
         "selection.debug_checks",
     }
 )
-
-
-class CheckpointError(Refusal, RuntimeError):
-    """A checkpoint that is damaged, absent, or of another run."""
-
-    of_one_rank = True
 
 
 def check(

@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import nn
 
 from megatron_opus.config import SelectionConfig
 from megatron_opus.scoring.collectives import Traffic, all_gather, broadcast
-from megatron_opus.scoring.scoring_pass import TokenLosses, undisturbed
-from megatron_opus.types import Batch, Groups, Signals
+from megatron_opus.scoring.scoring_pass import undisturbed
+from megatron_opus.types import Batch, Groups, MicrobatchRunner, Signals
 
 
 class LossPass:
@@ -22,15 +21,14 @@ class LossPass:
 
     def __init__(
         self,
-        model: nn.Module,
+        runner: MicrobatchRunner,
         config: SelectionConfig,
-        token_losses: TokenLosses,
         *,
         groups: Groups,
         device: torch.device,
     ) -> None:
         self.traffic = Traffic()
-        self._model, self._config, self._token_losses = model, config, token_losses
+        self._runner, self._config = runner, config
         self._groups, self._device = groups, device
 
     def __call__(self, candidates: Batch) -> Signals:
@@ -41,14 +39,18 @@ class LossPass:
         started, sent = time.perf_counter(), self.traffic.bytes_sent
         candidates = candidates.window(self._config.score_length)
         size = self._config.score_micro_batch_size or len(candidates)
+        micros = [
+            candidates.rows(first, min(first + size, len(candidates))).to(self._device)
+            for first in range(0, len(candidates), size)
+        ]
         parts = []
-        with undisturbed(self._model), torch.no_grad():
-            for first in range(0, len(candidates), size):
-                micro = candidates.rows(first, min(first + size, len(candidates))).to(self._device)
-                losses = self._token_losses(self._model, micro)
-                counts = micro.loss_mask != 0
-                total = torch.where(counts, losses * micro.loss_mask, 0.0).sum(1)
-                parts.append(total / micro.loss_mask.sum(1))  # no token that counts: NaN
+        with undisturbed(self._runner.chunks):
+            token_losses = self._runner.losses(micros)
+        assert token_losses is not None
+        for micro, losses in zip(micros, token_losses, strict=True):
+            counts = micro.loss_mask != 0
+            total = torch.where(counts, losses * micro.loss_mask, 0.0).sum(1)
+            parts.append(total / micro.loss_mask.sum(1))  # no token that counts: NaN
         groups, traffic = self._groups, self.traffic
         over = groups.dp if self._config.scope == "global" else None
         gathered = all_gather(torch.cat(parts), over, traffic)

@@ -17,22 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_opus.config import ConfigError, SelectionConfig
-from megatron_opus.scoring.capture import Capture, CaptureError, Reading, Sums
+from megatron_opus.scoring.capture import Capture, Reading, Sums
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
+from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
 from megatron_opus.scoring.windows import window_starts
 from megatron_opus.selection import utility
-from megatron_opus.types import Batch, Groups, OptimizerState, ScoredLayer, Signals
-
-TokenLosses = Callable[[nn.Module, Batch], Tensor]  # -> [B, T] unreduced float32 losses
+from megatron_opus.types import Batch, Groups, MicrobatchRunner, OptimizerState, ScoredLayer, Signals
 
 
 class ScoringPass:
@@ -40,15 +39,15 @@ class ScoringPass:
 
     def __init__(
         self,
-        model: nn.Module,
+        runner: MicrobatchRunner,
         layers: Sequence[ScoredLayer],
         state: OptimizerState,
         config: SelectionConfig,
-        token_losses: TokenLosses,
         *,
         groups: Groups,
         device: torch.device,
     ) -> None:
+        """`runner` runs the model forward and backward; the pass itself does not know how the model is cut."""
         if not layers:
             raise ConfigError(
                 "no layer to score: expected tensor-parallel linear layers or nn.Linear with trainable weights in the "
@@ -56,7 +55,7 @@ class ScoringPass:
             )
         self.traffic = Traffic()
         self.layers = list(layers)
-        self._model, self._config, self._token_losses = model, config, token_losses
+        self._runner, self._config = runner, config
         self._groups, self._device = groups, device
         slots: dict[str, int] = {}
         self._matrix_of = [slots.setdefault(x.name, len(slots)) for x in layers]
@@ -209,62 +208,43 @@ class ScoringPass:
         weights = torch.ones(total, device=self._device)
         weights[counted:] = 0.0 if counted is not None else 1.0
         losses = torch.zeros(total, dtype=torch.float32, device=self._device)
-        with undisturbed(self._model):
-            for window in windows:
-                for first in range(0, total, size):
-                    rows = slice(first, min(first + size, total))
-                    micro = window.rows(rows.start, rows.stop).to(self._device)
-                    capture = Capture(
-                        self.layers,
-                        self._matrix_of,
-                        Reading(parts=parts, candidate=candidate, first=first),
-                        self.preconditioners,
-                        sums,
-                        self._layer_weights,
-                        self._groups,
-                        self.traffic,
+        micros = []
+        for window in windows:
+            for first in range(0, total, size):
+                rows = slice(first, min(first + size, total))
+                capture = Capture(
+                    self.layers,
+                    self._matrix_of,
+                    Reading(parts=parts, candidate=candidate, first=first),
+                    self.preconditioners,
+                    sums,
+                    self._layer_weights,
+                    self._groups,
+                    self.traffic,
+                )
+                batch = window.rows(rows.start, rows.stop)
+                micros.append(
+                    CapturedMicrobatch(
+                        batch, capture, tokens[rows], weights[rows], losses[rows], self._config, self._device
                     )
-                    with capture:
-                        losses[rows] += self._run(capture, micro, tokens[rows], weights[rows])
+                )
+        with undisturbed(self._runner.chunks):
+            self._runner.backward(micros)
+        for micro in micros:
+            micro.capture.check()
         return losses
-
-    def _run(self, capture: Capture, micro: Batch, tokens: Tensor, weights: Tensor) -> Tensor:
-        with _precision(self._config.score_precision, self._device):
-            token_losses = self._token_losses(self._model, micro)
-        if token_losses.shape != micro.loss_mask.shape:
-            raise ConfigError(
-                f"token losses: expected unreduced losses of shape {list(micro.loss_mask.shape)}, got "
-                f"{list(token_losses.shape)}; the loss function must not average"
-            )
-        means = (token_losses * micro.loss_mask).sum(1) / tokens
-        if not capture.leaves:
-            raise CaptureError(
-                "the forward pass reached no scored layer; hooks do not fire inside compiled modules: score the "
-                "uncompiled model"
-            )
-        # the gradient of the sum gives every sequence its own b, since sequences do not mix
-        # Megatron's linear layers enter autocast in their backward pass by themselves, but on CUDA alone
-        with _precision(self._config.score_precision if self._device.type == "cpu" else "model", self._device):
-            torch.autograd.grad((means * weights).sum(), capture.leaves)
-        capture.check()
-        return means.detach()
-
-
-def _precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if name == "model":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, frozen weights, and on leaving: modes, requires_grad and RNG states as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def undisturbed(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Freeze the weights and set evaluation mode; on leaving, modes, requires_grad and RNG states are as they were."""
+    modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    flags = [(parameter, parameter.requires_grad) for chunk in chunks for parameter in chunk.parameters()]
     devices = {p.device for p, _ in flags if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index for d in devices], enabled=True), torch.enable_grad():
         try:
-            model.eval()
+            for chunk in chunks:
+                chunk.eval()
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield

@@ -1,7 +1,7 @@
 """Checkpoints that a killed process cannot spoil.
 
     <directory>/step_00000500/
-        engine/            DeepSpeed: weights, optimizer state, schedule
+        engine/            the engine's own files: weights, optimizer state, schedule
         state.pt           what the loop gave: buffer, generators, counters; the same on every rank
         rng_00000.pt ..    random states of each rank
         moment_00000.pt .. each rank's part of the selector's own second moment, where it keeps one
@@ -29,22 +29,23 @@ import torch.distributed as dist
 
 from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
-from megatron_opus.ranks.agreement import _everywhere, _shared, environment
+from megatron_opus.errors import CheckpointError
+from megatron_opus.ranks.agreement import environment, on_all_ranks, on_rank_0
 from megatron_opus.runs.checkpoints import (
     DELETING,
     FORMAT,
     MARKER,
-    CheckpointError,
     _order,
     _versions,
     check,
     complete,
     latest,
 )
+from megatron_opus.types import TrainEngine
 
 
 def save(
-    engine: Any,
+    engine: TrainEngine,
     directory: Path,
     *,
     step: int,
@@ -56,25 +57,25 @@ def save(
     """Write one checkpoint and drop all but the last `keep` complete ones. Collective; the path on every rank.
 
     `state` must be the same on every rank: only rank 0's is written. Earlier checkpoints stay as they were when this
-    one fails. Raises CheckpointError on every rank when a rank could not write its part; a failure inside DeepSpeed's
-    own writing raises on that rank alone, whose process must then end so that the launcher ends the others.
+    one fails. Raises CheckpointError on every rank when a rank could not write its part; a failure inside the
+    engine's own writing raises on that rank alone, whose process must then end so that the launcher ends the others.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    moment = engine.step_settings.second_moment
-    path = _shared(lambda: _new_directory(directory, step))
-    engine.save_checkpoint(str(path), tag="engine", save_latest=False)
+    own = engine.rank_state()
+    path = on_rank_0(lambda: _new_directory(directory, step))
+    engine.save(path)
 
     def write_local() -> None:
         if rank == 0:
             torch.save(dict(state), path / "state.pt")
         torch.save(_rng_states(), path / f"rng_{rank:05d}.pt")
-        if moment is not None:
-            torch.save(moment.state_dict(), path / f"moment_{rank:05d}.pt")
+        if own is not None:
+            torch.save(own, path / f"moment_{rank:05d}.pt")
 
-    _everywhere(write_local)
+    on_all_ranks(write_local)
 
     def mark_complete() -> Path:
-        kinds = ("rng",) if moment is None else ("rng", "moment")
+        kinds = ("rng",) if own is None else ("rng", "moment")
         missing = [r for r in range(world) if not all((path / f"{k}_{r:05d}.pt").is_file() for k in kinds)]
         if missing:
             raise CheckpointError(
@@ -95,24 +96,18 @@ def save(
         _prune(directory, keep)
         return path
 
-    return _shared(mark_complete)
+    return on_rank_0(mark_complete)
 
 
-def load(engine: Any, path: Path, *, fingerprints: Mapping[str, str], config: RunConfig) -> dict[str, Any]:
+def load(engine: TrainEngine, path: Path, *, fingerprints: Mapping[str, str], config: RunConfig) -> dict[str, Any]:
     """Restore engine and random states from one complete checkpoint; the `state` it was saved with. Collective.
 
     Everything is compared before anything is changed. Raises CheckpointError listing the keys that differ, or the
     files that are missing or truncated.
     """
-    _everywhere(lambda: check(path, layout=_layout(engine), fingerprints=fingerprints, config=config))
-    loaded, _ = engine.load_checkpoint(str(path), tag="engine")
-    if loaded is None:
-        raise CheckpointError(f"checkpoint {path}: DeepSpeed found nothing to load in {path / 'engine'}")
-    for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = lr
-    moment = engine.step_settings.second_moment
-    if moment is not None:
-        moment.load_state_dict(torch.load(path / f"moment_{dist.get_rank():05d}.pt", map_location="cpu"))
+    on_all_ranks(lambda: check(path, layout=_layout(engine), fingerprints=fingerprints, config=config))
+    moment = path / f"moment_{dist.get_rank():05d}.pt"
+    engine.load(path, torch.load(moment, map_location="cpu") if moment.is_file() else None)
     # Written by this program with numpy arrays and generator states in it: not a file to take from a stranger.
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
     _restore_rng(torch.load(path / f"rng_{dist.get_rank():05d}.pt", map_location="cpu", weights_only=False))
@@ -121,7 +116,7 @@ def load(engine: Any, path: Path, *, fingerprints: Mapping[str, str], config: Ru
 
 def shared_latest(directory: Path) -> Path | None:
     """`latest` as rank 0 sees it, on every rank: on a network file system each might see another one. Collective."""
-    found: Path | None = _shared(lambda: latest(directory))
+    found: Path | None = on_rank_0(lambda: latest(directory))
     return found
 
 
@@ -150,8 +145,8 @@ def _restore_rng(states: Mapping[str, Any]) -> None:
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
-def _layout(engine: Any) -> dict[str, Any]:
-    groups = engine.step_settings.groups
+def _layout(engine: TrainEngine) -> dict[str, Any]:
+    groups = engine.groups
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": groups.tp_size,

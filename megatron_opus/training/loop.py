@@ -1,4 +1,4 @@
-"""The training loop: choose, step, record, evaluate, checkpoint. DeepSpeed does not know that data is chosen."""
+"""The training loop: choose, step, record, evaluate, checkpoint. The engine does not know that data is chosen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opus.backends.engines.deepspeed.train_step import train_step
-from megatron_opus.backends.engines.losses import evaluate
 from megatron_opus.config import RunConfig
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.iterator import SelectedBatchIterator
@@ -17,7 +15,7 @@ from megatron_opus.ranks.stopping import StopAgreement
 from megatron_opus.runs.ledger import LedgerWriter
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.metrics import MetricsWriter, ProgressLine, metrics_row
-from megatron_opus.types import Groups
+from megatron_opus.types import Groups, TrainEngine
 
 
 class NonFiniteLoss(RuntimeError):
@@ -35,7 +33,7 @@ class TrainingLoop:
         config: RunConfig,
         run_dir: Path,
         groups: Groups,
-        engine: Any,
+        engine: TrainEngine,
         corpus: Corpus,
         driver: SelectionDriver,
         iterator: SelectedBatchIterator,
@@ -97,7 +95,7 @@ class TrainingLoop:
         decided = self._driver.choose()
         choose_seconds = time.perf_counter() - started
         self._watch.now(f"training step {step}")
-        result = train_step(self._engine, self._iterator, per_sequence=self._driver.wants_sequence_loss)
+        result = self._engine.train_step(self._iterator, per_sequence=self._driver.wants_sequence_loss)
         row = metrics_row(
             self._driver,
             self._corpus,
@@ -119,7 +117,7 @@ class TrainingLoop:
         return completed == self._config.training.train_steps or (interval > 0 and completed % interval == 0)
 
     def _evaluate(self) -> dict[str, float]:
-        return evaluate(self._engine, self._validation, self._groups, self._config.training.micro_batch_size)
+        return self._engine.evaluate(self._validation, self._config.training.micro_batch_size)
 
     def _check_nonfinite(self, row: dict[str, Any], decided: Any) -> None:
         """Steps with a non-finite gradient were not applied; a run of them will not mend itself."""

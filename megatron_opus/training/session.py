@@ -12,12 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_opus import config as configs
-from megatron_opus.backends.engines.deepspeed.engine import init_distributed
-from megatron_opus.backends.engines.deepspeed.train_step import build_engine
-from megatron_opus.backends.engines.optimizer_state import optimizer_state
+from megatron_opus.backends.engines.build import build_engine
+from megatron_opus.backends.engines.processes import init_distributed
 from megatron_opus.backends.model import extras
 from megatron_opus.backends.model.build import build_model, resolve
-from megatron_opus.backends.model.gpt import forward_loss
 from megatron_opus.backends.model.parallel import init_parallel
 from megatron_opus.backends.model.scored_layers import megatron_layers
 from megatron_opus.config import RunConfig
@@ -89,12 +87,8 @@ class Session:
         if config.model.init_from and not (resume and checkpoint.shared_latest(self.run_dir / "checkpoints")):
             say(load_initial_weights(model, config, groups))
         _check_weights(model, groups)
-        engine, optimizer_name = build_engine(model, config, groups)
-        say(
-            f"model: {count_parameters(config.model) / 1e6:.1f}M parameters; {config.training.precision}, ZeRO "
-            f"{config.parallel.zero_stage}, tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, "
-            f"{optimizer_name}, on {device}"
-        )
+        engine = build_engine(model, config, groups)
+        say(f"model: {count_parameters(config.model) / 1e6:.1f}M parameters; {engine.description}, on {device}")
         buffer = CandidateBuffer(
             corpus, config.buffer_size, config.seed, config.data.domain_weights, config.data.unselected
         )
@@ -105,17 +99,16 @@ class Session:
         )
         scorer, loss_pass = None, None
         if strategy.needs == {"loss"}:
-            loss_pass = LossPass(engine.module, config.selection, forward_loss, groups=groups, device=device)
+            loss_pass = LossPass(engine.runner(), config.selection, groups=groups, device=device)
         elif strategy.needs:
             shards = functools.partial(
                 weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size
             )
             scorer = ScoringPass(
-                engine.module,
+                engine.runner(),
                 megatron_layers(engine.module, shards, config.selection),
-                optimizer_state(engine),
+                engine.optimizer_state(),
                 scoring_config(config.selection),
-                forward_loss,
                 groups=groups,
                 device=device,
             )

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig
+from megatron_opus.errors import CheckpointError
 from megatron_opus.layout.shapes import parameter_shapes
 from megatron_opus.layout.sharding import ffn_size, head_channels, is_sharded, query_groups
 from megatron_opus.ranks.agreement import RankMismatch
-from megatron_opus.runs.checkpoints import CheckpointError
 from megatron_opus.types import Groups
 from megatron_opus.weights.sources import (
     WeightsError,

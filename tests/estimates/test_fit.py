@@ -128,8 +128,7 @@ warnings.filterwarnings("ignore")
 sys.path[:0] = sys.argv[1:3]
 import psutil, torch
 from gpt_runs import recipe, start, steps
-from test_preflight import measured_config
-from megatron_opus.training.engine import train_step
+from test_fit import measured_config
 from megatron_opus.types import Batch
 
 config = measured_config(*sys.argv[3:])
@@ -142,7 +141,7 @@ def batch():
     return Batch(tokens=t[:, :-1], labels=t[:, 1:], loss_mask=torch.ones(size, length),
                  position_ids=torch.arange(length).expand(size, length))
 for _ in range(2):
-    train_step(engine, iter([batch() for _ in range(engine.gradient_accumulation_steps())]))
+    engine.train_step(iter([batch() for _ in range(engine.deepspeed.gradient_accumulation_steps())]))
 peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
 print(json.dumps(peak - before))
 """
@@ -175,7 +174,7 @@ def test_estimate_against_a_real_run(zero: str, optimizer: str) -> None:
     Peak resident memory of two steps; the estimate may be above it by half, and below it by a twentieth.
     """
     arguments = [sys.executable, "-c", MEASURE, str(ROOT), str(ROOT / "tests"), zero, optimizer]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "2"}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "2"}
     import os
 
     done = subprocess.run(

@@ -9,6 +9,7 @@ import torch
 from small_models import TinyGPT, random_batch, token_losses, train
 
 import megatron_opus
+from megatron_opus.backends.engines.base import WholeModelRunner
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.model.scored_layers import plain_layers
 from megatron_opus.config import (
@@ -28,6 +29,13 @@ from megatron_opus.selection import reference
 from megatron_opus.types import Fragment, Groups, MuonHyper, ScoredLayer
 
 N, K_P = 6, 3
+
+
+CPU = torch.device("cpu")
+
+
+def runner_of(model: torch.nn.Module) -> WholeModelRunner:
+    return WholeModelRunner(model, token_losses, CPU)
 
 
 def setup(steps=12, tied=False):
@@ -83,9 +91,7 @@ def test_direct_alignment_is_exact_without_collisions(alignment, cut, monkeypatc
     scorer = megatron_opus.build_scorer(model, opt, config=select(alignment))
     layers = [dataclasses.replace(x, cut=cut) for x in scorer.layers]
     config = select(alignment)
-    scorer = ScoringPass(
-        model, layers, optimizer_state(opt), config, token_losses, groups=Groups(), device=torch.device("cpu")
-    )
+    scorer = ScoringPass(runner_of(model), layers, optimizer_state(opt), config, groups=Groups(), device=CPU)
     found = scorer(candidates, proxy)
     assert relative(found.alignment, align) < 1e-4
     assert relative(found.interaction, inter) < 1e-4
@@ -306,13 +312,13 @@ def test_muon_geometry_agrees_with_the_oracle(alignment, operator):
     ]
     align, inter = reference.scores(*gradients, reference.muon_preconditioner(state.q, hypers))
     config = select(alignment, operator=operator)
-    scorer = ScoringPass(model, layers, state, config, token_losses, groups=Groups(), device=torch.device("cpu"))
+    scorer = ScoringPass(runner_of(model), layers, state, config, groups=Groups(), device=CPU)
     found = scorer(candidates, proxy)
     assert found.geometry == "muon"
     assert relative(found.alignment, align) < (2e-2 if operator == "materialise" else 1e-4)
     assert relative(found.interaction, inter) < (2e-2 if operator == "materialise" else 1e-4)
     one_step = dataclasses.replace(config, preconditioner=PreconditionerConfig(muon_steps=1))
-    scorer = ScoringPass(model, layers, state, one_step, token_losses, groups=Groups(), device=torch.device("cpu"))
+    scorer = ScoringPass(runner_of(model), layers, state, one_step, groups=Groups(), device=CPU)
     assert relative(scorer(candidates, proxy).alignment, align) > 0.1
 
 

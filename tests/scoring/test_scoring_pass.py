@@ -9,9 +9,10 @@ import torch
 from small_models import TinyGPT, random_batch, token_losses, train
 
 import megatron_opus
-from megatron_opus.backends.engines.optimizer_state import UnsupportedOptimizer, optimizer_state
+from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.model.scored_layers import plain_layers
 from megatron_opus.config import ConfigError, PreconditionerConfig, SelectionConfig, SketchConfig
+from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.scoring.capture import CaptureError
 from megatron_opus.selection import reference
 

@@ -68,6 +68,7 @@ def scores_of_rank(
     model_config: ModelConfig, tp: int, config: SelectionConfig, *, sp: bool = False, masked: bool = False
 ) -> dict[str, Any]:
     """Build, train four steps on the same data everywhere, score; the data-parallel ranks share the candidates."""
+    from megatron_opus.backends.engines.base import WholeModelRunner
     from megatron_opus.backends.engines.optimizer_state import optimizer_state
     from megatron_opus.backends.model.gpt import build_gpt, forward_loss, weight_shard
     from megatron_opus.backends.model.parallel import init_parallel
@@ -92,7 +93,8 @@ def scores_of_rank(
     shard = functools.partial(weight_shard, config=model_config, tp_rank=groups.tp_rank, tp_size=tp)
     layers = megatron_layers(model, shard, config)
     state = optimizer_state(optimizer)
-    scorer = ScoringPass(model, layers, state, config, forward_loss, groups=groups, device=torch.device("cpu"))
+    runner, cpu = WholeModelRunner(model, forward_loss, torch.device("cpu")), torch.device("cpu")
+    scorer = ScoringPass(runner, layers, state, config, groups=groups, device=cpu)
     forwarded = []
     handle = model.register_forward_pre_hook(
         lambda m, args, kwargs: forwarded.append(len(kwargs["input_ids"])), with_kwargs=True

@@ -21,17 +21,14 @@ NORMS = dataclasses.replace(QWEN3, hidden_dropout=0.1)
 
 
 def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
-    from megatron_opus.backends.engines.optimizer_state import optimizer_state
-    from megatron_opus.backends.model.gpt import forward_loss, weight_shard
+    from megatron_opus.backends.model.gpt import weight_shard
     from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.scoring.scoring_pass import ScoringPass
 
     shard = functools.partial(weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    layers, state = megatron_layers(engine.module, shard), optimizer_state(engine)
+    layers, state = megatron_layers(engine.module, shard), engine.optimizer_state()
     selection = dataclasses.replace(SelectionConfig(), score_length=LENGTH // 2)
-    scorer = ScoringPass(
-        engine.module, layers, state, selection, forward_loss, groups=groups, device=torch.device(engine.device)
-    )
+    scorer = ScoringPass(engine.runner(), layers, state, selection, groups=groups, device=torch.device(engine.device))
     mine = [random_batch(4, LENGTH, seed=i).rows(2 * groups.dp_rank, 2 * groups.dp_rank + 2) for i in (1, 2)]
     return lambda: scorer(*mine)
 
@@ -44,14 +41,13 @@ def everything(engine: Any) -> dict[str, torch.Tensor]:
     found = {
         f"weight {name}": getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.module.named_parameters()
     }
-    for i, state in enumerate(Partition(engine).optimizer.state.values()):
+    for i, state in enumerate(Partition(engine.deepspeed).optimizer.state.values()):
         found |= {f"state {i} {k}": torch.as_tensor(v).clone() for k, v in state.items()}
     found["random"] = torch.get_rng_state()
     return found | {f"random {k}": v for k, v in rng_tracker().get_states().items()}
 
 
 def run(arguments: dict[str, Any], scored: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], bool]:
-    from megatron_opus.backends.engines.deepspeed.train_step import train_step
 
     config = recipe(**arguments)
     engine, groups = start(config)
@@ -67,7 +63,7 @@ def run(arguments: dict[str, Any], scored: bool) -> tuple[list[tuple[float, floa
 
     losses = []
     for step in range(STEPS):
-        result = train_step(engine, microbatches(batch_of_step(step)))
+        result = engine.train_step(microbatches(batch_of_step(step)))
         losses.append((result.loss, result.grad_norm))
     return losses, everything(engine), finite
 

@@ -41,9 +41,8 @@ def engine_scores(
     """Train with the real engine, then score: moments assembled over the data-parallel group, and the signals."""
     import torch.distributed as dist
 
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
-    from megatron_opus.backends.engines.deepspeed.train_step import build_engine, train_step
-    from megatron_opus.backends.engines.optimizer_state import optimizer_state
+    from megatron_opus.backends.engines.build import build_engine
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.build import DTYPES
     from megatron_opus.backends.model.gpt import build_gpt, forward_loss, weight_shard
     from megatron_opus.backends.model.parallel import init_parallel
@@ -71,14 +70,12 @@ def engine_scores(
     device = init_distributed(run.parallel)
     groups = init_parallel(run.parallel)
     model = build_gpt(model_config, seq_length=LENGTH, params_dtype=DTYPES[precision], seed=3, sequence_parallel=sp)
-    engine, _ = build_engine(model, run, groups)
+    engine = build_engine(model, run, groups)
     iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
     share = 4 // groups.dp_size
     shard = functools.partial(weight_shard, config=model_config, tp_rank=groups.tp_rank, tp_size=tp)
     layers = megatron_layers(engine.module, shard)
-    scorer = ScoringPass(
-        engine.module, layers, optimizer_state(engine), config, forward_loss, groups=groups, device=device
-    )
+    scorer = ScoringPass(engine.runner(), layers, engine.optimizer_state(), config, groups=groups, device=device)
     candidates, proxy = random_batch(N, LENGTH, seed=1), random_batch(K_P, LENGTH, seed=2)
     n, p, r = N // groups.dp_size, K_P // groups.dp_size, groups.dp_rank
     mine = candidates.rows(r * n, (r + 1) * n), proxy.rows(r * p, (r + 1) * p)
@@ -87,10 +84,10 @@ def engine_scores(
     for step in range(steps):
         batch = random_batch(4, LENGTH, seed=50 + step).rows(r * share, (r + 1) * share)
         iterator.fill([batch.rows(i, i + 1) for i in range(share)])
-        losses.append(train_step(engine, iterator).loss)
+        losses.append(engine.train_step(iterator).loss)
         if step < steps - 1:
             scorer(*mine)  # scoring between steps must not change what follows
-    state = optimizer_state(engine)
+    state = engine.optimizer_state()
     moments = {}
     adam = optimizer == "adamw" or config.preconditioner.kind == "adamw"
     for layer in layers if adam else ():
@@ -135,7 +132,7 @@ def engine_scores(
         "run": run,
         "steps": {getattr(h, "step", None) for h in hypers},
         "lr": {h.lr for h in hypers},
-        "next_lr": engine.get_lr()[0],
+        "next_lr": engine.lr,
         "weights": weights,
     }
 

@@ -116,24 +116,23 @@ def share_of_rank(batch: Batch, groups: Groups, micro_batch_size: int) -> Iterat
 
 def start(config: RunConfig) -> tuple[Any, Groups]:
     """Engine and groups on a rank of a test pool."""
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
-    from megatron_opus.backends.engines.deepspeed.train_step import build_engine
+    from megatron_opus.backends.engines.build import build_engine
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.build import build_model
     from megatron_opus.backends.model.parallel import init_parallel
 
     init_distributed(config.parallel)
     groups = init_parallel(config.parallel, seed=config.seed)
-    engine, _ = build_engine(build_model(config), config, groups)
+    engine = build_engine(build_model(config), config, groups)
     return engine, groups
 
 
 def steps(engine: Any, groups: Groups, first: int, last: int, micro_batch_size: int = 2) -> list[tuple[float, float]]:
     """(loss, gradient norm) of steps first..last-1."""
-    from megatron_opus.backends.engines.deepspeed.train_step import train_step
 
     results = []
     for step in range(first, last):
-        result = train_step(engine, share_of_rank(batch_of_step(step), groups, micro_batch_size))
+        result = engine.train_step(share_of_rank(batch_of_step(step), groups, micro_batch_size))
         assert not result.skipped
         results.append((result.loss, result.grad_norm))
     return results

@@ -95,7 +95,7 @@ def our_logits(recipe: RunConfig, init_from: Path | None = None) -> dict[str, An
 
     import torch.distributed as dist
 
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.build import build_model
     from megatron_opus.backends.model.gpt import forward_loss
     from megatron_opus.backends.model.parallel import init_parallel

@@ -200,7 +200,7 @@ def test_results_of_another_kind_are_not_overwritten(tmp_path: Path, capsys: pyt
 
 
 def pairs(cache: Path) -> dict[str, Any]:
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.formats import indexed
     from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.config import ModelConfig, ParallelConfig

@@ -13,6 +13,7 @@ import pytest
 import torch
 from gpt_runs import GPT2, recipe, start, steps
 
+from megatron_opus.errors import CheckpointError
 from megatron_opus.runs import checkpoints
 
 PRINTS = {"data": "abc", "tokenizer": "def"}
@@ -39,7 +40,7 @@ def run_and_save(arguments: dict[str, Any], directory: str) -> list[tuple[float,
 
 def second_moments(engine: Any) -> tuple[float, float]:
     """Steps and sum of what the selector keeps itself."""
-    moment = engine.step_settings.second_moment
+    moment = engine.deepspeed.step_settings.second_moment
     if moment is None:
         return 0.0, 0.0
     state = moment.state_dict()
@@ -126,7 +127,7 @@ def test_incomplete_checkpoint_is_ignored(world2: Any, tmp_path: Path) -> None:
     leave_incomplete(tmp_path / "step_00000009")
 
     assert checkpoints.latest(tmp_path) == tmp_path / "step_00000001"
-    with pytest.raises(checkpoints.CheckpointError, match=r"never finished; last complete one: .*step_00000001"):
+    with pytest.raises(CheckpointError, match=r"never finished; last complete one: .*step_00000001"):
         checkpoints.read_marker(tmp_path / "step_00000009")
     assert world2.run(save_again, str(tmp_path)) == [str(tmp_path / "step_00000002")] * 2
     assert (tmp_path / "step_00000009").is_dir()
@@ -146,7 +147,7 @@ def refused(arguments: dict[str, Any], directory: str, prints: dict[str, str], c
     assert path is not None
     try:
         checkpoint.load(engine, path, fingerprints=prints, config=other)
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
         return str(error)
     return ""
@@ -211,7 +212,7 @@ def test_truncated_file(saved: Path, tmp_path: Path) -> None:
     victim.write_bytes(victim.read_bytes()[:-10])
     (damaged / "rng_00001.pt").unlink()
     marker = checkpoints.read_marker(damaged)
-    with pytest.raises(checkpoints.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         checkpoints.verify_files(damaged, marker)
     size = victim.stat().st_size
     assert f"expected {size + 10} bytes, got {size}" in str(caught.value)
@@ -242,7 +243,7 @@ def one_rank_fails(directory: str) -> str:
         checkpoint._rng_states = lambda: {"unpicklable": (lambda: None)}
     try:
         save_now(engine, directory, config, 4)
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         return str(error)
     finally:
         checkpoint._rng_states = original

@@ -155,7 +155,7 @@ def read_by_ranks(config: RunConfig, other: str) -> str:
     """Rank 1 sees another directory under the same name."""
     import torch.distributed as dist
 
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.build import build_model
     from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.weights.initial_weights import load_initial_weights

@@ -68,8 +68,8 @@ def test_selecting_everything_is_not_selecting(world2, embedded_cache, tmp_path)
 
 def bare_loop(config: RunConfig) -> dict[str, Any]:
     """The same training without driver, strategy or scoring pass."""
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
-    from megatron_opus.backends.engines.deepspeed.train_step import build_engine, train_step
+    from megatron_opus.backends.engines.build import build_engine
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.build import build_model, resolve
     from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.data.buffer import CandidateBuffer
@@ -79,7 +79,7 @@ def bare_loop(config: RunConfig) -> dict[str, Any]:
     corpus = open_corpus(config, lambda text: None)
     config = resolve(config, corpus.tokenizer.vocab_size)
     groups = init_parallel(config.parallel, seed=config.seed)
-    engine, _ = build_engine(build_model(config), config, groups)
+    engine = build_engine(build_model(config), config, groups)
     buffer = CandidateBuffer(corpus, config.buffer_size, config.seed)
     losses = []
     for step in range(config.training.train_steps):
@@ -87,7 +87,7 @@ def bare_loop(config: RunConfig) -> dict[str, Any]:
         buffer.settle(drawn, range(len(drawn)))
         share = len(drawn) // groups.dp_size
         mine = drawn.sample_ids[groups.dp_rank * share : (groups.dp_rank + 1) * share]
-        losses.append(train_step(engine, iter([corpus.batch([i]) for i in mine])).loss)
+        losses.append(engine.train_step(iter([corpus.batch([i]) for i in mine])).loss)
     weights = torch.cat([p.detach().float().flatten() for p in engine.module.parameters()])
     return {"losses": losses, "weights": weights}
 

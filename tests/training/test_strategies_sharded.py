@@ -124,13 +124,12 @@ def test_a_resumed_mixture_ends_as_an_undisturbed_one(alone, embedded_cache, tmp
 
 
 def sequence_losses_of_rank(tp: int) -> tuple[torch.Tensor, float]:
-    from megatron_opus.backends.engines.deepspeed.train_step import train_step
 
     engine, groups = start(small_recipe(tp=tp))
     batch = batch_of_step(0)
     batch.loss_mask[1] *= 0.5  # a weight
     batch.loss_mask[2] = 0.0  # weight zero
-    result = train_step(engine, share_of_rank(batch, groups, 2), per_sequence=True)
+    result = engine.train_step(share_of_rank(batch, groups, 2), per_sequence=True)
     assert result.sequence_loss is not None
     return result.sequence_loss, result.loss
 

@@ -77,8 +77,8 @@ def trained(recipe: Any, output: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from gpt_runs import batch_of_step, share_of_rank
 
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
-    from megatron_opus.backends.engines.deepspeed.train_step import build_engine, train_step
+    from megatron_opus.backends.engines.build import build_engine
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.build import build_model
     from megatron_opus.backends.model.gpt import forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
@@ -90,9 +90,9 @@ def trained(recipe: Any, output: Path) -> dict[str, Any]:
     groups = init_parallel(recipe.parallel)
     gpt = build_model(recipe)
     load_initial_weights(gpt, recipe, groups)
-    engine, _ = build_engine(gpt, recipe, groups)
+    engine = build_engine(gpt, recipe, groups)
     for step in range(2):
-        train_step(engine, share_of_rank(batch_of_step(step, size=4), groups, 2))
+        engine.train_step(share_of_rank(batch_of_step(step, size=4), groups, 2))
     checkpoint.save(engine, output, step=2, state={}, fingerprints={}, config=recipe, keep=1)
     engine.module.eval()
     return hf_models.logits_of(engine.module, groups, dist, forward_loss, Batch)

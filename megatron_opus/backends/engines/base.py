@@ -1,18 +1,101 @@
-"""What every engine gives back."""
+"""What engines share: the runner of a model that is whole on every rank, and evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_opus.types import Batch, Groups, ScoringMicrobatch
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one optimizer step did; identical on every rank."""
+class WholeModelRunner:
+    """Runs scoring micro-batches through a model that is not cut into pipeline stages (see `MicrobatchRunner`)."""
 
-    loss: float  # mean over the K sequences
-    grad_norm: float  # before clipping; inf when the step was skipped
-    lr: float  # the rate that the step used
-    skipped: bool  # a NaN or Inf gradient: weights, optimizer state and schedule are unchanged
-    sequence_loss: Tensor | None = None  # [K] float32, each sequence's own mean, in the order the iterator was filled
+    def __init__(
+        self, model: nn.Module, token_losses: Callable[[nn.Module, Batch], Tensor], device: torch.device
+    ) -> None:
+        """`token_losses(model, batch)` gives the unreduced float32 losses [b, T]; `device` is where batches go."""
+        self.chunks: Sequence[nn.Module] = (model,)
+        self._model, self._token_losses, self._device = model, token_losses, device
+
+    def losses(self, batches: Sequence[Batch]) -> list[Tensor] | None:
+        with torch.no_grad():
+            return [self._token_losses(self._model, batch.to(self._device)) for batch in batches]
+
+    def backward(self, micros: Sequence[ScoringMicrobatch]) -> None:
+        for micro in micros:
+            self._one(micro)
+
+    def _one(self, micro: ScoringMicrobatch) -> None:
+        """Run one micro-batch in a scope of its own, so that its graph is gone before the next one is built."""
+        # the hooks stay through the backward pass, in which activation checkpointing runs the forward pass again
+        with micro.observed():
+            with micro.precision():
+                token_losses = self._token_losses(self._model, micro.batch.to(self._device))
+            objective = micro.objective(token_losses)
+            with micro.precision(backward=True):
+                torch.autograd.grad(objective, micro.leaves)
+
+
+def evaluate(
+    token_losses: Callable[[Batch], Tensor],
+    model: nn.Module,
+    batches: Mapping[str, Batch],
+    groups: Groups,
+    micro_batch_size: int,
+    device: torch.device,
+    *,
+    equally_often: bool,
+) -> dict[str, float]:
+    """Compute the mean loss per counted token of each domain, identical on every rank. Collective over `groups.dp`.
+
+    `batches` holds the same sequences on every rank, of which each data-parallel rank evaluates its share. Dropout is
+    off and the model's mode is restored. `equally_often` makes every rank run as many forward passes as the others:
+    ZeRO 3 gathers weights in each of them. A domain without any counted token is NaN.
+    """
+    sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)  # loss, tokens
+    with evaluation(model):
+        for row, batch in enumerate(batches.values()):
+            first, last = (len(batch) * (groups.dp_rank + i) // groups.dp_size for i in (0, 1))
+            largest = -(-len(batch) // groups.dp_size)
+            for start in range(first, first + largest, micro_batch_size):
+                piece = batch.rows(start, min(start + micro_batch_size, last)).to(device)
+                if start >= last:
+                    if equally_often:
+                        token_losses(batch.rows(0, 1).to(device))
+                    continue
+                counted = piece.loss_mask != 0
+                sums[row, 0] += token_losses(piece)[counted].double().sum()
+                sums[row, 1] += counted.sum()
+    if groups.dp is not None:
+        dist.all_reduce(sums, group=groups.dp)
+    values = sums.tolist()
+    return {name: (loss / n if n else math.nan) for name, (loss, n) in zip(batches, values, strict=True)}
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Turn dropout and graphs off inside the block; the mode that was there comes back after it."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def of_all_ranks(own: Tensor, groups: Groups) -> Tensor:
+    """Gather [K / dp] values to [K], identical to the last bit on every rank. Collective."""
+    if groups.dp is not None:
+        parts = [torch.empty_like(own) for _ in range(groups.dp_size)]
+        dist.all_gather(parts, own, group=groups.dp)
+        own = torch.cat(parts)
+    if groups.tp is not None:  # what is decided from it must not depend on a rank's kernels
+        dist.broadcast(own, src=dist.get_global_rank(groups.tp, 0), group=groups.tp)
+    return own

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_opus.backends.engines.deepspeed import muon
-from megatron_opus.backends.engines.deepspeed.muon import UnsupportedOptimizer
-from megatron_opus.backends.engines.deepspeed.second_moment import SecondMoment
+from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.types import AdamHyper, Geometry, Hyper, MuonHyper, SgdHyper
 
 SECOND_MOMENT = "exp_avg_sq"
@@ -19,7 +17,7 @@ MOMENTUM = "momentum_buffer"
 Kind = Literal["adamw", "muon", "sgd"]
 
 
-def _kind(optimizer: Any, group: dict[str, Any]) -> Kind:
+def kind_of(optimizer: Any, group: dict[str, Any]) -> Kind:
     """What updates the parameters of this group."""
     classes = type(optimizer).__mro__
     names = {cls.__name__ for cls in classes}
@@ -50,7 +48,7 @@ def _numbers(values: Sequence[float | Tensor]) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class Found:
     """What is known of one weight's coming step."""
 
     weight: Tensor
@@ -60,7 +58,22 @@ class _Found:
     steps: int | None  # completed steps as the engine counts them; None: nobody counts them for us
 
 
-def _hypers(found: Sequence[_Found], geometry: Geometry, has_muon: bool, own: SecondMoment | None) -> list[Hyper]:
+MuonRule = Callable[[Found, float], MuonHyper]
+
+
+def hypers(
+    found: Sequence[Found],
+    geometry: Geometry,
+    has_muon: bool,
+    *,
+    muon: MuonRule,
+    own_adam: Callable[[float], AdamHyper] | None = None,
+) -> list[Hyper]:
+    """Describe the coming step of every weight, with at most one device synchronisation for all of them.
+
+    `muon` reads the numbers of a Muon step from the library that takes it. `own_adam(lr)` describes the second moment
+    that the selector keeps for Muon's weights, where it keeps one. Raises UnsupportedOptimizer.
+    """
     # FusedAdam counts its steps in the group, torch and DeepSpeedCPUAdam in the state
     steps = _numbers([0 if f.steps == 0 else f.state.get("step", f.group.get("step", 0)) for f in found])
     rates = _numbers([f.group["lr"] for f in found])
@@ -71,8 +84,8 @@ def _hypers(found: Sequence[_Found], geometry: Geometry, has_muon: bool, own: Se
             wanted = "adamw"  # a Muon run has AdamW weights, and that is what moves them
         if wanted == "sgd":
             result.append(SgdHyper(lr=lr * _sgd_factor(f) if f.kind == "sgd" else lr))
-        elif wanted == "adamw" and f.kind == "muon" and own is not None:
-            result.append(own.hyper(lr))
+        elif wanted == "adamw" and f.kind == "muon" and own_adam is not None:
+            result.append(own_adam(lr))
         elif wanted != f.kind:
             remedy = "; set selection.preconditioner.kind=adamw before the run starts" if f.kind == "muon" else ""
             raise UnsupportedOptimizer(
@@ -81,11 +94,11 @@ def _hypers(found: Sequence[_Found], geometry: Geometry, has_muon: bool, own: Se
         elif wanted == "adamw":
             result.append(_adam(f, int(step), lr))
         else:
-            result.append(_muon(f, lr))
+            result.append(muon(f, lr))
     return result
 
 
-def _adam(f: _Found, step: int, lr: float) -> AdamHyper:
+def _adam(f: Found, step: int, lr: float) -> AdamHyper:
     missing = f.state and f.steps != 0 and SECOND_MOMENT not in f.state
     if f.group.get("amsgrad") or missing:
         raise UnsupportedOptimizer(
@@ -96,28 +109,7 @@ def _adam(f: _Found, step: int, lr: float) -> AdamHyper:
     return AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=float(f.group["eps"]), step=step)
 
 
-def _muon(f: _Found, lr: float) -> MuonHyper:
-    weight: Any = f.weight
-    shape = tuple(getattr(weight, "ds_shape", weight.shape))
-    if len(shape) != 2 or getattr(weight, "is_expert_group", False) or getattr(weight, "muon_num_heads", None):
-        raise UnsupportedOptimizer(
-            f"Muon: expected whole two-dimensional matrices, got shape {list(shape)}, expert group "
-            f"{bool(getattr(weight, 'is_expert_group', False))}, heads {getattr(weight, 'muon_num_heads', None)}; "
-            "such a weight is orthogonalised in parts, which the selector does not describe: give it to AdamW"
-        )
-    # without a count, a momentum is there after the first step
-    steps = f.steps if f.steps is not None else int(MOMENTUM in f.state)
-    return MuonHyper(
-        lr=lr,
-        momentum=float(f.group["momentum"]),
-        nesterov=muon.nesterov(),
-        scale=muon.shape_scale(*shape),
-        coefficients=muon.coefficients(f.group.get("ns_method", "gram")),
-        step=steps,
-    )
-
-
-def _sgd_factor(f: _Found) -> float:
+def _sgd_factor(f: Found) -> float:
     """Share of a new gradient in SGD's coming step: 1, but 1 + mu with Nesterov and 1 - dampening once it runs."""
     if f.group.get("nesterov"):
         return 1.0 + float(f.group["momentum"])
@@ -125,5 +117,16 @@ def _sgd_factor(f: _Found) -> float:
     return 1.0 - float(f.group.get("dampening", 0.0)) if running else 1.0
 
 
-def _kinds(optimizer: Any, groups: Iterable[dict[str, Any]]) -> list[Kind]:
-    return [_kind(optimizer, group) for group in groups]
+def kinds(optimizer: Any, groups: Iterable[dict[str, Any]]) -> list[Kind]:
+    return [kind_of(optimizer, group) for group in groups]
+
+
+def find(table: Mapping[int, Any], weight: Tensor) -> Any:
+    """Look a parameter up by identity. Raises UnsupportedOptimizer for one that belongs to no parameter group."""
+    try:
+        return table[id(weight)]
+    except KeyError:
+        raise UnsupportedOptimizer(
+            f"a scored weight of shape {list(weight.shape)} belongs to no parameter group "
+            "of the optimizer; freeze it (requires_grad=False) so that it is not scored, or give it to the optimizer"
+        ) from None

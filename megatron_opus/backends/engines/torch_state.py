@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_opus.backends.engines.deepspeed.partition import find
-from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, _Found, _hypers, _kind, _kinds
+from megatron_opus.backends.engines.deepspeed import muon
+from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, find, hypers, kind_of, kinds
 from megatron_opus.types import Fragment, Geometry, Hyper
 
 
@@ -17,7 +17,7 @@ class TorchState:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.sharded_over_dp = False
         self._optimizer = optimizer
-        self._has_muon = "muon" in _kinds(optimizer, optimizer.param_groups)
+        self._has_muon = "muon" in kinds(optimizer, optimizer.param_groups)
         self._where = {
             id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])
         }
@@ -26,16 +26,16 @@ class TorchState:
         found = []
         for weight in weights:
             group = self._optimizer.param_groups[find(self._where, weight)[0]]
-            kind, state = _kind(self._optimizer, group), self._optimizer.state.get(weight, {})
-            found.append(_Found(weight=weight, kind=kind, group=group, state=state, steps=None if state else 0))
-        return _hypers(found, geometry, self._has_muon, None)
+            kind, state = kind_of(self._optimizer, group), self._optimizer.state.get(weight, {})
+            found.append(Found(weight=weight, kind=kind, group=group, state=state, steps=None if state else 0))
+        return hypers(found, geometry, self._has_muon, muon=muon.hyper)
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         return self._fragment(weight, SECOND_MOMENT)
 
     def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         group = self._optimizer.param_groups[find(self._where, weight)[0]]
-        return self._fragment(weight, MOMENTUM) if _kind(self._optimizer, group) == "muon" else []
+        return self._fragment(weight, MOMENTUM) if kind_of(self._optimizer, group) == "muon" else []
 
     def _fragment(self, weight: torch.nn.Parameter, name: str) -> Sequence[Fragment]:
         state = self._optimizer.state.get(weight, {})

@@ -6,7 +6,6 @@ takes its piece: every degree starts from the same model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -277,15 +276,3 @@ def forward_loss(model: Any, batch: Batch) -> Tensor:
         **bias,
     )
     return losses.float()
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module) -> Any:
-    """Dropout off and no graph inside the block; the mode that was there comes back after it."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

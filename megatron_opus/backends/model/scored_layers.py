@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from megatron_opus.backends.engines.deepspeed.partition import local_shape
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.types import Ranges, ScoredLayer
 
@@ -48,7 +49,7 @@ def megatron_layers(
         if tied and not selection.score_embedding:
             raise ConfigError(_half_of_a_tied_weight("score_output_layer", "score_embedding"))
         whole, rows, cols = shard_map(f"{matrix}.weight")
-        local, found = (sum(n for _, n in rows), sum(n for _, n in cols)), _full_shape(weight)
+        local, found = (sum(n for _, n in rows), sum(n for _, n in cols)), local_shape(weight)
         if found != local:
             raise ValueError(f"{matrix}.weight: expected the local shape {local}, got {found}")
         row_parallel = isinstance(module, RowParallelLinear)
@@ -73,11 +74,6 @@ def megatron_layers(
     if tied_model and selection.score_embedding and not selection.score_output_layer:
         raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
     return of_blocks(layers, selection.scored_layers)
-
-
-def _full_shape(weight: nn.Parameter) -> tuple[int, ...]:
-    """The local shard's shape; ZeRO 3 keeps a partition of it and remembers the shape."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def _half_of_a_tied_weight(given: str, missing: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+from megatron_opus.backends.engines.processes import init_distributed
 from megatron_opus.backends.formats import indexed
 from megatron_opus.backends.model.parallel import init_parallel
 from megatron_opus.config import ModelConfig, ParallelConfig

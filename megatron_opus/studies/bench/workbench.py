@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from megatron_opus.backends.engines.base import WholeModelRunner
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.formats.indexed import open_documents
 from megatron_opus.backends.model.gpt import build_gpt, forward_loss
@@ -184,7 +185,14 @@ class Workbench:
     def scorer(self, config: SelectionConfig) -> ScoringPass:
         layers = megatron_layers(self.model, standard_shard_map(self.model), config)
         state = optimizer_state(self.optimizer)
-        return ScoringPass(self.model, layers, state, config, forward_loss, groups=Groups(), device=self.device)
+        return ScoringPass(
+            WholeModelRunner(self.model, forward_loss, self.device),
+            layers,
+            state,
+            config,
+            groups=Groups(),
+            device=self.device,
+        )
 
     def plain(self, batch: Batch) -> None:
         """Forward and activation-gradient backward down to the lowest scored output: what scoring cannot do without."""
@@ -248,7 +256,7 @@ def plain_pass(model: nn.Module, layers: Sequence[ScoredLayer], batch: Batch) ->
 
     handles = [layer.module.register_forward_hook(hook) for layer in layers]
     try:
-        with undisturbed(model):
+        with undisturbed([model]):
             losses = forward_loss(model, batch)
             torch.autograd.grad((losses * batch.loss_mask).sum(), leaves)
     finally:

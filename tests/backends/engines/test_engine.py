@@ -114,7 +114,7 @@ def masters_at_the_start(zero: int) -> bool:
     config = recipe(zero=zero, precision="bf16")
     engine, _ = start(config)
     if zero == 0:
-        pairs = zip(engine.optimizer.fp32_groups, engine.optimizer.fp16_groups, strict=True)
+        pairs = zip(engine.deepspeed.optimizer.fp32_groups, engine.deepspeed.optimizer.fp16_groups, strict=True)
         return all(torch.equal(a, b.float()) for high, low in pairs for a, b in zip(high, low, strict=True))
     mapped = [p for p in engine.module.parameters() if p._hp_mapping is not None]
     return all(
@@ -140,24 +140,23 @@ def weights_here(engine: Any) -> list[torch.Tensor]:
 
 
 def skip_and_go_on(arguments: dict[str, Any]) -> dict[str, Any]:
-    from megatron_opus.backends.engines.deepspeed.train_step import train_step
 
     config = recipe(**arguments)
     engine, groups = start(config)
     first = steps(engine, groups, 0, 1)
     before = weights_here(engine)
-    lr = engine.get_lr()[0]
+    lr = engine.lr
     bad = batch_of_step(1)
     if groups.dp_rank == 1:  # on one rank only: the others must hear of it
         bad.loss_mask[-1, -1] = math.inf
-    result = train_step(engine, share_of_rank(bad, groups, 2))
+    result = engine.train_step(share_of_rank(bad, groups, 2))
     same = all(torch.equal(a, b) for a, b in zip(before, weights_here(engine), strict=True))
-    moment = engine.step_settings.second_moment
+    moment = engine.deepspeed.step_settings.second_moment
     return {
         "skipped": result.skipped,
         "counted": None if moment is None else moment.steps,
         "loss": result.loss,
-        "unchanged": same and engine.get_lr()[0] == lr,
+        "unchanged": same and engine.lr == lr,
         "losses": first + steps(engine, groups, 1, 3),
     }
 
@@ -191,13 +190,12 @@ def test_a_nan_gradient_is_not_applied(world2: Any, arguments: dict[str, Any]) -
 
 
 def evaluations(tp: int, zero: int) -> tuple[dict[str, float], dict[str, float], bool]:
-    from megatron_opus.backends.engines.losses import evaluate
     from megatron_opus.backends.model.gpt import forward_loss
 
-    engine, groups = start(recipe(tp=tp, zero=zero))
+    engine, _ = start(recipe(tp=tp, zero=zero))
     batches = {"a": batch_of_step(50, size=5), "b": batch_of_step(51, size=3)}
     engine.module.train()
-    got = evaluate(engine, batches, groups, micro_batch_size=2)
+    got = engine.evaluate(batches, micro_batch_size=2)
     want = {}
     with torch.no_grad():
         for name, batch in batches.items():
@@ -225,11 +223,10 @@ def test_sequence_losses() -> None:
 
 
 def wrong_microbatch() -> str:
-    from megatron_opus.backends.engines.deepspeed.train_step import train_step
 
     engine, _ = start(recipe())
     try:
-        train_step(engine, iter([batch_of_step(0, size=3)]))
+        engine.train_step(iter([batch_of_step(0, size=3)]))
     except ValueError as error:
         return str(error)
     return ""
@@ -243,13 +240,11 @@ def test_microbatch_of_another_size(world2: Any) -> None:
 def documents_in_training(tp: int) -> list[float]:
     import dataclasses
 
-    from megatron_opus.backends.engines.deepspeed.train_step import train_step
-
     engine, groups = start(recipe(tp=tp))
     batch: Batch = batch_of_step(0)
     ids = torch.stack([(torch.arange(LENGTH) >= 3 + z).int() for z in range(K)])
     marked = dataclasses.replace(batch, document_ids=ids)
-    return [train_step(engine, share_of_rank(b, groups, 2)).loss for b in (marked, batch)]
+    return [engine.train_step(share_of_rank(b, groups, 2)).loss for b in (marked, batch)]
 
 
 def test_documents_reach_the_attention(world2: Any) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from megatron_opus.backends.engines.deepspeed import muon
 from megatron_opus.backends.engines.deepspeed.optimizers import parameter_groups
-from megatron_opus.backends.engines.optimizer_state import UnsupportedOptimizer, optimizer_state
+from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.config import OptimizerConfig
+from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.types import AdamHyper, MuonHyper, SgdHyper
 
 

@@ -113,7 +113,6 @@ def assembled(state: Any, layer: Any, groups: Any, which: str) -> Tensor | None:
 
 
 def with_engine(arguments: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    from megatron_opus.backends.engines.optimizer_state import optimizer_state
     from megatron_opus.backends.model.gpt import weight_shard
     from megatron_opus.backends.model.scored_layers import megatron_layers
 
@@ -122,7 +121,7 @@ def with_engine(arguments: dict[str, Any], dtype: torch.dtype | None) -> dict[st
     engine, groups = start(config)
     shard = functools.partial(weight_shard, config=GPT2, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
     layers = megatron_layers(engine.module, shard)
-    state, weights = optimizer_state(engine), [layer.weight for layer in layers]
+    state, weights = engine.optimizer_state(), [layer.weight for layer in layers]
     before = state.hypers(weights, config.selection.preconditioner.kind)
     losses = steps(engine, groups, 0, STEPS, config.training.micro_batch_size)
     return {
@@ -130,7 +129,7 @@ def with_engine(arguments: dict[str, Any], dtype: torch.dtype | None) -> dict[st
         "newton_schulz": compared_in,
         "before": before,
         "after": state.hypers(weights, config.selection.preconditioner.kind),
-        "lr": float(engine.get_lr()[0]),
+        "lr": engine.lr,
         "second": {f"{x.name}.weight": assembled(state, x, groups, "second_moment") for x in layers},
         "momentum": {f"{x.name}.weight": assembled(state, x, groups, "momentum") for x in layers},
     }

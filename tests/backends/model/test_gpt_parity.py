@@ -38,7 +38,7 @@ def of_rank(
     model: ModelConfig, tp: int, *, sp: bool = False, documents: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """Token losses, and weights and gradients of this rank with the place of each in the whole parameter."""
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.layout.sharding import is_sharded, weight_shard
@@ -204,7 +204,7 @@ def test_cuda_against_cpu() -> None:
     """Fused kernels that compute another function than the CPU's (the tanh GELU, dropout off)."""
     import torch.distributed as dist
 
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
 

@@ -16,7 +16,7 @@ DROPOUT = dataclasses.replace(GPT2, hidden_dropout=0.2, attention_dropout=0.1)
 
 def of_rank(model: Any, recompute: str, sp: bool, documents: bool) -> dict[str, Any]:
     """Losses and gradients, and how many numbers autograd kept of the forward pass."""
-    from megatron_opus.backends.engines.deepspeed.engine import init_distributed
+    from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
 

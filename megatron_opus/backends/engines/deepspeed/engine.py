@@ -1,13 +1,11 @@
-"""DeepSpeed: process start-up, the engine, and the few places where its ZeRO stages differ from each other."""
+"""Build a DeepSpeed engine: its configuration, and the few places where its ZeRO stages differ from each other."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,46 +20,9 @@ from megatron_opus.backends.engines.deepspeed.optimizers import build_optimizer
 from megatron_opus.backends.engines.deepspeed.partition import Partition
 from megatron_opus.backends.engines.deepspeed.second_moment import SecondMoment
 from megatron_opus.backends.engines.deepspeed.stepping import StepSettings
-from megatron_opus.backends.model import cpu_shims
-from megatron_opus.config import ConfigError, ParallelConfig, RunConfig, keeps_second_moment
+from megatron_opus.config import ConfigError, RunConfig, keeps_second_moment
 from megatron_opus.config.checks import accumulates_in_fp32
 from megatron_opus.types import Groups
-
-__all__ = ["ModelParallelUnit", "deepspeed_config", "init_distributed", "initialize"]
-
-
-def init_distributed(parallel: ParallelConfig) -> torch.device:
-    """Join the processes that the launcher started (or stand alone without one); the device of this process.
-
-    NCCL with a GPU per process, gloo without any. A process group that exists already is kept. Collectives that wait
-    longer than `distributed_timeout_minutes` raise instead of hanging. Raises ConfigError when processes outnumber the
-    GPUs of this machine.
-    """
-    cpu_shims.install()
-    import deepspeed
-
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it, even without a launcher
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank}: expected fewer processes than GPUs ({torch.cuda.device_count()}); start "
-                f"deepspeed --num_gpus {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    if not dist.is_initialized():
-        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    # One line per rank and internal decision otherwise; warnings stay.
-    deepspeed.utils.logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    return device
 
 
 class ModelParallelUnit:
@@ -155,6 +116,9 @@ def initialize(
     """
     import deepspeed
 
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    # One line per rank and internal decision otherwise; warnings stay.
+    deepspeed.utils.logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
     o, names = config.optimizer, {name: p for name, p in model.named_parameters() if muon.gets_muon(name, p)}
     optimizer, taken = build_optimizer(model, o, offload=config.parallel.offload_optimizer == "cpu")
     # BF16_Optimizer refuses Muon beside any mpu; without tensor parallelism there is nothing for an mpu to say

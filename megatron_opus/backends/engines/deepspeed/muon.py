@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megatron_opus.backends.engines.deepspeed.partition import local_shape
+from megatron_opus.backends.engines.hyper import MOMENTUM, Found
 from megatron_opus.backends.model import cpu_shims
-from megatron_opus.errors import Refusal
+from megatron_opus.errors import UnsupportedOptimizer
+from megatron_opus.types import MuonHyper
 
 BLOCKS = "decoder.layers."  # of a Megatron GPT: embeddings, the last norm and the output layer lie outside
-
-
-class UnsupportedOptimizer(Refusal, TypeError):
-    """An optimizer whose update the selector cannot describe."""
 
 
 def gets_muon(name: str, parameter: Tensor) -> bool:
@@ -84,3 +83,25 @@ def coefficients(ns_method: str) -> tuple[tuple[float, float, float], ...]:
 
 def _default(name: str) -> Any:
     return inspect.signature(inspect.unwrap(kernels().muon_update)).parameters[name].default
+
+
+def hyper(f: Found, lr: float) -> MuonHyper:
+    """Describe the coming Muon step of one weight. Raises UnsupportedOptimizer for one that Muon takes in parts."""
+    weight: Any = f.weight
+    shape = local_shape(weight)
+    if len(shape) != 2 or getattr(weight, "is_expert_group", False) or getattr(weight, "muon_num_heads", None):
+        raise UnsupportedOptimizer(
+            f"Muon: expected whole two-dimensional matrices, got shape {list(shape)}, expert group "
+            f"{bool(getattr(weight, 'is_expert_group', False))}, heads {getattr(weight, 'muon_num_heads', None)}; "
+            "such a weight is orthogonalised in parts, which the selector does not describe: give it to AdamW"
+        )
+    # without a count, a momentum is there after the first step
+    steps = f.steps if f.steps is not None else int(MOMENTUM in f.state)
+    return MuonHyper(
+        lr=lr,
+        momentum=float(f.group["momentum"]),
+        nesterov=nesterov(),
+        scale=shape_scale(*shape),
+        coefficients=coefficients(f.group.get("ns_method", "gram")),
+        step=steps,
+    )

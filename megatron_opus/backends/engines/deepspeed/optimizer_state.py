@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from megatron_opus.backends.engines.deepspeed import muon
 from megatron_opus.backends.engines.deepspeed.partition import Partition
 from megatron_opus.backends.engines.deepspeed.second_moment import SecondMoment
-from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, _Found, _hypers, _kind, _kinds
+from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, hypers, kind_of, kinds
 from megatron_opus.types import Fragment, Geometry, Hyper
 
 
@@ -28,7 +29,7 @@ class DeepSpeedState:
         self._engine = engine
         self._partition = Partition(engine)
         self._optimizer = self._partition.optimizer
-        self._has_muon = "muon" in _kinds(self._optimizer, self._optimizer.param_groups)
+        self._has_muon = "muon" in kinds(self._optimizer, self._optimizer.param_groups)
         self._own: SecondMoment | None = getattr(getattr(engine, "step_settings", None), "second_moment", None)
         self.sharded_over_dp = self._partition.sharded_over_dp
 
@@ -39,9 +40,15 @@ class DeepSpeedState:
         for weight in weights:
             group = self._partition.group(weight)
             state = self._optimizer.state.get(self._partition.key(weight), {})
-            kind = _kind(self._optimizer, group)
-            found.append(_Found(weight=weight, kind=kind, group=group, state=state, steps=steps))
-        return _hypers(found, geometry, self._has_muon, self._own)
+            kind = kind_of(self._optimizer, group)
+            found.append(Found(weight=weight, kind=kind, group=group, state=state, steps=steps))
+        return hypers(
+            found,
+            geometry,
+            self._has_muon,
+            muon=muon.hyper,
+            own_adam=None if self._own is None else self._own.hyper,
+        )
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         if self._own is not None and self._own.keeps(weight):
@@ -50,7 +57,7 @@ class DeepSpeedState:
 
     def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
         p = self._partition
-        if _kind(self._optimizer, p.group(weight)) != "muon":
+        if kind_of(self._optimizer, p.group(weight)) != "muon":
             return []
         if p.kind != "zero12" or p.offloaded:
             return self._fragment(weight, MOMENTUM)

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opus.backends.engines.deepspeed.muon import UnsupportedOptimizer
+from megatron_opus.backends.engines.hyper import find
+from megatron_opus.errors import UnsupportedOptimizer
 
 EngineKind = Literal["whole", "flat", "zero12", "bf16", "zero3"]
 
@@ -68,7 +69,8 @@ class Partition:
 
     def where(self, weight: Tensor) -> tuple[int, int]:
         """(group of `params`, position in it). Raises UnsupportedOptimizer for a weight that is not optimized."""
-        return find(self._where, weight)
+        found: tuple[int, int] = find(self._where, weight)
+        return found
 
     def group(self, weight: Tensor) -> dict[str, Any]:
         """The optimizer's parameter group: rates and other hyper-parameters."""
@@ -101,12 +103,11 @@ class Partition:
         return Owned(start=low.start, offset=high.start, n=high.numel)
 
 
-def find(table: dict[int, tuple[int, int]], weight: Tensor) -> tuple[int, int]:
-    """Entry of a parameter by identity. Raises UnsupportedOptimizer."""
-    try:
-        return table[id(weight)]
-    except KeyError:
-        raise UnsupportedOptimizer(
-            f"a scored weight of shape {list(getattr(weight, 'ds_shape', weight.shape))} belongs to no parameter group "
-            "of the optimizer; freeze it (requires_grad=False) so that it is not scored, or give it to the optimizer"
-        ) from None
+def local_shape(weight: Tensor) -> tuple[int, ...]:
+    """Return the shape of this rank's shard; ZeRO 3 keeps a partition of it and remembers the shape."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def is_engine(value: Any) -> bool:
+    """Tell whether `value` is a DeepSpeed engine, without importing DeepSpeed."""
+    return hasattr(value, "zero_optimization_stage") and hasattr(value, "module")
