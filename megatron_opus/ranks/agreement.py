@@ -91,11 +91,18 @@ def together(action: Callable[[], T], doing: str) -> T:
     return result  # type: ignore[return-value]
 
 
-def on_all_ranks(action: Callable[[], object]) -> None:
+def on_all_ranks(action: Callable[[], T]) -> T:
     """Run `action` on every rank; when it raises on one, every rank raises the same CheckpointError. Collective."""
-    failed = [text for text in _attempt(action)[2] if text]
+    result, _, everyone = _attempt(action)
+    failed = [text for text in everyone if text]
     if failed:
         raise CheckpointError("\n".join(dict.fromkeys(failed)))
+    return result  # type: ignore[return-value]
+
+
+def gathered(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return all results in rank order; errors as in `on_all_ranks`. Collective."""
+    return _gather(on_all_ranks(action))
 
 
 def on_rank_0(action: Callable[[], T]) -> T:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_opus.config import RunConfig, to_dict
+from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.errors import CheckpointError
 
 MARKER = "complete.json"
@@ -127,9 +130,35 @@ def verify_files(path: Path, marker: Mapping[str, Any]) -> None:
         if found != size:
             damaged.append(f"  {name}: expected {size} bytes, got {'no file' if found is None else found}")
     if damaged:
-        others = [str(p) for p in complete(path.parent) if p != path]
-        remedy = f"resume from {others[-1]} instead, if that is wanted" if others else "there is no other one to go to"
-        raise CheckpointError(f"checkpoint {path} is damaged; {remedy}:\n" + "\n".join(damaged))
+        raise CheckpointError(f"checkpoint {path} is damaged; {_other_one(path)}:\n" + "\n".join(damaged))
+
+
+def sha256_of(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Compute the SHA-256 of files below `path`, several at a time (hashing leaves the interpreter's lock)."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: file_sha256(path / name), names), strict=True))
+
+
+def verify_contents(path: Path, marker: Mapping[str, Any], share: tuple[int, int] = (0, 1)) -> None:
+    """Raise CheckpointError where a file's contents are not those that were saved.
+
+    `share` (i, n) reads every n-th file from the i-th on, largest files first, so that ranks divide the work. A
+    checkpoint of a release that recorded no digests is passed over: its sizes are all that is known.
+    """
+    digests, sizes = marker.get("sha256", {}), marker["files"]
+    names = sorted(digests, key=lambda name: (-sizes.get(name, 0), name))[share[0] :: share[1]]
+    found = sha256_of(path, names)
+    changed = [name for name in names if found[name] != digests[name]]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: the contents of {', '.join(changed[:5])} are not those that were saved, "
+            f"though the sizes are; {_other_one(path)}"
+        )
+
+
+def _other_one(path: Path) -> str:
+    others = [str(p) for p in complete(path.parent) if p != path]
+    return f"resume from {others[-1]} instead, if that is wanted" if others else "there is no other one to go to"
 
 
 def _versions() -> dict[str, str]:

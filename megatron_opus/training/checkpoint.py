@@ -5,8 +5,8 @@
         state.pt           what the loop gave: buffer, generators, counters; the same on every rank
         rng_00000.pt ..    random states of each rank
         moment_00000.pt .. each rank's part of the selector's own second moment, where it keeps one
-        complete.json      written last: step, layout, configuration, fingerprints, environment, and the size of every
-                           file above
+        complete.json      written last: step, layout, configuration, fingerprints, environment, size and SHA-256 of
+                           every file above
 
 A directory without `complete.json` is not a checkpoint. It is ignored, and removed only when the same step is saved
 again. A complete one is never written into: a second save of its step goes beside it (`step_00000500.1`). Ranks must
@@ -19,7 +19,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_opus.backends.formats.torch_files import load_plain, pickles_below, refuse_code
 from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
 from megatron_opus.errors import CheckpointError
-from megatron_opus.ranks.agreement import environment, on_all_ranks, on_rank_0
+from megatron_opus.ranks.agreement import environment, gathered, on_all_ranks, on_rank_0
 from megatron_opus.runs.checkpoints import (
     DELETING,
     FORMAT,
@@ -40,6 +42,8 @@ from megatron_opus.runs.checkpoints import (
     check,
     complete,
     latest,
+    sha256_of,
+    verify_contents,
 )
 from megatron_opus.types import TrainEngine
 
@@ -73,6 +77,9 @@ def save(
             torch.save(own, path / f"moment_{rank:05d}.pt")
 
     on_all_ranks(write_local)
+    names: list[str] = on_rank_0(lambda: sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+    # every rank flushes and digests a share of all files, whichever rank wrote them
+    digests = gathered(lambda: _synced(path, names[rank::world]))
 
     def mark_complete() -> Path:
         kinds = ("rng",) if own is None else ("rng", "moment")
@@ -90,7 +97,8 @@ def save(
             "fingerprints": dict(fingerprints),
             "versions": _versions(),
             "environment": environment(),  # for the reader: never compared
-            "files": _synced_files(path),
+            "files": {name: (path / name).stat().st_size for name in names},
+            "sha256": {name: digest for of_rank in digests for name, digest in of_rank.items()},
         }
         _replace(path / MARKER, json.dumps(marker, indent=1, sort_keys=True))
         _prune(directory, keep)
@@ -99,18 +107,43 @@ def save(
     return on_rank_0(mark_complete)
 
 
-def load(engine: TrainEngine, path: Path, *, fingerprints: Mapping[str, str], config: RunConfig) -> dict[str, Any]:
-    """Restore engine and random states from one complete checkpoint; the `state` it was saved with. Collective.
+def load(
+    engine: TrainEngine,
+    path: Path,
+    *,
+    fingerprints: Mapping[str, str],
+    config: RunConfig,
+    verify: bool = True,
+    trust: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Restore engine and random states from one complete checkpoint; return the `state` it was saved with. Collective.
 
-    Everything is compared before anything is changed. Raises CheckpointError listing the keys that differ, or the
-    files that are missing or truncated.
+    Everything is compared before anything is changed: settings, sizes, and with `verify` the contents of all files,
+    which the ranks divide among themselves. Files that the host's library unpickles by itself are looked through for
+    anything that could run code, unless the user says that he trusts this checkpoint. Raises CheckpointError listing
+    the keys that differ, or the files that are missing, truncated, changed or not to be trusted.
     """
-    on_all_ranks(lambda: check(path, layout=_layout(engine), fingerprints=fingerprints, config=config))
-    moment = path / f"moment_{dist.get_rank():05d}.pt"
-    engine.load(path, torch.load(moment, map_location="cpu") if moment.is_file() else None)
-    # Written by this program with numpy arrays and generator states in it: not a file to take from a stranger.
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
-    _restore_rng(torch.load(path / f"rng_{dist.get_rank():05d}.pt", map_location="cpu", weights_only=False))
+    rank, share = dist.get_rank(), (dist.get_rank(), dist.get_world_size())
+
+    def examine() -> None:
+        marker = check(path, layout=_layout(engine), fingerprints=fingerprints, config=config)
+        if not trust:
+            refuse_code(pickles_below(path / "engine")[share[0] :: share[1]])
+        if verify:
+            started = time.perf_counter()
+            verify_contents(path, marker, share)
+            size, seconds = sum(marker["files"].values()) / 2**30, time.perf_counter() - started
+            if "sha256" in marker:
+                say(f"verified the contents of {path.name}: {size:.2f} GiB in {seconds:.1f} s (--no-verify skips it)")
+            else:
+                say(f"{path.name} was saved by a release that recorded no digests: only its files' sizes are known")
+
+    on_all_ranks(examine)
+    moment = path / f"moment_{rank:05d}.pt"
+    engine.load(path, load_plain(moment) if moment.is_file() else None)
+    state: dict[str, Any] = load_plain(path / "state.pt")
+    _restore_rng(load_plain(path / f"rng_{rank:05d}.pt"))
     return state
 
 
@@ -171,14 +204,16 @@ def _new_directory(directory: Path, step: int) -> Path:
     return path
 
 
-def _synced_files(path: Path) -> dict[str, int]:
-    """Relative name -> size of every file, flushed to the disk: the marker must not outlive what it vouches for."""
-    sizes = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        with file.open("rb") as handle:
+def _synced(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Flush files to the disk and digest them: the marker must not outlive what it vouches for.
+
+    A file that another rank wrote and this one cannot see is left out; `save` then names its rank.
+    """
+    seen = [name for name in names if (path / name).is_file()]
+    for name in seen:
+        with (path / name).open("rb") as handle:
             os.fsync(handle.fileno())
-        sizes[file.relative_to(path).as_posix()] = file.stat().st_size
-    return sizes
+    return sha256_of(path, seen)
 
 
 def _replace(path: Path, text: str) -> None:

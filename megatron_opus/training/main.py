@@ -20,7 +20,7 @@ from megatron_opus.errors import Refusal
 
 
 def main(config: Path, argv: Sequence[str]) -> int:
-    """Run one recipe. `argv`: key=value overrides, --resume, --dry-run, and the launcher's --local_rank.
+    """Run one recipe. `argv`: key=value overrides, --resume and its options, --dry-run, the launcher's --local_rank.
 
     Returns the exit status: 0 done, 1 failed while running, 2 refused before anything was built, 75 stopped in order by
     a signal or `training.exit_duration_minutes`, with a checkpoint. After a failure the process groups are left as they
@@ -41,20 +41,26 @@ def main(config: Path, argv: Sequence[str]) -> int:
         if rank == 0:
             print(configs.dump(recipe), end="")
         return 0
-    return _run(recipe, resume=arguments.resume, rank=rank)
+    return _run(recipe, arguments, rank)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [key=value ...] [--resume] [--dry-run]")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage="%(prog)s [key=value ...] [--resume [--no-verify] [--trust-checkpoint]] [--dry-run]"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="resume without reading the checkpoint's digests again"
+    )
+    parser.add_argument("--trust-checkpoint", action="store_true", help="resume from files that could run code")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_intermixed_args(list(argv))
     return arguments, list(arguments.overrides)
 
 
-def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
+def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
     # megatron-core warns six times that Apex and Transformer Engine are absent; the run reports both in its own words
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # imported late: a mistyped key should not take the seconds that torch, megatron-core and deepspeed need
@@ -71,7 +77,9 @@ def _run(recipe: RunConfig, *, resume: bool, rank: int) -> int:
     try:
         session = Session(
             recipe,
-            resume=resume,
+            resume=arguments.resume,
+            verify=not arguments.no_verify,
+            trust_checkpoint=arguments.trust_checkpoint,
             versions=software(),
             say=_say(rank),
             stop_requested=lambda: signals.received,

@@ -59,9 +59,15 @@ class Session:
         say: Say,
         stop_requested: Callable[[], int] = lambda: 0,
         watch: Watch | None = None,
+        verify: bool = True,
+        trust_checkpoint: bool = False,
     ) -> None:
-        """stop_requested: number of the signal by which this process was asked to stop, 0 for none. watch: is told what
-        this rank is doing."""
+        """Build everything.
+
+        `stop_requested` gives the number of the signal by which this process was asked to stop, 0 for none. `watch` is
+        told what this rank is doing. `verify` and `trust_checkpoint` say how a checkpoint is read at resume
+        (`checkpoint.load`).
+        """
         self._say = say
         minutes = recipe.training.exit_duration_minutes
         until = None if minutes is None else time.monotonic() + 60 * minutes
@@ -130,7 +136,7 @@ class Session:
             watch=watch or Watch(),
         )
         if resume:
-            self._resume()
+            self._resume(verify, trust_checkpoint)
         self._write_config()
 
     def train(self) -> bool:
@@ -163,12 +169,20 @@ class Session:
             keep=self.config.training.keep_checkpoints,
         )
 
-    def _resume(self) -> None:
+    def _resume(self, verify: bool, trust: bool) -> None:
         directory = checkpoint.shared_latest(self.run_dir / "checkpoints")
         if directory is None:
             self._say(f"no complete checkpoint in {self.run_dir}: killed before its first one, starting from step 0")
             return
-        state = checkpoint.load(self.engine, directory, config=self.config, fingerprints=self._fingerprints)
+        state = checkpoint.load(
+            self.engine,
+            directory,
+            config=self.config,
+            fingerprints=self._fingerprints,
+            verify=verify,
+            trust=trust,
+            say=self._say,
+        )
         self.driver.load_state_dict(state)
         check_agreement({"step resumed from": self.driver.counters.step})
         self._say(f"resumed from {directory} at step {self.driver.counters.step}")

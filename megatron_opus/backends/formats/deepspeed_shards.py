@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opus.backends.formats.torch_files import load_plain
 from megatron_opus.config import ConfigError
 
 _HELD = 64 * 2**20  # bytes read through one mapping before it is given back: its pages count as the process's memory
@@ -54,10 +55,7 @@ class DeepSpeedShards:
         """A copy of the (start, length) ranges of the first dimensions of one local shard, the others whole."""
         if self._read > _HELD:
             self.close()
-        if self._partitioned:
-            whole = self._gathered(rank, name)
-        else:
-            whole = self._load(self._model_file(rank), weights_only=True)["module"][name]
+        whole = self._gathered(rank, name) if self._partitioned else self._load(self._model_file(rank))["module"][name]
         piece = whole[tuple(slice(start, start + length) for start, length in ranges)].to(self._dtype, copy=True)
         self._read += (whole if self._partitioned else piece).numel() * whole.element_size()
         return piece
@@ -69,29 +67,25 @@ class DeepSpeedShards:
     def _scan(self, rank: int) -> dict[str, tuple[int, ...]]:
         if self._partitioned:
             path = self._partition(rank, 0, "model")
-            groups = self._load(path, weights_only=True)["param_shapes"]
+            groups = self._load(path)["param_shapes"]
             return {name: tuple(shape) for group in groups for name, shape in group.items()}
-        module = self._load(self._model_file(rank), weights_only=True)["module"]
+        module = self._load(self._model_file(rank))["module"]
         return {name: tuple(value.shape) for name, value in module.items() if isinstance(value, Tensor)}
 
     def _gathered(self, rank: int, name: str) -> Tensor:
         shape = self._shapes[rank][name]
         parts = []
         for dp in range(self._dp):
-            # Pickled with DeepSpeed's own classes in it; written by this program, not a file to take from a stranger.
-            state = self._load(self._partition(rank, dp, "optim"), weights_only=False)["optimizer_state_dict"]
+            state = self._load(self._partition(rank, dp, "optim"))["optimizer_state_dict"]
             parts.append(_narrow(state["fp32_flat_groups"], self._offsets[rank][name], self._part(shape)))
         return torch.cat(parts)[: math.prod(shape)].view(shape)
 
     def _part(self, shape: tuple[int, ...]) -> int:
         return -(-math.prod(shape) // self._dp)
 
-    def _load(self, path: Path, *, weights_only: bool) -> Any:
+    def _load(self, path: Path) -> Any:
         if path not in self._open:
-            try:
-                self._open[path] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-            except (RuntimeError, OSError, EOFError) as error:
-                raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+            self._open[path] = load_plain(path, mmap=True)
         return self._open[path]
 
     def _model_file(self, rank: int) -> Path:
