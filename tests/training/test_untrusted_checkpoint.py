@@ -90,6 +90,7 @@ def test_a_payload_in_any_file_does_not_run(
         marker["sha256"][name] = checkpoints.sha256_of(path, [name])[name]
         (path / checkpoints.MARKER).write_text(json.dumps(marker))
         said = world2.run(attempt, ARGUMENTS, str(path), {})
+        # a file of one rank is found by that rank, and every rank hears of it
         assert all(Path(name).name in text for text in said), (name, said)
         assert not proof.exists(), name
         shutil.rmtree(path.parent)
