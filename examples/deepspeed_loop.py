@@ -60,7 +60,7 @@ def main() -> None:
         engine.step()
         useful = int((chosen < N // 4).sum())
         if step % 5 == 0:
-            print(f"step {step:2d}  loss {float(loss):.3f}  {useful} of {K} drawn sequences count  {signals.geometry}")
+            print(f"step {step:2d}  loss {loss.item():.3f}  {useful} of {K} drawn sequences count  {signals.geometry}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """OPUS in a training loop of plain PyTorch: `python examples/own_loop.py`. It takes seconds on one CPU core.
 
 The target is counting with a fixed stride. A quarter of the candidates count, three quarters are random tokens. The
-loop trains two models from equal weights, one with OPUS and one with random selection, and prints the loss on the target.
+loop trains two models from equal weights, one with OPUS and one with random selection, and prints the target's loss.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def train(strategy_name: str) -> list[float]:
         loss_of(model, buffer[chosen]).backward()
         optimizer.step()
         if step % 10 == 0:
-            losses.append(float(loss_of(model, held_out)))
+            with torch.no_grad():
+                losses.append(float(loss_of(model, held_out)))
             print(f"{strategy_name:>6}  step {step:3d}  loss on the target {losses[-1]:.3f}")
     return losses
 
