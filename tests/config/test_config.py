@@ -345,9 +345,10 @@ def test_every_section_is_immutable_and_keyword_only() -> None:
         assert all(f.kw_only for f in dataclasses.fields(section)), section.__name__
 
 
-def test_every_key_that_the_readme_names_exists() -> None:
-    """Guards against a README that tells of keys which the program refuses."""
-    text = (CONFIGS.parent / "README.md").read_text()
+def test_every_key_that_a_page_names_exists() -> None:
+    """Guards against pages that tell of keys which the program refuses."""
+    pages = (CONFIGS.parent / "README.md", *(CONFIGS.parent / "docs").glob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     sections = "model|data|parallel|optimizer|training|selection"
     named = set(re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)(?=[`=,])", text))
     known = {".".join(path) for path in leaves(to_dict(from_dict(SMALL)))}
