@@ -1,4 +1,5 @@
-"""OPUS beside a DeepSpeed engine, on one CPU process: `python examples/deepspeed_loop.py`. It takes seconds.
+"""OPUS beside a DeepSpeed engine, on one CPU process: `python examples/deepspeed_loop.py`. It takes seconds,
+once DeepSpeed has compiled its communication for CPUs.
 
 The scorer reads the optimizer state out of the engine, at any ZeRO stage. The engine takes its ordinary step.
 """

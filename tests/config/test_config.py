@@ -14,7 +14,7 @@ import yaml
 from megatron_opus import config as config_module
 from megatron_opus.config import ConfigError, RunConfig, SelectionConfig, dump, from_dict, load, to_dict, validate_world
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 SMALL: dict[str, Any] = {"name": "x", "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}}
