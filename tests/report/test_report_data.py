@@ -42,13 +42,11 @@ def test_one_pass_agrees_with_the_whole_ledger(
     for b in range(5):
         for fate in (0, 1):
             mine = (bin_ == b) & (chosen == bool(fate))
-            np.testing.assert_allclose(found.utility[b, fate], np.quantile(utility[mine], QUANTILES))
             # two ways of the same sum: a few units in the last place
             np.testing.assert_allclose(found.standardised[b, fate], np.quantile(standard[mine], QUANTILES), atol=1e-12)
         for d in range(2):
             assert found.offered[b, d] == ((bin_ == b) & (domain == d)).sum()
             assert found.chosen[b, d] == ((bin_ == b) & (domain == d) & chosen).sum()
-    assert found.histogram.sum(axis=1).tolist() == [STEPS * (N - K), STEPS * K]
     np.testing.assert_allclose(found.domain_utility, [standard[domain == d].mean() for d in range(2)])
     assert found.excluded["non-finite factors"] == STEPS
     offered = Counter(table["sample_id"])
