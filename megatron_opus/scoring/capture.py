@@ -14,8 +14,8 @@ An embedding is a linear layer whose sides have changed places: its *row* factor
 is the gradient of its output. Plans call the column factor a and the row factor b.
 
 A forward hook projects a and puts a tensor hook on the output. The tensor hook projects b, adds what projections.py
-says to the pass's sums and drops both factors. Weights are frozen during the pass, so no weight gradient is computed; the
-output of a layer whose input needs no gradient becomes a leaf, which is where the backward pass stops.
+says to the pass's sums and drops both factors. Weights are frozen during the pass, so no weight gradient is computed;
+the output of a layer whose input needs no gradient becomes a leaf, which is where the backward pass stops.
 """
 
 from __future__ import annotations
