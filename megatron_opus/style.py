@@ -21,7 +21,7 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # at measured points: told apart without colour, too
 BASELINE = "#1b1f24"  # what everything else is compared with: drawn dashed in this colour
 UNCLEAR = "#8a929b"  # an interval that does not leave out 0
-AXES: dict[str, Any] = {
+AXES: Any = {  # a dictionary; matplotlib types every key
     "text.parse_math": False,  # a domain may have a dollar in its name
     "font.family": "sans-serif",
     "font.size": 9.0,
