@@ -16,7 +16,7 @@ MAX_TOOL_LINES = 20
 
 # A room may import itself and every room of an earlier line; rooms of one line do not know each other.
 ORDER = (
-    ("errors",),
+    ("errors", "files", "nested"),
     ("config", "types"),
     ("layout",),
     ("selection", "data"),
@@ -35,7 +35,7 @@ MAY_IMPORT = {
 } | {
     "__init__": {"api"},
     "__main__": {"cli"},
-    "data": {"data", "config", "types", "errors"},
+    "data": {"data", "config", "types", "errors", "files"},
     "scoring": {"scoring", "selection", "layout", "config", "types", "errors"},  # it reads batches, not corpora
 }
 HOSTS = ("megatron", "deepspeed")  # one room alone speaks to them, so that a new version of theirs is one room's work

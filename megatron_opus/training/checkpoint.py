@@ -15,7 +15,6 @@ see one file system.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ import torch.distributed as dist
 
 from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
+from megatron_opus.files import write_json
 from megatron_opus.ranks.agreement import _everywhere, _shared, environment
 from megatron_opus.runs.checkpoints import (
     DELETING,
@@ -91,7 +91,7 @@ def save(
             "environment": environment(),  # for the reader: never compared
             "files": _synced_files(path),
         }
-        _replace(path / MARKER, json.dumps(marker, indent=1, sort_keys=True))
+        write_json(path / MARKER, marker)
         _prune(directory, keep)
         return path
 
@@ -184,20 +184,6 @@ def _synced_files(path: Path) -> dict[str, int]:
             os.fsync(handle.fileno())
         sizes[file.relative_to(path).as_posix()] = file.stat().st_size
     return sizes
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(directory: Path, keep: int) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.files import PARTIAL, atomic_file, locked, write_json
 from megatron_opus.data.manifest import DatasetEntry, Manifest, Role
 from megatron_opus.data.prepare import decontaminate, hub_streams
 from megatron_opus.data.prepare.assemble import Chooser, Chosen, Storage, write_dataset
@@ -41,6 +40,7 @@ from megatron_opus.data.prepare.resolve import (
 from megatron_opus.data.prepare.tokenize import MAX_LISTED, Job, JobRunner, in_bucket, kept, record_error
 from megatron_opus.data.prepare.worker import run_jobs
 from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.files import PARTIAL, atomic_file, locked, write_json
 
 __all__ = ["Storage", "prepare"]
 

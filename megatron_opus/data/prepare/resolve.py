@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.files import write_json
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.prepare.decontaminate import Decontamination
 from megatron_opus.data.prepare.document import template_keys
@@ -28,6 +27,7 @@ from megatron_opus.data.prepare.records import (
 )
 from megatron_opus.data.tokenizers import base as tokenizers
 from megatron_opus.errors import Refusal
+from megatron_opus.files import write_json
 
 TRAIN_SENTENCEPIECE = "train-sentencepiece"
 WORK_DIRECTORY = ".work"

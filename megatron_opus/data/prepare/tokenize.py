@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.files import atomic_file, write_json
 from megatron_opus.data.prepare.decontaminate import Benchmarks, Overlap
 from megatron_opus.data.prepare.records import (
     ReadOptions,
@@ -30,6 +29,7 @@ from megatron_opus.data.prepare.records import (
 )
 from megatron_opus.data.tokenizers import base as tokenizers
 from megatron_opus.errors import Refusal
+from megatron_opus.files import atomic_file, write_json
 
 MAX_LISTED = 1000  # malformed records named in the manifest, per dataset; all of them are counted
 _BATCH_CHARACTERS = 1 << 20

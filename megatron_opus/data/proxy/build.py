@@ -23,13 +23,13 @@ from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
 from megatron_opus.data.benchmarks.items import load_benchmarks
 from megatron_opus.data.excluded_documents import WithoutDocuments, open_entry, write_spans
-from megatron_opus.data.files import PARTIAL, atomic_file, locked
 from megatron_opus.data.manifest import DatasetEntry, Manifest
 from megatron_opus.data.prepare.assemble import Storage
 from megatron_opus.data.proxy import report as proxy_report
 from megatron_opus.data.proxy.choice import Choice, Survey, choose, survey
 from megatron_opus.data.proxy.encoders import Encoder
 from megatron_opus.data.proxy.similarity import CandidateDocuments, ProxyError, Scorer, Scoring, refuse_difference
+from megatron_opus.files import PARTIAL, atomic_file, locked
 from megatron_opus.types import TokenDocuments
 
 Kind = Literal["bench", "std"]

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opus.data.files import atomic_file
 from megatron_opus.data.manifest import Manifest
 from megatron_opus.data.proxy.choice import BINS, Choice, Survey
 from megatron_opus.data.proxy.similarity import ProxyError, Scorer
+from megatron_opus.files import atomic_file, write_text
 
 _EXCERPT = 400  # characters of a document shown
 _SHOWN = 5  # documents of each kind shown
@@ -73,8 +73,7 @@ def listing(scorer: Scorer, found: np.ndarray) -> Iterator[bytes]:
 def write(scorer: Scorer, choice: Choice, found: Survey, manifest: Manifest, output: Path) -> list[Path]:
     """report.txt, report.png and, where there are any, with_benchmark_text.jsonl in `output`; returns their paths."""
     made = [output / "report.txt"]
-    with atomic_file(made[0]) as stream:
-        stream.write((text(scorer, choice, found, manifest) + "\n").encode("utf-8", "replace"))
+    write_text(made[0], text(scorer, choice, found, manifest) + "\n")
     made.append(draw(scorer, choice, found, output / "report.png"))
     if found.overlapping:
         made.append(output / "with_benchmark_text.jsonl")

@@ -22,7 +22,6 @@ from megatron_opus.data import unlearned_spans
 from megatron_opus.data.benchmarks import items as benchmarks
 from megatron_opus.data.benchmarks.items import BenchmarkItem
 from megatron_opus.data.excluded_documents import open_unlearned
-from megatron_opus.data.files import atomic_file, write_json
 from megatron_opus.data.permutation import uniform
 from megatron_opus.data.prepare.records import text_digest
 from megatron_opus.data.proxy import encoders
@@ -30,6 +29,7 @@ from megatron_opus.data.proxy.benchmark_overlap import BenchmarkText
 from megatron_opus.data.proxy.encoders import Encoder, EncoderError, LexicalEncoder, Nearest
 from megatron_opus.data.tokenizers import base as tokenizers
 from megatron_opus.errors import Refusal
+from megatron_opus.files import atomic_file, write_json
 from megatron_opus.types import TokenDocuments
 
 RECORD = np.dtype(

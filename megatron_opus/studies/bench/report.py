@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_opus.data.files import atomic_file
 from megatron_opus.errors import Refusal
+from megatron_opus.files import write_json
 
 Rows = list[dict[str, Any]]
 
@@ -77,8 +77,7 @@ def merged(earlier: Rows, fresh: Rows, keys: Sequence[str]) -> Rows:
 
 def write(path: Path, runs: Sequence[Mapping[str, Any]], rows: Rows) -> None:
     """Atomically: a run that is killed leaves the results before it."""
-    with atomic_file(path) as stream:
-        stream.write((json.dumps({"runs": list(runs), "rows": rows}, indent=1) + "\n").encode())
+    write_json(path, {"runs": list(runs), "rows": rows})
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------

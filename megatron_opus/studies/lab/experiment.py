@@ -26,8 +26,9 @@ from typing import Any
 
 from megatron_opus import config as configs
 from megatron_opus.config import RunConfig, schema
-from megatron_opus.data.files import write_json
 from megatron_opus.errors import Refusal
+from megatron_opus.files import write_json
+from megatron_opus.nested import flatten
 
 RECORD = "experiment.json"
 MADE_BY = "lab.json"  # in a finished run's folder
@@ -239,14 +240,5 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Dotted keys of a run, without where it lies."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Mapping[str, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                walk(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    walk("", configs.to_dict(config))
+    flat = flatten(configs.to_dict(config))
     return {k: v for k, v in flat.items() if k not in ("output_dir", "data.path", "data.cache_dir")}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_opus import config as configs
-from megatron_opus.data.files import write_json
+from megatron_opus.files import write_json
 from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.studies.lab.experiment import (
     CORES,
