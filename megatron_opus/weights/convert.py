@@ -23,7 +23,7 @@ from megatron_opus.config import ConfigError, ModelConfig
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data.manifest import TOKENIZER_DIRECTORY
 from megatron_opus.data.prepare.embedded import embedded_directory
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import TokenizerError, reopen_tokenizer
 from megatron_opus.data.tokenizers.hf_export import hf_files
 from megatron_opus.files import PARTIAL, write_json
 from megatron_opus.layout.sharding import check_tensor_parallel
@@ -283,8 +283,8 @@ def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
     if source.name != TOKENIZER_DIRECTORY or not (source.parent / manifests.FILE_NAME).is_file():
         return _Companions(_copy_companions(source, target))
     try:
-        tokenizer = tokenizers.reopen(source, manifests.read(source.parent).tokenizer)
-    except (tokenizers.TokenizerError, manifests.ManifestError) as error:
+        tokenizer = reopen_tokenizer(source, manifests.read(source.parent).tokenizer)
+    except (TokenizerError, manifests.ManifestError) as error:
         raise ConfigError(str(error)) from error
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
@@ -293,7 +293,7 @@ def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
         )
     try:
         files = hf_files(tokenizer, model.max_position_embeddings)
-    except tokenizers.TokenizerError as error:
+    except TokenizerError as error:
         return _Companions(_copy_companions(source, target), tokenizer.eod, str(error))
     for name, content in files.items():
         (target / name).write_bytes(content)

@@ -279,7 +279,7 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
 def test_a_run_that_another_experiment_made_is_copied(tmp_path, monkeypatch):
     """Fault: the baseline trained again by every protocol that has it, also because its config.yaml has what the run
     filled in; or a run of other settings, another seed or other source code taken for it."""
-    monkeypatch.setattr(experiment, "_start", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(runner, "_start", lambda *_: pytest.fail("a run was started"))
     first = experiment.read_experiment(experiment_file(tmp_path, seeds=[1]))
     runs = first.runs(tmp_path / "out" / "first", None)
     experiment.record(first, runs, tmp_path / "out" / "first")
@@ -318,7 +318,7 @@ def test_a_resumed_run_is_not_said_to_be_of_one_source(tmp_path, monkeypatch):
         write_run(run, {1: 4.0, 3: 3.0}, 1.0)
         return subprocess.Popen(["true"])
 
-    monkeypatch.setattr(experiment, "_start", start)
+    monkeypatch.setattr(runner, "_start", start)
     runner.run_all(runs, jobs=1, say=lambda _: None)
     assert [(run.directory / experiment.MADE_BY).exists() for run in runs] == [False, True]
 
@@ -344,7 +344,7 @@ def started(
             (saved / "complete.json").touch()
         return subprocess.Popen(["true"])
 
-    monkeypatch.setattr(experiment, "_start", start)
+    monkeypatch.setattr(runner, "_start", start)
     runner.run_all(runs, jobs=2, say=said.append)
     return found, runs, order, said
 

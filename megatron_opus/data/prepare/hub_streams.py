@@ -18,7 +18,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opus.data.prepare.document import ReadOptions, Record, Shard, SourceError, read_record, record_digest
+from megatron_opus.data.prepare.document import (
+    ReadOptions,
+    Shard,
+    SourceError,
+    SourceRecord,
+    read_record,
+    record_digest,
+)
 from megatron_opus.data.prepare.tabular import check_columns
 from megatron_opus.files import atomic_file, write_json
 
@@ -34,7 +41,7 @@ class Wanted:
     """What one dataset takes from a stream. accepts: which records are its own (split, bucket)."""
 
     options: ReadOptions
-    accepts: Callable[[Record, int], bool]  # record, split hash
+    accepts: Callable[[SourceRecord, int], bool]  # record, split hash
     max_documents: int | None
     max_tokens: int | None
 
