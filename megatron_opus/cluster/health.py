@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.cluster import node
-from megatron_opus.data.files import atomic_file, write_json
+from megatron_opus.files import write_json, write_text
 
 REPORT, BAD_NODES = "health.json", "bad_nodes"
 LONGEST_LINE = 1 << 20  # bytes: more comes from no report, but from something else that found the port
@@ -159,8 +159,7 @@ def _write(expected: Expected, reports: Mapping[str, Any], found: Mapping[str, l
     write_json(expected.directory / REPORT, {"nodes": nodes})
     bad = [name for name, lines in found.items() if lines]
     if bad:
-        with atomic_file(expected.directory / BAD_NODES) as stream:
-            stream.write((",".join(bad) + "\n").encode())
+        write_text(expected.directory / BAD_NODES, ",".join(bad) + "\n")
 
 
 def _listen(port: int, nodes: int) -> socket.socket:

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.files import atomic_file
 from megatron_opus.data.manifest import DatasetEntry, ManifestError
+from megatron_opus.files import atomic_file
 from megatron_opus.types import TokenDocuments
 
 

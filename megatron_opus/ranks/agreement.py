@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_opus import __version__
 from megatron_opus.errors import CheckpointError, Refusal
+from megatron_opus.nested import flatten
 
 T = TypeVar("T")
 ABSENT = "absent"
@@ -51,7 +52,7 @@ def check_agreement(facts: Mapping[str, Any], *, peers: str = "") -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    mine = dict(_flat("", facts))
+    mine = flatten(facts)
     digest = hashlib.sha256(repr(sorted((k, repr(v)) for k, v in mine.items())).encode()).hexdigest()
     digests = _gather((peers, digest))
     reference: dict[str, int] = {}
@@ -192,13 +193,6 @@ def _gather(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
-
-
-def _flat(prefix: str, node: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    leaves = []
-    for key, value in node.items():
-        leaves += _flat(f"{prefix}{key}.", value) if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return leaves
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_opus.data.files import atomic_file
+from megatron_opus.files import write_text
 from megatron_opus.report import documents, tables
 from megatron_opus.report.decisions import scan
 from megatron_opus.report.record import LEDGER, ReportError, RunRecord, read_records
@@ -32,8 +32,7 @@ def write_report(runs: Sequence[Path], output: Path, *, data: Path | None = None
     _check_output(output)
     records, sections = collect(runs, data=data, command=command)
     content = render(records, sections)
-    with atomic_file(output) as stream:
-        stream.write(content.encode("utf-8", errors="replace"))
+    write_text(output, content)
     return notes(sections)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.errors import Refusal
 from megatron_opus.estimates import fit
+from megatron_opus.files import write_text
 from megatron_opus.layout.shapes import count_parameters
 from megatron_opus.layout.sharding import is_sharded, weight_shard
 from megatron_opus.ranks.agreement import check_agreement, environment, together, weight_digests
@@ -223,9 +223,7 @@ class Session:
         """The resolved configuration, once everything is built: a refused start leaves no folder behind."""
         if dist.get_rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            partial = self.run_dir / f"{CONFIG_FILE}.partial"
-            partial.write_text(configs.dump(self.config), encoding="utf-8")
-            os.replace(partial, self.run_dir / CONFIG_FILE)
+            write_text(self.run_dir / CONFIG_FILE, configs.dump(self.config))
 
 
 def _check_weights(model: nn.Module, groups: Groups) -> None:

@@ -7,7 +7,6 @@ in `.partial`, and renamed when it is whole: a conversion that is killed leaves 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,11 +21,11 @@ from megatron_opus.backends.formats import hf_layout
 from megatron_opus.backends.formats.safetensors_files import INDEX, SINGLE, SafetensorsWriter, tensor_bytes
 from megatron_opus.config import ConfigError, ModelConfig
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.files import PARTIAL
 from megatron_opus.data.manifest import TOKENIZER_DIRECTORY
 from megatron_opus.data.prepare.embedded import embedded_directory
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import TokenizerError, reopen_tokenizer
 from megatron_opus.data.tokenizers.hf_export import hf_files
+from megatron_opus.files import PARTIAL, write_json
 from megatron_opus.layout.sharding import check_tensor_parallel
 from megatron_opus.runs import checkpoints
 from megatron_opus.weights.sources import (
@@ -106,7 +105,7 @@ def hf_to_opus(
         shutil.copyfile(source / hf_layout.CONFIG_FILE, partial / SOURCE_CONFIG)
         copied = _copy_companions(source, partial)
         marker = {"format": FORMAT, "tensor_model_parallel_size": tp_size, "model": dataclasses.asdict(model)}
-        _write_json(partial / WEIGHTS_FILE, marker)
+        write_json(partial / WEIGHTS_FILE, marker)
     return Converted(output=output, tensors=count, bytes=total, companions=copied)
 
 
@@ -147,7 +146,7 @@ def opus_to_hf(
                     out.write(name, _assemble(weights, sources[name], shape, transposed).to(tensors[name][0]))
         if list(files) != [SINGLE]:
             where = {name: file for file, names in files.items() for name in names}
-            _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         origins = _origins(weights)
         dtypes = {dtype for dtype, _ in tensors.values()}
         dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
@@ -166,9 +165,9 @@ def opus_to_hf(
                 break
         if base is None and beside.eod is not None:  # it stands before every document, and after it
             config |= {"bos_token_id": beside.eod, "eos_token_id": beside.eod}
-        _write_json(partial / hf_layout.CONFIG_FILE, config)
+        write_json(partial / hf_layout.CONFIG_FILE, config)
         if origin is not None:
-            _write_json(partial / ORIGIN, origin)
+            write_json(partial / ORIGIN, origin)
     return Converted(output=output, tensors=len(tensors), bytes=total, companions=beside.names, notice=beside.notice)
 
 
@@ -265,14 +264,6 @@ def _new_directory(output: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=2)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
 def _copy_companions(source: Path, target: Path) -> tuple[str, ...]:
     names = [name for name in COMPANIONS if (source / name).is_file()]
     for name in names:
@@ -292,8 +283,8 @@ def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
     if source.name != TOKENIZER_DIRECTORY or not (source.parent / manifests.FILE_NAME).is_file():
         return _Companions(_copy_companions(source, target))
     try:
-        tokenizer = tokenizers.reopen(source, manifests.read(source.parent).tokenizer)
-    except (tokenizers.TokenizerError, manifests.ManifestError) as error:
+        tokenizer = reopen_tokenizer(source, manifests.read(source.parent).tokenizer)
+    except (TokenizerError, manifests.ManifestError) as error:
         raise ConfigError(str(error)) from error
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
@@ -302,7 +293,7 @@ def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
         )
     try:
         files = hf_files(tokenizer, model.max_position_embeddings)
-    except tokenizers.TokenizerError as error:
+    except TokenizerError as error:
         return _Companions(_copy_companions(source, target), tokenizer.eod, str(error))
     for name, content in files.items():
         (target / name).write_bytes(content)

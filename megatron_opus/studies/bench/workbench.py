@@ -30,7 +30,7 @@ from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.formats.indexed import open_documents
 from megatron_opus.backends.model.gpt import build_gpt, forward_loss
 from megatron_opus.backends.model.scored_layers import megatron_layers, standard_shard_map
-from megatron_opus.config import DataConfig, ModelConfig, SelectionConfig
+from megatron_opus.config import ConfigError, DataConfig, ModelConfig, SelectionConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.scoring.scoring_pass import ScoringPass, undisturbed
@@ -105,7 +105,7 @@ class Workbench:
         for domain, count, start, size in zip(buffer.domains, counts, starts, sizes, strict=True):
             unused = [i for i in range(start, start + size) if i not in self._seen]
             if len(unused) < count:
-                raise ValueError(
+                raise ConfigError(
                     f"{name} pool: expected {count} sequences of {domain} that training has not used, {len(unused)} of "
                     f"{size} are left; lower its weight, --train-steps, --batch-size or --candidates"
                 )
