@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(command: str, argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run one command and return its exit status.
 
-    What is refused ends with one line on stderr and status 1, an interrupt with status 130; a fault of the program keeps
-    its traceback. `argv` is the
-    process's own by default. `program` is how the user started the command; the usage text repeats it.
+    What is refused ends with one line on stderr and status 1, an interrupt with status 130. A fault of the program
+    itself keeps its traceback. `argv` is the process's own by default. `program` is how the user started the command;
+    the usage text repeats it.
     """
     module = importlib.import_module(f"megatron_opus.cli.{command.replace('-', '_')}")
     name = module.__name__.rpartition(".")[2]

@@ -9,7 +9,8 @@
 
 `tax` and `overhead` need no training: the time of a pass does not depend on the weights. `fidelity` and `frontier`
 train a GPT first, on the embedded corpus unless --corpus names a directory of `megatron-opus prepare-data`. An
-estimator's name may be followed by settings that save scored tokens, as in one_sided:64+score_length=128+score_windows=2.
+estimator's name may be followed by settings that save scored tokens, as in
+one_sided:64+score_length=128+score_windows=2.
 """
 
 from __future__ import annotations
