@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_opus.config import RunConfig, to_dict
+from megatron_opus.config import RunConfig, to_dict, without_removed
 from megatron_opus.errors import Refusal
 
 MARKER = "complete.json"
@@ -153,7 +153,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 flat[f"{prefix}{key}"] = value
 
-    walk("", config)
+    walk("", without_removed(config))
     if flat["optimizer.lr_decay_steps"] is None:
         flat["optimizer.lr_decay_steps"] = flat["training.train_steps"]
     # a checkpoint makes the next step read the preconditioner anew: with a longer refresh, when matters
