@@ -93,7 +93,7 @@ def within(text: str) -> Bound:
 
 
 def _short(number: float) -> str:
-    return f"{number:,}" if float(number).is_integer() else f"{number:g}"
+    return f"{int(number):,}" if float(number).is_integer() else f"{number:g}"
 
 
 # --- sections -------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Section:
 
 
 @functools.cache
-def hints(cls: type) -> dict[str, Any]:
+def hints(cls: Any) -> dict[str, Any]:
     """Field name -> type, bounds included."""
     found = typing.get_type_hints(cls, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(cls)}

@@ -41,12 +41,12 @@ class Loader(yaml.SafeLoader):
     """YAML whose scalars mean what they look like."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
             raise yaml.YAMLError(
                 f"line {event.start_mark.line + 1}: no aliases (*name), anchors (&name) or tags (!name)"
             )
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
