@@ -117,9 +117,13 @@ class Section:
         """Raise ConfigError where the values of this section contradict each other."""
 
 
-@functools.cache
 def hints(cls: Any) -> dict[str, Any]:
     """Field name -> type, bounds included."""
+    return _hints(cls)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
     found = typing.get_type_hints(cls, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(cls)}
 

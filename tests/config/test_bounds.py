@@ -25,6 +25,7 @@ from megatron_opus.config import (
     to_dict,
 )
 from megatron_opus.config.schema import Bound, Section, hints, without_bounds
+from megatron_opus.runs.checkpoints import settings_that_differ
 
 SMALL: dict[str, Any] = {"name": "x", "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}}
 
@@ -155,6 +156,7 @@ def test_removed_keys_say_what_to_do() -> None:
     old = to_dict(from_dict(SMALL))
     old["selection"]["layer_weights"] = "none"  # means what is done now
     assert from_dict(old) == from_dict(SMALL)
+    assert settings_that_differ(old, from_dict(SMALL)) == []  # --resume goes on
     old["selection"]["layer_weights"] = "inverse_sqrt"
     with pytest.raises(
         ConfigError, match=r"selection\.layer_weights: 'inverse_sqrt' was removed, .*; leave the key out"

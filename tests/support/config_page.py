@@ -36,7 +36,8 @@ def comments(cls: type) -> dict[str, str]:
     for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             beside = lines[node.end_lineno - 1][node.end_col_offset :].strip()  # type: ignore[operator]
-            above, line = [], node.lineno - 2
+            above: list[str] = []
+            line = node.lineno - 2
             while lines[line].strip().startswith("#"):
                 above.insert(0, lines[line].strip().lstrip("# "))
                 line -= 1
