@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_opus.config import Geometry
+
 SignalName = Literal["loss", "ghost"]
 Ranges = tuple[tuple[int, int], ...]  # (global start, length) pieces, in the order in which a shard stores them
 
@@ -102,7 +104,6 @@ class SgdHyper:
 
 
 Hyper = AdamHyper | MuonHyper | SgdHyper
-Geometry = Literal["auto", "adamw", "muon", "sgd"]
 
 
 class OptimizerState(Protocol):

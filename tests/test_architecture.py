@@ -17,7 +17,8 @@ MAX_TOOL_LINES = 20
 # A room may import itself and every room of an earlier line; rooms of one line do not know each other.
 ORDER = (
     ("errors", "files", "nested"),
-    ("config", "types"),
+    ("config",),
+    ("types",),
     ("layout",),
     ("selection", "data"),
     ("scoring", "backends"),

@@ -23,7 +23,6 @@ tests compare the first four with torch's counter on the real model, and the ske
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -180,9 +179,6 @@ def _features(config: RunConfig, rows: int, columns: int, length: int, projectio
     k = config.selection.sketch
     if k.operator == "materialise":  # the gradient, its signs, and the scatter
         return 2.0 * rows * columns * (length + 1)
-    if k.operator == "tensor_sketch":  # signs and scatter; two transforms and a product of spectra for each token
-        transform = 2.5 * k.dim * math.log2(k.dim)
-        return length * (2.0 * (rows + columns) + 2 * transform + 8.0 * (k.dim // 2 + 1)) + transform
     w_o, w_i = two_sided_shape(k.dim if k.operator == "two_sided" else k.intermediate_dim, rows, columns)
     sides = rows * w_o + columns * w_i if projections == "products" else rows + columns
     second = float(w_o * w_i) if k.operator == "two_stage" else 0.0

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opus.config import schema
+from megatron_opus.config import ConfigError, read_yaml
 from megatron_opus.errors import Refusal
 from megatron_opus.nested import flatten, lookup
 from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
@@ -206,8 +206,8 @@ def _settings(directory: Path, notes: list[str]) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).exists():
         return {}
     try:
-        return schema.read_yaml(directory / CONFIG_FILE)
-    except (schema.ConfigError, OSError, UnicodeDecodeError) as error:
+        return read_yaml(directory / CONFIG_FILE)
+    except ConfigError as error:
         notes.append(f"{CONFIG_FILE} cannot be read, so no settings are shown: {error}")
         return {}
 

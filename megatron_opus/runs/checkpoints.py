@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_opus.config import RunConfig, to_dict
+from megatron_opus.config import RunConfig, to_dict, without_removed
 from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.errors import CheckpointError
 from megatron_opus.nested import flatten
@@ -168,7 +168,7 @@ def _versions() -> dict[str, str]:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys that must be equal; an open schedule length is that of the run."""
-    flat = flatten(config)
+    flat = flatten(without_removed(config))
     if flat["optimizer.lr_decay_steps"] is None:
         flat["optimizer.lr_decay_steps"] = flat["training.train_steps"]
     # a checkpoint makes the next step read the preconditioner anew: with a longer refresh, when matters

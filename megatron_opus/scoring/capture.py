@@ -81,13 +81,12 @@ class Capture:
         reading: Reading,
         preconditioners: Preconditioners,
         sums: Sums,
-        layer_weights: Sequence[float],
         groups: Groups,
         traffic: Traffic,
     ) -> None:
         self.leaves: list[Tensor] = []
         self._layers, self._matrix_of, self._reading = layers, matrix_of, reading
-        self._preconditioners, self._sums, self._layer_weights = preconditioners, sums, layer_weights
+        self._preconditioners, self._sums = preconditioners, sums
         self._groups, self._traffic = groups, traffic
         self._forward_calls = [0] * len(layers)
         self._backward_calls = [0] * len(layers)
@@ -208,7 +207,6 @@ class Capture:
 
     def _reduce(self, index: int, part: Part, kept: Tensor, projected: Tensor) -> None:
         matrix, sums = self._matrix_of[index], self._sums
-        weight = self._layer_weights[matrix]
         if part.gradient:
             # a sum over all tokens, in whatever order they lie: transposed back, nothing is copied
             order = (1, 0) if self._layers[index].sequence_first else (0, 1)
@@ -219,7 +217,7 @@ class Capture:
             # the proxy gradient is a sum over sequences: one long sequence of all their tokens
             assert part.operator is not None
             one = (x.reshape(1, -1, x.shape[-1]) for x in (kept, projected))
-            sums.psi[sums.columns(matrix)].add_(part.operator.features(*one)[0], alpha=weight**0.5)
+            sums.psi[sums.columns(matrix)].add_(part.operator.features(*one)[0])
             return
         rows = slice(self._reading.first, self._reading.first + len(kept))
         kappa = self._preconditioners.kappa(matrix)
@@ -227,11 +225,11 @@ class Capture:
         if part.operator is not None:
             multiplier = self._preconditioners.multiplier(matrix)
             phi = part.operator.features(kept[..., :a], projected[..., :b], multiplier)
-            sums.phi[rows, sums.columns(matrix)].add_(phi, alpha=kappa * weight**0.5)
+            sums.phi[rows, sums.columns(matrix)].add_(phi, alpha=kappa)
         if part.aligned:
             # sum over tokens and columns in float32, over layers in float64
             dots = torch.linalg.vecdot(kept[..., a:].float(), projected[..., b:].float()).sum(1)
-            sums.align[rows].add_(dots, alpha=kappa * weight)
+            sums.align[rows].add_(dots, alpha=kappa)
 
     def _add_gradient(self, index: int, value: Tensor) -> None:
         matrix = self._matrix_of[index]

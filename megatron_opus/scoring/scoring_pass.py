@@ -60,8 +60,6 @@ class ScoringPass:
         slots: dict[str, int] = {}
         self._matrix_of = [slots.setdefault(x.name, len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
-        power = {"none": 0.0, "inverse_sqrt": -0.5}[config.layer_weights]
-        self._layer_weights = [float(x.d_out * x.d_in) ** power for x in matrices]
         self._plan = Plan(matrices, config.sketch, device)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
         self._psi: Tensor | None = None  # of the last proxy batch, averaged over it
@@ -218,7 +216,6 @@ class ScoringPass:
                     Reading(parts=parts, candidate=candidate, first=first),
                     self.preconditioners,
                     sums,
-                    self._layer_weights,
                     self._groups,
                     self.traffic,
                 )

@@ -45,7 +45,6 @@ def selection(
 ESTIMATORS = {
     "two_sided": selection(),
     "two_stage": selection("two_stage"),
-    "tensor_sketch": selection("tensor_sketch"),
     "materialise": selection("materialise"),
     "materialise, exact": selection("materialise", "exact"),
     "one_sided": selection(alignment="one_sided"),

@@ -30,7 +30,6 @@ KINDS = {
     "materialise-exact": ("materialise", "features", "exact"),
     "two_sided": ("two_sided", "features", "separable"),
     "two_stage": ("two_stage", "features", "separable"),
-    "tensor_sketch": ("tensor_sketch", "features", "separable"),
     "one_sided": ("two_sided", "one_sided", "separable"),
     "direction": ("two_sided", "direction", "separable"),
     "direction-exact": ("materialise", "direction", "exact"),
@@ -40,7 +39,6 @@ FRONTIER = (
     *(f"one_sided:{s}" for s in (16, 32, 64, 128, 256)),
     *(f"two_sided:{m}" for m in (1024, 4096, 8192, 16384)),
     *(f"two_stage:{m}" for m in (1024, 8192)),
-    *(f"tensor_sketch:{m}" for m in (1024, 8192)),
     *(f"materialise:{m}" for m in (1024, 8192, 16384)),
     "direction",
 )

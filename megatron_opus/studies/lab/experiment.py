@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus import config as configs
-from megatron_opus.config import RunConfig, schema
+from megatron_opus.config import RunConfig
 from megatron_opus.errors import Refusal
 from megatron_opus.files import write_json
 from megatron_opus.nested import flatten
@@ -125,7 +125,7 @@ class Experiment:
 
 def read_experiment(path: Path) -> Experiment:
     """Raises LabError or ConfigError naming the file, the key, what was expected and what was found."""
-    raw = schema.read_yaml(path)
+    raw = configs.read_yaml(path)
 
     def fail(message: str) -> LabError:
         return LabError(f"{path}: {message}")
