@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from megatron_opus.config.dimensions import query_groups, sizes_to_divide
 from megatron_opus.config.schema import ConfigError
 from megatron_opus.config.strategies import check_floors, check_strategy
 
@@ -56,18 +57,13 @@ def validate(config: RunConfig) -> None:
         m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0,
         f"model.hidden_size: expected a multiple of num_attention_heads ({m.num_attention_heads}), got {m.hidden_size}",
     )
-    groups = m.num_query_groups or m.num_attention_heads
+    groups = query_groups(m)
     _require(
         m.num_attention_heads % groups == 0,
         f"model.num_query_groups: expected a divisor of num_attention_heads ({m.num_attention_heads}), got {groups}",
     )
     tp = p.tensor_model_parallel_size
-    for name, value in (
-        ("model.num_attention_heads", m.num_attention_heads),
-        ("model.num_query_groups", groups),
-        ("model.ffn_hidden_size", m.ffn_hidden_size or 4 * m.hidden_size),
-        ("model.make_vocab_size_divisible_by", m.make_vocab_size_divisible_by),
-    ):
+    for name, value in sizes_to_divide(m).items():
         _require(value % tp == 0, f"{name}: expected a multiple of tensor_model_parallel_size ({tp}), got {value}")
     _require(
         p.pipeline_model_parallel_size == 1,

@@ -19,7 +19,7 @@ from megatron_opus.estimates.fit import (
     fitting_layouts,
 )
 from megatron_opus.estimates.memory import GIB, estimate
-from megatron_opus.layout.scored import Layout, layout_of
+from megatron_opus.layout.parallel_layout import ParallelLayout, parallel_layout
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(device="cpu", bytes_found=16 * GIB, local_ranks=2, source="available memory")
@@ -84,10 +84,10 @@ def test_nothing_fits() -> None:
 def test_every_setting_moves_the_estimate() -> None:
     """A part of the sum that ignores its setting advises changes that change nothing."""
     base = model("medium", **{"training.micro_batch_size": 4})
-    one = Layout(tp=1, dp=2, zero_stage=1, micro_batch_size=4)
+    one = ParallelLayout(tp=1, dp=2, zero_stage=1, micro_batch_size=4)
     need = estimate(base, one, device="cuda")
 
-    def part(name: str, layout: Layout = one, **overrides: object) -> float:
+    def part(name: str, layout: ParallelLayout = one, **overrides: object) -> float:
         config = model("medium", **{"training.micro_batch_size": 4, **overrides})
         return getattr(estimate(config, layout, device="cuda"), name)
 
@@ -102,7 +102,7 @@ def test_every_setting_moves_the_estimate() -> None:
     assert part("scoring", **{"selection.score_micro_batch_size": 4}) < need.scoring
     assert part("scoring", **{"selection.strategy": "random"}) == 0
     assert part("weights", **{"training.precision": "fp32"}) == 2 * need.weights
-    assert layout_of(model("xl"), 8) == Layout(tp=1, dp=8, zero_stage=1, micro_batch_size=1)
+    assert parallel_layout(model("xl"), 8) == ParallelLayout(tp=1, dp=8, zero_stage=1, micro_batch_size=1)
 
 
 def test_container_limits(tmp_path: Path) -> None:
@@ -184,5 +184,5 @@ def test_estimate_against_a_real_run(zero: str, optimizer: str) -> None:
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     config = measured_config(zero, optimizer)
-    need = estimate(config, layout_of(config, 1), device="cpu").total
+    need = estimate(config, parallel_layout(config, 1), device="cpu").total
     assert 0.65 <= measured / need <= 1.05, f"measured {measured / GIB:.2f} GiB, estimated {need / GIB:.2f} GiB"

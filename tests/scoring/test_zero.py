@@ -23,7 +23,8 @@ from megatron_opus.config import (
     TrainingConfig,
 )
 from megatron_opus.estimates.traffic import scoring_traffic
-from megatron_opus.layout.scored import Layout
+from megatron_opus.layout.model_layout import model_layout
+from megatron_opus.layout.parallel_layout import ParallelLayout
 
 
 def engine_scores(
@@ -45,7 +46,7 @@ def engine_scores(
     from megatron_opus.backends.engines.deepspeed.train_step import build_engine, train_step
     from megatron_opus.backends.engines.optimizer_state import optimizer_state
     from megatron_opus.backends.model.build import DTYPES
-    from megatron_opus.backends.model.gpt import build_gpt, forward_loss, weight_shard
+    from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.data.iterator import SelectedBatchIterator
@@ -74,8 +75,8 @@ def engine_scores(
     engine, _ = build_engine(model, run, groups)
     iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
     share = 4 // groups.dp_size
-    shard = functools.partial(weight_shard, config=model_config, tp_rank=groups.tp_rank, tp_size=tp)
-    layers = megatron_layers(engine.module, shard)
+    layout = model_layout(model_config, tp_size=tp, positions=LENGTH)
+    layers = megatron_layers(engine.module, layout)
     scorer = ScoringPass(
         engine.module, layers, optimizer_state(engine), config, forward_loss, groups=groups, device=device
     )
@@ -336,6 +337,6 @@ def test_muon_gathers_full_width_only_where_its_multiplier_stands(world4, model,
         own, wide = result["own"], result["wide"]
         assert relative(own["align"], wide["align"]) < 1e-5
         assert relative(own["inter"], wide["inter"]) < 1e-5
-        layout = Layout(tp=2, dp=2, zero_stage=stage, micro_batch_size=1)
+        layout = ParallelLayout(tp=2, dp=2, zero_stage=stage, micro_batch_size=1)
         run = dataclasses.replace(own["run"], selection=config)
         assert own["bytes"] == sum(scoring_traffic(run, layout).values()) < wide["bytes"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_opus.config import SelectionConfig
-from megatron_opus.layout.scored import scored_blocks
+from megatron_opus.layout.model_layout import scored_blocks
 from megatron_opus.selection import sampling
 from megatron_opus.studies.bench import workbench
 from megatron_opus.studies.bench.estimators import GROUP, Rows, Say
@@ -42,7 +42,7 @@ def variants(default: SelectionConfig, length: int, blocks: int) -> dict[str, Se
     seen = {tuple(range(blocks))}
     for which in ("last:1", f"last:{max(1, blocks // 2)}", "every:2", "every:4"):
         if int(which.partition(":")[2]) <= blocks:
-            chosen = tuple(sorted(scored_blocks(blocks, which)))
+            chosen = tuple(sorted(scored_blocks(range(blocks), which)))
             changes += [] if chosen in seen else [{"scored_layers": which}]
             seen.add(chosen)
     changes.append({"score_precision": "bf16"})
