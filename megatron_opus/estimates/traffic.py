@@ -42,7 +42,8 @@ def scoring_traffic(config: RunConfig, layout: ParallelLayout) -> dict[str, floa
     model = recipe_layout(config, tp)
     scored = model.scored(s)
     # whole matrix, and the rows and columns that this rank holds of it
-    matrices = [(x, *model.local_shape(x.name)) for x in scored]
+    local = [model.local_shape(x.name) for x in scored]
+    matrices = [(x, rows, columns) for x, (rows, columns) in zip(scored, local, strict=True)]
     n, p = config.buffer_size / dp, math.ceil(s.proxy_batch_size / dp)
     sharded = over_dp if layout.zero_stage > 0 else 0.0
     features = k.dim if k.scope == "model" else sum(_dim(config, x) for x in scored)

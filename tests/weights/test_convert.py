@@ -339,7 +339,7 @@ MEASURE = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
-from megatron_opus.training.convert import hf_to_opus, opus_to_hf
+from megatron_opus.weights.convert import hf_to_opus, opus_to_hf
 
 def status(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
