@@ -17,6 +17,7 @@ from megatron_opus.estimates.fit import (
     check_memory,
     container_headroom,
     fitting_layouts,
+    start_up_report,
 )
 from megatron_opus.estimates.memory import GIB, estimate
 from megatron_opus.layout.parallel_layout import ParallelLayout, parallel_layout
@@ -58,6 +59,15 @@ def test_scoring_that_is_too_wide() -> None:
     found = re.search(r"it fits with (selection.score_micro_batch_size)=(\d+)", str(caught.value))
     assert found is not None
     check_memory(model("small", **{"selection.score_length": 1024, found[1]: int(found[2])}), 2, LAPTOP)
+
+
+def test_the_start_up_report_says_what_scoring_sends() -> None:
+    """Guards against traffic that is known by formula and shown to nobody, or shown where nothing is scored or sent."""
+    memory, traffic = start_up_report(model("xl"), 8, H100)
+    assert [memory] == check_memory(model("xl"), 8, H100)
+    assert traffic == "traffic per rank: 245.90 MB sent by one scoring pass, 235.93 MB of it proxy"
+    assert len(start_up_report(model("xl"), 1, replace(H100, bytes_found=1000 * GIB))) == 1
+    assert len(start_up_report(model("xl", **{"selection.strategy": "random"}), 8, H100)) == 1
 
 
 def test_suggested_layouts_fit_and_can_run() -> None:

@@ -21,6 +21,7 @@ from megatron_opus.estimates import flops
 from megatron_opus.estimates.memory import estimate
 from megatron_opus.layout.model_layout import ModelLayout, model_layout, scored_blocks
 from megatron_opus.layout.parallel_layout import ParallelLayout
+from megatron_opus.types import Groups
 
 BIASES = {"add_bias_linear": True, "add_qkv_bias": True}
 MODELS = {
@@ -123,6 +124,14 @@ def test_blocks_are_counted_from_the_last() -> None:
     assert scored_blocks(range(6), "last:2") == (4, 5)
     assert scored_blocks(range(6), "every:2") == (5, 3, 1)
     assert scored_blocks((6, 7, 8), "last:1") == (8,)
+
+
+def test_optimizer_state_is_spread_over_its_own_group() -> None:
+    """Guards against preconditioners that are summed over data-parallel ranks which hold the same state twice."""
+    assert (Groups(dp_rank=1, dp_size=4).state_rank, Groups(dp_rank=1, dp_size=4).state_size) == (1, 4)
+    apart = Groups(dp_rank=1, dp_size=4, cp_size=2, state_rank=3, state_size=8)
+    assert (apart.state_rank, apart.state_size, apart.dp_size) == (3, 8, 4)
+    assert Groups(dp_rank=1, dp_size=4, state_size=1).state_rank == 0
 
 
 def test_an_unknown_size_is_refused() -> None:
