@@ -24,14 +24,36 @@ Ranges = tuple[tuple[int, int], ...]  # (global start, length) pieces, in the or
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Process groups of one rank. A group of one process is None: no communication."""
+    """Holds the process groups of one rank: tensor, data, pipeline, context and expert parallel.
+
+    A group of one process is None: no communication. `state` is the group over which the optimizer state of a weight is
+    spread, at every ZeRO stage: the data-parallel one unless `state_size` is given. With context parallelism it is the
+    data x context group, for experts the expert-data group.
+    """
 
     tp: ProcessGroup | None = None
     dp: ProcessGroup | None = None
+    pp: ProcessGroup | None = None
+    cp: ProcessGroup | None = None
+    ep: ProcessGroup | None = None
+    state: ProcessGroup | None = None
     tp_rank: int = 0
     tp_size: int = 1
     dp_rank: int = 0
     dp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    state_rank: int = 0
+    state_size: int = 0  # 0: as data parallelism
+
+    def __post_init__(self) -> None:
+        if self.state_size == 0:
+            for name in ("", "_rank", "_size"):
+                object.__setattr__(self, f"state{name}", getattr(self, f"dp{name}"))
 
 
 # --- layers and optimizer state, as a backend describes them --------------------------------------------------------

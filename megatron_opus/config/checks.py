@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_opus.config.dimensions import query_groups, sizes_to_divide
 from megatron_opus.config.recipe import RunConfig
 from megatron_opus.config.schema import require
 from megatron_opus.config.strategies import check_floors
@@ -23,7 +24,7 @@ def validate(config: RunConfig) -> None:
         m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0,
         f"model.hidden_size: expected a multiple of num_attention_heads ({m.num_attention_heads}), got {m.hidden_size}",
     )
-    groups = m.num_query_groups or m.num_attention_heads
+    groups = query_groups(m)
     require(
         m.num_attention_heads % groups == 0,
         f"model.num_query_groups: expected a divisor of num_attention_heads ({m.num_attention_heads}), got {groups}",
@@ -34,12 +35,7 @@ def validate(config: RunConfig) -> None:
         f"model.kv_channels: rope rotates pairs of numbers; expected an even number per head, got {channels}",
     )
     tp = p.tensor_model_parallel_size
-    for name, value in (
-        ("model.num_attention_heads", m.num_attention_heads),
-        ("model.num_query_groups", groups),
-        ("model.ffn_hidden_size", m.ffn_hidden_size or 4 * m.hidden_size),
-        ("model.make_vocab_size_divisible_by", m.make_vocab_size_divisible_by),
-    ):
+    for name, value in sizes_to_divide(m).items():
         require(value % tp == 0, f"{name}: expected a multiple of tensor_model_parallel_size ({tp}), got {value}")
     window = min(s.score_length, d.seq_length)
     for name, value in (("data.seq_length", d.seq_length), ("selection.score_length", window)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +22,7 @@ from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.errors import Refusal
 from megatron_opus.estimates import fit
 from megatron_opus.files import write_text
-from megatron_opus.layout.shapes import count_parameters
-from megatron_opus.layout.sharding import is_sharded, weight_shard
+from megatron_opus.layout.model_layout import ModelLayout, recipe_layout
 from megatron_opus.ranks.agreement import check_agreement, environment, together, weight_digests
 from megatron_opus.ranks.lost_ranks import Watch, set_timeouts
 from megatron_opus.ranks.stopping import StopAgreement
@@ -92,9 +90,10 @@ class Session:
         model = build_model(config)
         if config.model.init_from and not (resume and checkpoint.shared_latest(self.run_dir / "checkpoints")):
             say(load_initial_weights(model, config, groups))
-        _check_weights(model, groups)
+        layout = recipe_layout(config)
+        _check_weights(model, layout, groups)
         engine = build_engine(model, config, groups)
-        say(f"model: {count_parameters(config.model) / 1e6:.1f}M parameters; {engine.description}, on {device}")
+        say(f"model: {layout.published_size() / 1e6:.1f}M parameters; {engine.description}, on {device}")
         buffer = CandidateBuffer(
             corpus, config.buffer_size, config.seed, config.data.domain_weights, config.data.unselected
         )
@@ -107,12 +106,9 @@ class Session:
         if strategy.needs == {"loss"}:
             loss_pass = LossPass(engine.runner(), config.selection, groups=groups, device=device)
         elif strategy.needs:
-            shards = functools.partial(
-                weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size
-            )
             scorer = ScoringPass(
                 engine.runner(),
-                megatron_layers(engine.module, shards, config.selection),
+                megatron_layers(engine.module, layout, config.selection),
                 engine.optimizer_state(),
                 scoring_config(config.selection),
                 groups=groups,
@@ -226,13 +222,13 @@ class Session:
             write_text(self.run_dir / CONFIG_FILE, configs.dump(self.config))
 
 
-def _check_weights(model: nn.Module, groups: Groups) -> None:
+def _check_weights(model: nn.Module, layout: ModelLayout, groups: Groups) -> None:
     """Replicated weights are the same on every rank, shards on the data-parallel ranks that hold the same one."""
-    alike, cut = weight_digests(model, lambda name: groups.tp_size > 1 and is_sharded(name))
+    alike, cut = weight_digests(model, lambda name: layout.tp_size > 1 and layout[name].cut is not None)
     check_agreement({"initial weight": alike})
     check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank}")
 
 
 def _check_memory(config: RunConfig, say: Say) -> None:
-    for line in fit.check_memory(config, dist.get_world_size()):
+    for line in fit.start_up_report(config, dist.get_world_size()):
         say(line)

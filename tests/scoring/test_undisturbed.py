@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from gpt_runs import GPT2, LENGTH, QWEN3, batch_of_step, recipe, share_of_rank, 
 from small_models import random_batch
 
 from megatron_opus.config import SelectionConfig
+from megatron_opus.layout.model_layout import recipe_layout
 from megatron_opus.types import Batch
 
 STEPS = 3
@@ -21,12 +21,10 @@ NORMS = dataclasses.replace(QWEN3, hidden_dropout=0.1)
 
 
 def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
-    from megatron_opus.backends.model.gpt import weight_shard
     from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.scoring.scoring_pass import ScoringPass
 
-    shard = functools.partial(weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    layers, state = megatron_layers(engine.module, shard), engine.optimizer_state()
+    layers, state = megatron_layers(engine.module, recipe_layout(config)), engine.optimizer_state()
     selection = dataclasses.replace(SelectionConfig(), score_length=LENGTH // 2)
     scorer = ScoringPass(engine.runner(), layers, state, selection, groups=groups, device=torch.device(engine.device))
     mine = [random_batch(4, LENGTH, seed=i).rows(2 * groups.dp_rank, 2 * groups.dp_rank + 2) for i in (1, 2)]

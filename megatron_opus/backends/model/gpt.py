@@ -6,7 +6,6 @@ takes its piece: every degree starts from the same model.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, Literal
@@ -23,19 +22,11 @@ from megatron_opus.backends.model import extras
 from megatron_opus.backends.model.attention import DocumentMask, SdpaCoreAttention, TransformerEngineCoreAttention
 from megatron_opus.backends.model.parallel import derived_seed, init_parallel, rng_tracker, seed_all
 from megatron_opus.config import ConfigError, ModelConfig
-from megatron_opus.layout.sharding import (
-    check_tensor_parallel,
-    ffn_size,
-    head_channels,
-    is_column_cut,
-    is_sharded,
-    padded_vocab_size,
-    query_groups,
-    weight_shard,
-)
+from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
+from megatron_opus.layout.model_layout import ModelLayout, model_layout
 from megatron_opus.types import Batch, Ranges
 
-__all__ = ["build_gpt", "forward_loss", "init_parallel", "rng_tracker", "seed_all", "weight_shard"]
+__all__ = ["build_gpt", "forward_loss", "init_parallel", "rng_tracker", "seed_all"]
 
 # GPT-2's GELU is the tanh approximation. Megatron's fused kernel computes it too, its unfused default does not: named
 # here so that a CPU and a GPU train the same function.
@@ -100,7 +91,6 @@ def build_gpt(
     seq_length: int,
     params_dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    vocab_size_padded: int | None = None,
     sequence_parallel: bool = False,
     recompute: Literal["none", "full"] = "none",
     device: Literal["cpu", "cuda", "meta"] | None = None,
@@ -113,11 +103,11 @@ def build_gpt(
     """
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    check_tensor_parallel(config, tp_size)
+    layout = model_layout(config, tp_size=tp_size, positions=seq_length)
     positions = config.max_position_embeddings or seq_length
     if config.position_embedding_type == "learned_absolute" and positions < seq_length:
         raise ConfigError(f"model.max_position_embeddings: expected at least {seq_length}, got {positions}")
-    vocabulary = vocab_size_padded or padded_vocab_size(config)
+    vocabulary, _ = layout.output.shape
     kind: Literal["cpu", "cuda", "meta"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     megatron_config = transformer_config(
         config,
@@ -139,9 +129,9 @@ def build_gpt(
             rotary_base=config.rotary_base,
         )
     model = model.to(dtype=params_dtype)
-    _mark_parameters(model, tp_size)
+    _mark_parameters(model, layout)
     if kind != "meta":
-        _init_weights(model, _with_vocabulary(config, vocabulary), tp_rank=tp_rank, tp_size=tp_size, seed=seed)
+        _init_weights(model, config, layout, tp_rank=tp_rank, seed=seed)
     if tp_size > 1:
         _sum_partial_gradients(model)
     if config.vocab_size is not None and config.vocab_size < vocabulary:
@@ -173,42 +163,41 @@ def _layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
 
 
-def _with_vocabulary(config: ModelConfig, rows: int) -> ModelConfig:
-    return dataclasses.replace(config, vocab_size=rows, make_vocab_size_divisible_by=rows)
-
-
-def _mark_parameters(model: nn.Module, tp_size: int) -> None:
+def _mark_parameters(model: nn.Module, layout: ModelLayout) -> None:
     """Say on each parameter whether it is a shard: DeepSpeed counts replicated ones once in the gradient norm."""
     for name, parameter in model.named_parameters():
-        sharded = is_sharded(name) and tp_size > 1
+        sharded = layout[name].cut is not None and layout.tp_size > 1
         for attribute, value in (
             ("model_parallel", sharded),
             ("tensor_model_parallel", sharded),
-            ("partition_dim", 1 if is_column_cut(name) else 0),
+            ("partition_dim", 1 if layout[name].cut == "columns" else 0),
             ("partition_stride", 1),
         ):
             setattr(parameter, attribute, value)
 
 
 @torch.no_grad()
-def _init_weights(model: nn.Module, config: ModelConfig, *, tp_rank: int, tp_size: int, seed: int) -> None:
-    """Megatron's rules: N(0, std), residual output layers N(0, std / sqrt(2 * layers)), norms 1, biases 0."""
+def _init_weights(model: nn.Module, config: ModelConfig, layout: ModelLayout, *, tp_rank: int, seed: int) -> None:
+    """Apply Megatron's rules: N(0, std), residual output layers N(0, std / sqrt(2 * layers)), norms 1, biases 0.
+
+    The layers that write to the residual stream are those that are cut by columns.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        entry = layout[name]
+        if entry.kind in ("norm", "bias"):
+            parameter.fill_(1.0 if entry.kind == "norm" else 0.0)
             continue
-        std = config.init_method_std / (math.sqrt(2.0 * config.num_layers) if is_column_cut(name) else 1.0)
+        std = config.init_method_std / (math.sqrt(2.0 * config.num_layers) if entry.cut == "columns" else 1.0)
         generator = torch.Generator().manual_seed(derived_seed(seed, "weights", name))
-        if is_sharded(name):
-            shape, rows, columns = weight_shard(name, config, tp_rank, tp_size)
-            whole = torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-            parameter.copy_(_cut(_cut(whole, rows, 0), columns, 1))
-        else:
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+        value = torch.empty(entry.shape, device="cpu").normal_(0.0, std, generator=generator)
+        for dim, ranges in enumerate(layout.shard(name, tp_rank)):
+            value = _cut(value, ranges, dim)
+        parameter.copy_(value)
 
 
 def _cut(whole: Tensor, ranges: Ranges, dim: int) -> Tensor:
-    return torch.cat([whole.narrow(dim, start, length) for start, length in ranges], dim=dim)
+    pieces = [whole.narrow(dim, start, length) for start, length in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
 
 
 def _exclude_padding(model: GPTModel, first: int) -> None:

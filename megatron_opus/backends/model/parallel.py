@@ -99,13 +99,16 @@ def derived_seed(seed: int, *path: object) -> int:
 
 
 def megatron_groups() -> Groups:
-    """This process's place in megatron-core's parallel state, which must be initialised."""
-    tp, dp = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_data_parallel_world_size()
-    return Groups(
-        tp=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
-        dp=parallel_state.get_data_parallel_group() if dp > 1 else None,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=tp,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=dp,
-    )
+    """Read this process's place in megatron-core's parallel state, which must be initialised."""
+    kinds = {"tp": "tensor_model", "dp": "data", "pp": "pipeline_model", "cp": "context", "ep": "expert_model"}
+    found: dict[str, Any] = {}
+    for short, kind in kinds.items():
+        group, rank, size = (
+            getattr(parallel_state, f"get_{kind}_parallel_{x}") for x in ("group", "rank", "world_size")
+        )
+        found |= {short: group() if size() > 1 else None, f"{short}_rank": rank(), f"{short}_size": size()}
+    if found["cp_size"] > 1:  # ZeRO cuts the state over both
+        found["state"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        found["state_rank"] = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        found["state_size"] = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return Groups(**found)
