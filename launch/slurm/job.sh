@@ -222,6 +222,8 @@ if $cancelled; then finish 143 cancelled "cancelled before training began"; fi
 if $time_is_up; then requeue 75 "the time was up before training began"; fi
 
 run_step "${ranks_command[@]}" ${resume[@]+"${resume[@]}"}
+# No rank is left: the lock of one that was killed must not keep a later job away, which may run on other nodes.
+! grep -qs "\"job\": \"${SLURM_JOB_ID:-}\"" "$run_dir/lock" || rm -f -- "$run_dir/lock"
 say "the ranks ended with status $status after $((SECONDS - started)) s, at step $(newest_step)"
 
 # The first rank's last words; the others' are beside it.

@@ -33,8 +33,11 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(folder)]
 
 
-def held(slurm: RealSlurm, run: Path, steps: int) -> list[int]:
-    """The process ids of the two ranks, which stand still after at least so many steps."""
+def held(slurm: RealSlurm, run: Path, job: int, restart: int, steps: int) -> list[int]:
+    """The process ids of the two ranks of a start, which stand still after at least so many steps of the run."""
+    log = run / f"slurm/{job}.{restart}/rank_00000.log"
+    taken = f"step {steps - 1}: scoring"
+    slurm.reach(lambda: log.exists() and TAKEN in log.read_text(errors="replace"), f"start {restart + 1} trains")
     slurm.reach(lambda: len(read_metrics(run)) >= steps, f"the run takes step {steps}")
     ranks = [*slurm.ranks("n1"), *slurm.ranks("n2")]
     assert len(ranks) == 2, ranks
