@@ -76,7 +76,7 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
     def claim(run_dir: Path) -> str:
         try:
             lock.acquire()
-            for line in compare_record(run_dir) if resume else ():
+            for line in compare_record(run_dir) if arguments.resume else ():
                 print(line, file=sys.stderr, flush=True)
         except Refusal as error:
             return str(error)

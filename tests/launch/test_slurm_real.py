@@ -18,7 +18,7 @@ from megatron_opus.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-STEPS = ("training.train_steps=24", "training.checkpoint_interval=4")
+STEPS = ("training.train_steps=24", "training.checkpoint_interval=4", "training.log_interval=1")
 LIMITS = {"TIME": "30", "SIGNAL_SECONDS": "120", "MAX_FAILURES": "1", "CPUS_PER_TASK": "1", "HEALTH_TIMEOUT": "300"}
 
 
@@ -36,8 +36,8 @@ def rows(folder: Path) -> list[dict[str, object]]:
 def held(slurm: RealSlurm, run: Path, job: int, restart: int, steps: int) -> list[int]:
     """The process ids of the two ranks of a start, which stand still after at least so many steps of the run."""
     log = run / f"slurm/{job}.{restart}/rank_00000.log"
-    taken = f"step {steps - 1}: scoring"
-    slurm.reach(lambda: log.exists() and TAKEN in log.read_text(errors="replace"), f"start {restart + 1} trains")
+    # not before the first step of this start: until then the rows may be those of steps that it will take again
+    slurm.reach(lambda: log.exists() and "/24  loss" in log.read_text(errors="replace"), f"start {restart + 1} trains")
     slurm.reach(lambda: len(read_metrics(run)) >= steps, f"the run takes step {steps}")
     ranks = [*slurm.ranks("n1"), *slurm.ranks("n2")]
     assert len(ranks) == 2, ranks
@@ -59,7 +59,7 @@ def test_a_run_outlives_its_time_limit_a_killed_rank_and_a_lost_node(
     job = slurm.submit("submit.sh", RECIPE, "2", "1", *tiny(embedded_cache, tmp_path, run.name, *STEPS), **LIMITS)
 
     # The time limit comes near: Slurm looks at it every 30 s, in which the run must not end.
-    ranks = held(slurm, run, 3)
+    ranks = held(slurm, run, job, 0, 3)
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")
     slurm.reach(lambda: "asking the ranks to stop with a checkpoint" in said(), "the signal comes")
     for pid in ranks:
@@ -75,7 +75,7 @@ def test_a_run_outlives_its_time_limit_a_killed_rank_and_a_lost_node(
     assert "on n1,n2, rendezvous 127.0.0.1:" in said()
 
     # A rank is killed. The other one ends by itself, and one failure may be tried again.
-    first, second = held(slurm, run, stopped_at + 1)
+    first, second = held(slurm, run, job, 1, stopped_at + 1)
     os.kill(second, signal.SIGKILL)
     os.kill(first, signal.SIGCONT)
     slurm.again(job, 2)
@@ -83,7 +83,7 @@ def test_a_run_outlives_its_time_limit_a_killed_rank_and_a_lost_node(
     assert f"the run failed with status {128 + signal.SIGKILL} (failure 1 of at most 1" in said()
 
     # A node is lost: Slurm itself requeues the job, whatever the batch script thinks of it.
-    ranks = held(slurm, run, stopped_at + 2)
+    ranks = held(slurm, run, job, 2, stopped_at + 2)
     os.kill(ranks[0], signal.SIGCONT)
     slurm.lose("n2")
     slurm.again(job, 3)
