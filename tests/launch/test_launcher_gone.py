@@ -61,7 +61,8 @@ def test_ranks_stop_in_order_when_deepspeed_is_ended(embedded_cache: Path, tmp_p
             if processes.start_time(pid) is not None:
                 os.kill(pid, signal.SIGKILL)
     text = log.read_text()
-    assert text.count(f"its launcher (process {launcher.pid}) is gone: stopping") == 2, text[-3000:]
+    # the first rank to see it stops the others, too
+    assert f"its launcher (process {launcher.pid}) is gone: stopping" in text, text[-3000:]
     steps = len(read_metrics(run))
     assert [path.name for path in complete(run / "checkpoints")] == [f"step_{steps:08d}"]
     assert not (run / "lock").exists()
