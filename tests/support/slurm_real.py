@@ -164,6 +164,7 @@ class RealSlurm:
 
         self.reach(requeued, f"job {job} is requeued for start {restart + 1}")
         if found["JobState"] == "PENDING":
+            time.sleep(3)  # a start in the second of the requeue would find the job's credential revoked
             values = (f"{name}={value}" for name, value in changes.items())
             self.call("scontrol", "update", f"JobId={job}", *values, "StartTime=now")
 
