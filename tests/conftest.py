@@ -20,6 +20,9 @@ from partitions import PartitionTable  # noqa: E402
 
 torch.set_num_threads(1)
 
+# Files and folders that start no process, train nothing and build no engine: `./tests/run.sh --fast` runs these.
+FAST = tuple((ROOT / "tests/fast.txt").read_text(encoding="utf-8").split())
+
 
 @pytest.fixture(scope="session")
 def world2() -> Iterator[DistributedPool]:
@@ -46,6 +49,13 @@ def server() -> Iterator[Server]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partition-table", metavar="FILE", help="write the deviations of every tested layout to FILE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        place = item.path.relative_to(ROOT)
+        if any(place.is_relative_to(fast) for fast in FAST):
+            item.add_marker(pytest.mark.fast)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -21,7 +21,7 @@ ORDER = (
     ("layout",),
     ("selection", "data"),
     ("scoring", "backends"),
-    ("runs", "estimates", "api"),
+    ("runs", "estimates", "api", "style"),
     ("ranks",),
     ("weights", "report", "cluster", "studies"),
     ("training", "evaluation", "corpus_scores"),

@@ -78,11 +78,11 @@ def test_outliers_are_counted_as_the_pages_say():
         norms = [norm for (arm, _), norm in largest.items() if (arm in UNIFORM) == uniform]
         counts[uniform] = [len(norms), sum(n > 3 for n in norms), sum(n > 10 for n in norms)]
     scored, drawn = counts[False], counts[True]
-    page, readme = prose_of("docs/evidence.md"), prose_of("README.md")
+    page = prose_of("docs/evidence.md")
     assert f"Of {scored[0]} runs whose draws follow the scores, {scored[1]} had a norm above 3" in page
     assert f"{scored[2]} one above 10; of {drawn[0]} runs with uniform draws {drawn[1]} and {drawn[2]}" in page
-    assert f"of {scored[0]} runs with selection at a learning rate of 2e-3, {scored[2]} had single gradients" in readme
-    assert f"of {drawn[0]} runs with uniform draws {drawn[2]}" in readme
+    assert f"of {scored[0]} runs with selection at a learning rate of 2e-3, {scored[2]} had single gradients" in page
+    assert f"of {drawn[0]} runs with uniform draws {drawn[2]}." in page
     warm = [run["largest_gradient"] for run in runs_of("warm")]
     assert f"none of the {len(warm)} runs of `warm` exceeded 1.5" in page
     assert max(warm) < 1.5
@@ -127,11 +127,73 @@ def test_the_arms_that_were_timed_again_have_the_same_losses():
     """Fault: seconds of a repetition that was not one, or quoted from nowhere."""
     rows = [(EVIDENCE / "choices" / name).read_text(encoding="utf-8") for name in ("report.md", "timed_again.md")]
     first, again = ({row.split(" | ")[0]: row.split(" | ") for row in text.splitlines() if row} for text in rows)
-    page, readme = prose_of("docs/evidence.md"), (ROOT / "README.md").read_text(encoding="utf-8")
+    page = prose_of("docs/evidence.md")
     arms = ("| opus", "| temperature_0.3", "| filter_then_weight")
     for arm in arms:
         assert again[arm][2:5] == first[arm][2:5]  # loss, difference, tokens
     assert "{}, {} and {} of random's seconds".format(*(again[arm][5] for arm in arms)) in page
     for arm in arms[1:]:
         mean, half = again[arm][5].split(" ± ")
-        assert f"| {float(mean):.2f} ± {float(half):.2f} |" in readme
+        assert f"| {float(mean):.2f} ± {float(half):.2f} |" in page
+
+
+def difference_of(name, arm):
+    (found,) = [a for a in json.loads((EVIDENCE / name / "report.json").read_text())["arms"] if a["arm"] == arm]
+    return found["difference"]["mean"], found["difference"]["half"]
+
+
+DRAWN = (  # the rows of docs/pictures/results.svg from the top; the third is of a check outside the protocols
+    ("choices", "temperature_0.3"),
+    ("choices", "filter_then_weight"),
+    None,
+    ("long_warm_shared", "opus"),
+    ("near_duplicate", "opus"),
+    ("clean", "opus"),
+    ("shift", "opus"),
+)
+
+
+def test_the_picture_of_the_front_pages_is_drawn_from_the_reports():
+    """Fault: a dot, an interval or a label of the hand-drawn picture that is not where the report puts it."""
+    drawing = (ROOT / "docs/pictures/results.svg").read_text(encoding="utf-8")
+    labels = re.findall(r">([+-][\d.]+) ± ([\d.]+)<", drawing)
+    dots = {int(y): int(x) for x, y in re.findall(r'<circle cx="(\d+)" cy="(\d+)"', drawing)}
+    bars = {int(y): (int(a), int(b)) for a, y, b in re.findall(r'd="M(\d+) (\d+) H(\d+)"', drawing)}
+    assert len(labels) == len(dots) == len(bars) == len(DRAWN)
+    for row, (drawn, label) in enumerate(zip(DRAWN, labels, strict=True)):
+        mean, half = map(float, label)
+        if drawn is not None:
+            expected = difference_of(*drawn)
+            assert (mean, half) == pytest.approx(expected, abs=6e-4)  # three digits, rounded from the tables' four
+        y = 96 + 40 * row
+        assert abs(dots[y] - (750 + 1000 * mean)) <= 1
+        assert abs(bars[y][0] - (750 + 1000 * (mean - half))) <= 1.5
+        assert abs(bars[y][1] - (750 + 1000 * (mean + half))) <= 1.5
+
+
+def test_the_front_page_quotes_the_reports():
+    """Fault: a headline number of the README that no report has."""
+    readme, page = prose_of("README.md"), prose_of("docs/evidence.md")
+    quoted = [difference_of("clean", "opus")]
+    for name, *pair in (
+        ("long_warm_shared", "opus", "random_longer_1.17"),
+        ("choices", "economical", "random_longer_1.3"),
+    ):
+        contrasts = json.loads((EVIDENCE / name / "report.json").read_text())["contrasts"]
+        (found,) = [c["difference"] for c in contrasts if [c["arm"], c["other"]] == pair]
+        quoted.append((found["mean"], found["half"]))
+    for mean, half in quoted:
+        assert f"{mean:+.3f} ± {half:.3f}" in readme
+        assert f"{mean:+.3f} ± {half:.3f}" in page
+
+
+def test_runs_with_large_gradients_end_where_the_page_says():
+    """Fault: a harm, or the lack of one, that was read off the gradients and not off the losses."""
+    ends = {}
+    for name in ("noisy", "ablations", "economy"):
+        for run in runs_of(name):
+            ends.setdefault((run["arm"], run["seed"]), (run["largest_gradient"], run["loss"]))
+    below = [
+        loss - ends["random", seed][1] for (arm, seed), (norm, loss) in ends.items() if arm not in UNIFORM and norm > 10
+    ]
+    assert f"still end {-sum(below) / len(below):.3f} below random on average" in prose_of("docs/evidence.md")

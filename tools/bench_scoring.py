@@ -5,19 +5,18 @@
     python tools/bench_scoring.py overhead --hidden-size 512             # of a real step, on the clock and in FLOPs
     python tools/bench_scoring.py tax --hidden-size 1024 --estimators one_sided:64,two_sided:8192
     python tools/bench_scoring.py fidelity --hidden-size 512 --num-layers 4
-    python tools/bench_scoring.py frontier --hidden-size 512 --json frontier.json --picture frontier.svg
-    python tools/bench_scoring.py economy --hidden-size 512 --json economy.json
+    python tools/bench_scoring.py frontier --hidden-size 512 --json 512.json
+    python tools/bench_scoring.py picture 512.json 1024.json --output frontier.png
 
-`tax` and `overhead` need no training: the time of a pass does not depend on the weights. `fidelity`, `frontier` and
-`economy` train a GPT first, on the embedded corpus unless --corpus names a directory of tools/prepare_data.py, and keep
-it in --model-cache. Runs of `frontier` with other sizes and the same --json are merged into one table and picture.
+`tax` and `overhead` need no training: the time of a pass does not depend on the weights. `fidelity` and `frontier`
+train a GPT first, on the embedded corpus unless --corpus names a directory of tools/prepare_data.py. An estimator's
+name may be followed by settings that save scored tokens, as in one_sided:64+score_length=128+score_windows=2.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,38 +29,26 @@ from megatron_opus.studies.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = [ROOT / "configs" / f"{n}.yaml" for n in ("pretrain_gpt2_xl", "pretrain_gpt2_large", "cpt_qwen3_8b")]
-SECTIONS = ("savings", "proxy", "redundancy", "draws", "stale")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    started = time.perf_counter()
     try:
-        earlier: dict[str, list[dict[str, object]]] = {"runs": [], "rows": []}
+        if args.command == "picture":
+            report.check_writable(args.output)
+            report.draw_frontier([row for path in args.results for row in report.read(path)], args.output)
+            return 0
         if args.json:
             report.check_writable(args.json)
-            earlier = report.read(args.json)
-        if getattr(args, "picture", None):
-            report.check_writable(args.picture)
-            report.pyplot()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that are not there
             from megatron_opus.studies.bench import commands
 
-            def save(result: commands.Result) -> list[dict[str, object]]:
-                rows = report.merged(earlier["rows"], result.rows, result.keys)
-                run = {"command": argv or sys.argv[1:], "seconds": time.perf_counter() - started, **result.facts}
-                if args.json and result.rows:
-                    report.write(args.json, [*earlier["runs"], run], rows)
-                return rows
-
             torch.set_num_threads(args.threads)
-            result = commands.run(args, say=lambda text: print(text, file=sys.stderr, flush=True), save=save)
-        rows = save(result)
-        for title, part in result.tables(rows):
-            print(f"\n{title}\n\n{report.table(part)}" if title else report.table(part))
-        if getattr(args, "picture", None) and rows:
-            report.draw_frontier(rows, args.picture)
+            rows = commands.run(args, say=lambda text: print(text, file=sys.stderr, flush=True))
+        if args.json:
+            report.write(args.json, argv or sys.argv[1:], rows)
+        print(report.table(rows))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"bench_scoring: {error}", file=sys.stderr)
         return 1
@@ -73,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    common.add_argument("--json", type=Path, help="file for the numbers; those of earlier runs in it are kept")
+    common.add_argument("--json", type=Path, help="file for the numbers")
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--hidden-size", type=positive, default=512)
     model.add_argument("--num-layers", type=positive, default=2)
@@ -94,7 +81,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     trained.add_argument("--homogeneous", help="domain of a second pool of nothing else; embedded corpus: source")
     trained.add_argument("--train-steps", type=positive, default=500)
     trained.add_argument("--batch-size", type=positive, default=2, help="sequences of a training step")
-    trained.add_argument("--model-cache", type=Path, help="folder of trained models; default: CACHE_DIR/bench")
 
     def add(name: str, text: str, *parents: argparse.ArgumentParser) -> Callable[..., object]:
         sub = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
@@ -120,25 +106,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sizes(option, candidates=32, length=512, repeats=2, estimators="all")
     option("--tax-candidates", type=positive, default=8, help="with --proxy, the sequences of the timed pass")
     option("--fidelity-proxy", type=positive, default=8)
-    option("--picture", type=Path, help=".svg or .png of all rows")
-    option("--estimate-only", action="store_true", help="say how long it would take, and stop")
 
-    option = add("economy", "what fewer and cheaper tokens cost in fidelity", model, trained)
-    sizes(option, candidates=32, length=512, repeats=1, estimators="one_sided:64")
-    option("--sections", type=lambda x: x.split(","), default=list(SECTIONS), help=f"of {','.join(SECTIONS)}")
-    option("--oracle-proxy", type=positive, default=60, help="sequences of the target that proxies are compared with")
-    option("--proxy-sizes", type=numbers, default=[2, 4, 8, 16, 32])
-    option("--refresh", type=numbers, default=[1, 4, 16], help="refresh intervals of the proxy")
-    option("--redundancy-dims", type=numbers, default=[8192, 1024])
-    option("--draw-candidates", type=positive, default=1024)
+    sub = commands.add_parser("picture", help="tax against fidelity, from the JSON files of `frontier`")
+    sub.add_argument("results", nargs="+", type=Path, metavar="FRONTIER.json")
+    sub.add_argument("--output", type=Path, default=Path("frontier.png"), help=".svg or .png; default frontier.png")
     args = parser.parse_args(argv)
     if args.command == "flops":  # `--recipe FILE key=value`: the option takes all that follow
         given = [str(x) for x in args.recipe]
         args.overrides += [x for x in given if "=" in x]
         args.recipe = [Path(x) for x in given if "=" not in x] or RECIPES
-    unknown = set(getattr(args, "sections", ())) - set(SECTIONS)
-    if unknown:
-        parser.error(f"--sections: expected some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")
     if getattr(args, "clock", "wall") == "cpu" and (args.threads > 1 or torch.cuda.is_available()):
         parser.error("--clock cpu: expected --threads 1 and no accelerator; it counts the work of one thread")
     return args
@@ -149,7 +125,7 @@ def sizes(option: Callable[..., object], *, candidates: int, length: int, repeat
     option("--length", type=positive, default=length, help="tokens of each sequence")
     if repeats is not None:
         option("--repeats", type=positive, default=repeats)
-    option("--estimators", default=estimators, help="kind:size,...; all: the frontier's list")
+    option("--estimators", default=estimators, help="kind:size[+key=value...],...; all: the frontier's list")
 
 
 def positive(text: str) -> int:
@@ -157,10 +133,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise ValueError
     return value
-
-
-def numbers(text: str) -> list[int]:
-    return [positive(x) for x in text.split(",")]
 
 
 if __name__ == "__main__":

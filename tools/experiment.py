@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run an experiment: arms times seeds as ordinary training runs, then a table, JSON, CSV and pictures.
+"""Run an experiment: arms times seeds as ordinary training runs, then a table, JSON and pictures.
 
     python tools/experiment.py configs/lab/noisy.yaml --jobs 2
     python tools/experiment.py configs/lab/noisy.yaml --shared ../shared/data --jobs 2
@@ -17,15 +17,12 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_opus.studies.lab import runner
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_opus.config import ConfigError
 from megatron_opus.runs.curves import NotComparable
-from megatron_opus.studies.lab import experiment as lab
-from megatron_opus.studies.lab import pictures
-from megatron_opus.studies.lab import report as lab_report
+from megatron_opus.studies.lab import pictures, report, runner
+from megatron_opus.studies.lab.experiment import Experiment, LabError, read_experiment, record
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def corpus(experiment: lab.Experiment, arguments: argparse.Namespace) -> Path | None:
+def corpus(experiment: Experiment, arguments: argparse.Namespace) -> Path | None:
     """The prepared corpus, or None where the recipe's own data is used."""
     if not experiment.corpus:
         return None
@@ -61,23 +58,23 @@ def corpus(experiment: lab.Experiment, arguments: argparse.Namespace) -> Path | 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        experiment = lab.read_experiment(arguments.experiment)
+        experiment = read_experiment(arguments.experiment)
         if arguments.shared is not None:
             experiment = experiment.on_shared_text()
         folder = arguments.output / experiment.name
         runs = experiment.runs(folder, corpus(experiment, arguments))
-        record = lab.record(experiment, runs, folder)
+        announced = record(experiment, runs, folder)
         if not arguments.report_only:
             runner.run_all(
                 runs, jobs=arguments.jobs, minutes=arguments.minutes, say=lambda text: print(text, flush=True)
             )
-        results = lab_report.collect(experiment, runs, record)
-        written = lab_report.write(results, folder)
-        print("\n" + lab_report.table(results))
+        results = report.collect(experiment, runs, announced)
+        written = report.write(results, folder)
+        print("\n" + report.table(results))
         if not arguments.no_pictures:
-            written += pictures.draw(results, folder)
+            written += pictures.draw(report.as_json(results), folder)
         print("\n" + "\n".join(str(path) for path in written))
-    except (lab.LabError, NotComparable, ConfigError, ValueError, OSError, RuntimeError) as error:
+    except (LabError, NotComparable, ConfigError, ValueError, OSError, RuntimeError) as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,8 +1,8 @@
 """What the ledger says, read in one pass over its parts with memory that does not grow with them.
 
-    per bin of steps    candidates and chosen ones by domain; quantiles of the utility, as it is and standardised
+    per bin of steps    candidates and chosen ones by domain; quantiles of the standardised utility
     per sequence        times offered and chosen, mean standardised utility (see `Tally`)
-    for the whole run   a histogram of the standardised utility, why candidates were excluded
+    for the whole run   why candidates were excluded
 
 Standardised: (utility - mean) / standard deviation over the finite utilities of one step's candidates, since their
 unit follows the learning rate and the gradients and may change by orders of magnitude within a run.
@@ -24,7 +24,6 @@ from megatron_opus.runs.ledger import ledger_parts
 
 BINS = 60  # of steps: as many points as a picture has
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-EDGES = np.linspace(-4, 4, 41)  # of the histogram, standard deviations; what lies beyond counts in the outer bins
 MAX_VALUES = 200_000  # utilities of a bin from which quantiles are taken: more are thinned evenly
 MAX_SEQUENCES = 2_000_000  # sequences that are counted one by one: of more, a fixed part by a hash of the id
 BATCH_ROWS = 1 << 16
@@ -41,9 +40,7 @@ class Decisions:
     step: np.ndarray  # [B] float64: middle of each bin
     offered: np.ndarray  # [B, D] int64
     chosen: np.ndarray  # [B, D] int64
-    utility: np.ndarray  # [B, 2, 5] float64: not chosen, chosen; QUANTILES
-    standardised: np.ndarray  # [B, 2, 5] float64
-    histogram: np.ndarray  # [2, 40] int64 over EDGES: not chosen, chosen
+    standardised: np.ndarray  # [B, 2, 5] float64: not chosen, chosen; QUANTILES of the standardised utility
     domain_utility: np.ndarray  # [D] float64: mean standardised utility; NaN without utilities
     tally: Tally
     rows: int
@@ -54,7 +51,7 @@ class Decisions:
 
     @property
     def has_utility(self) -> bool:
-        return bool(self.histogram.any())
+        return bool(np.isfinite(self.standardised).any())
 
 
 class Tally:
@@ -246,13 +243,12 @@ class _Scan:
         self.reasons: dict[str, int] = {}
         self._tally = tally
         self._counts: Counter[tuple[int, int, bool]] = Counter()
-        self._quantiles = np.full((2, bins, 2, len(QUANTILES)), math.nan)
-        self._histogram = np.zeros((2, len(EDGES) - 1), dtype=np.int64)
+        self._quantiles = np.full((bins, 2, len(QUANTILES)), math.nan)
         self._domain_sums: Counter[int] = Counter()
         self._domain_scored: Counter[int] = Counter()
         self._excluded: Counter[int] = Counter()
         self._open = -1
-        self._values = [[_Values(), _Values()], [_Values(), _Values()]]
+        self._values = [_Values(), _Values()]  # not chosen, chosen
         self._thinned = False
 
     def add(self, rows: _Rows) -> None:
@@ -265,9 +261,6 @@ class _Scan:
         self._tally.add(rows.ids, domain, rows.selected, standard)
         for number, count in zip(*np.unique(rows.excluded[rows.excluded >= 0], return_counts=True), strict=True):
             self._excluded[int(number)] += int(count)
-        for fate in (0, 1):
-            mine = np.clip(standard[scored & (rows.selected == bool(fate))], EDGES[0], EDGES[-1])
-            self._histogram[fate] += np.histogram(mine, EDGES)[0]
         for d in np.unique(domain).tolist():
             of = scored & (domain == d)
             self._domain_sums[d] += float(standard[of].sum())  # type: ignore[assignment]
@@ -278,24 +271,22 @@ class _Scan:
             keys, counts = np.unique(2 * domain[here] + rows.selected[here], return_counts=True)
             for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
                 self._counts[b, key // 2, bool(key % 2)] += count
-            self._collect(b, rows.selected[here], rows.utility[here], standard[here])
+            self._collect(b, rows.selected[here], standard[here])
 
-    def _collect(self, b: int, selected: np.ndarray, utility: np.ndarray, standard: np.ndarray) -> None:
+    def _collect(self, b: int, selected: np.ndarray, standard: np.ndarray) -> None:
         if b != self._open:
             self._close()
             self._open = b
-        for kind, values in enumerate((utility, standard)):
-            finite = np.isfinite(values)
-            for fate in (0, 1):
-                self._values[kind][fate].add(values[finite & (selected == bool(fate))])
+        finite = np.isfinite(standard)
+        for fate in (0, 1):
+            self._values[fate].add(standard[finite & (selected == bool(fate))])
 
     def _close(self) -> None:
         if self._open >= 0:
-            for kind in (0, 1):
-                for fate in (0, 1):
-                    self._quantiles[kind, self._open, fate] = self._values[kind][fate].quantiles()
-                    self._thinned |= self._values[kind][fate].thinned
-            self._values = [[_Values(), _Values()], [_Values(), _Values()]]
+            for fate in (0, 1):
+                self._quantiles[self._open, fate] = self._values[fate].quantiles()
+                self._thinned |= self._values[fate].thinned
+            self._values = [_Values(), _Values()]
 
     def finish(self, notes: list[str]) -> Decisions:
         self._close()
@@ -321,9 +312,7 @@ class _Scan:
             step=self.first + (np.arange(self.bins) + 0.5) * width,
             offered=offered,
             chosen=chosen,
-            utility=self._quantiles[0],
-            standardised=self._quantiles[1],
-            histogram=self._histogram,
+            standardised=self._quantiles,
             domain_utility=np.divide(sums, scored, out=np.full(len(names), math.nan), where=scored > 0),
             tally=self._tally,
             rows=self.rows,

@@ -24,7 +24,7 @@ from megatron_opus.data.manifest import ManifestError
 from megatron_opus.data.prepare.embedded import embedded_directory
 from megatron_opus.errors import CheckpointError
 from megatron_opus.report.decisions import Tally
-from megatron_opus.report.record import Record
+from megatron_opus.report.record import RunRecord
 from megatron_opus.runs import checkpoints
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ListedDocument:
     """One document, or one sequence where there is no corpus."""
 
     domain: str
@@ -57,7 +57,7 @@ class Choice:
     cut: bool  # the text is its beginning only
 
 
-def find(record: Record, data: Path | None) -> Source:
+def find(record: RunRecord, data: Path | None) -> Source:
     """Open the corpus of a run: `data` where it is given, else what config.yaml names. Never raises, never prepares."""
     notes: list[str] = []
     directory = _directory(record, data)
@@ -95,7 +95,7 @@ def find(record: Record, data: Path | None) -> Source:
     return Source(corpus=corpus, targets=targets, notes=tuple(notes))
 
 
-def _directory(record: Record, data: Path | None) -> Path | None:
+def _directory(record: RunRecord, data: Path | None) -> Path | None:
     if data is not None:
         return data
     path = record.setting("data.path")
@@ -112,7 +112,7 @@ def _directory(record: Record, data: Path | None) -> Path | None:
     return next((place for place in places if (place / manifests.FILE_NAME).is_file()), None)
 
 
-def _open(record: Record, directory: Path) -> Corpus:
+def _open(record: RunRecord, directory: Path) -> Corpus:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that token files do not need
         from megatron_opus.backends.formats import indexed
@@ -199,17 +199,17 @@ def _falling(surplus: np.ndarray, utility: np.ndarray) -> np.ndarray:
     return np.lexsort((np.arange(len(surplus)), -np.nan_to_num(utility), -np.round(surplus, 9)))
 
 
-def choices(ranking: Ranking, places: Sequence[int], corpus: Corpus | None) -> list[Choice]:
+def choices(ranking: Ranking, places: Sequence[int], corpus: Corpus | None) -> list[ListedDocument]:
     """The documents at these places of the ranking, with the beginning of their text."""
     return [_choice(ranking, i, corpus) for i in places]
 
 
-def _choice(ranking: Ranking, i: int, corpus: Corpus | None) -> Choice:
+def _choice(ranking: Ranking, i: int, corpus: Corpus | None) -> ListedDocument:
     key, text, tokens = int(ranking.key[i]), "", 0
     if corpus is not None:
         text, tokens = corpus.document_text(int(ranking.stream[i]), key, EXCERPT_TOKENS)
         text = text.strip("\n ") or "(nothing but white space)"
-    return Choice(
+    return ListedDocument(
         domain=str(ranking.domain[i]),
         name=f"document {key:,}" if corpus is not None else f"sequence {key:,}",
         offered=int(ranking.offered[i]),

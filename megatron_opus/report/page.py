@@ -13,9 +13,9 @@ from pathlib import Path
 from megatron_opus.data.files import atomic_file
 from megatron_opus.report import documents, tables
 from megatron_opus.report.decisions import scan
-from megatron_opus.report.pictures import RUN_COLOURS, dashes
-from megatron_opus.report.record import LEDGER, Record, ReportError, read_records
+from megatron_opus.report.record import LEDGER, ReportError, RunRecord, read_records
 from megatron_opus.report.sections import Section, compose
+from megatron_opus.style import COLOURS
 
 GENERATOR = "megatron_opus report"
 TEMPLATE = "page.html"
@@ -37,7 +37,9 @@ def write_report(runs: Sequence[Path], output: Path, *, data: Path | None = None
     return notes(sections)
 
 
-def collect(runs: Sequence[Path], *, data: Path | None = None, command: str = "") -> tuple[list[Record], list[Section]]:
+def collect(
+    runs: Sequence[Path], *, data: Path | None = None, command: str = ""
+) -> tuple[list[RunRecord], list[Section]]:
     """Everything that `write_report` shows, nothing drawn yet. Raises ReportError."""
     records = read_records(runs)
     decisions = [scan(r.directory / LEDGER) for r in records]
@@ -63,7 +65,7 @@ def _check_output(output: Path) -> None:
 # --- rendering ------------------------------------------------------------------------------------------------------
 
 
-def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
+def render(records: Sequence[RunRecord], sections: Sequence[Section]) -> str:
     """The whole file. The same input gives the same text. Raises ReportError without jinja2."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -104,8 +106,7 @@ def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
         title=title,
         lead=lead,
         labels=[r.label for r in records],
-        colours=RUN_COLOURS,
-        dashes=[_dasharray(i) for i in range(len(records))],
+        colours=COLOURS,
         sections=drawn,
     )
 
@@ -113,8 +114,3 @@ def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
 def clean(text: str) -> str:
     """Control characters made visible."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def _dasharray(run: int) -> str:
-    style = dashes(run)
-    return "" if style == "-" else " ".join(f"{1.5 * x:g}" for x in style[1])

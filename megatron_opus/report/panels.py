@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from megatron_opus.report.decisions import EDGES, Decisions
-from megatron_opus.report.pictures import MUTED, Panel, colour, dashes, number
-from megatron_opus.report.record import SHARE, VALIDATION, Record
+from megatron_opus.report.decisions import Decisions
+from megatron_opus.report.pictures import MUTED, Panel, number
+from megatron_opus.report.record import SHARE, VALIDATION, RunRecord
+from megatron_opus.style import MOST_LINES, colour
 
 POINTS = 200
 MOST_DOMAINS = 12  # panels of one kind; the others are in the tables
@@ -26,10 +27,7 @@ KNOWN = {
     "entropy_ratio": ("Entropy of the draw", "share of a uniform draw's", True),
     "top_k_share": ("Agreement: drawn candidates among the K best", "share of the draw", True),
     "temperature": ("Temperature of the draw", "in the utility's unit", True),
-    "utility_std": ("Spread of the utility in the buffer", "standard deviation", True),
-    "utility_gain": ("Utility gained by the draw", "mean of drawn - of offered", False),
     "redundancy_share": ("Redundancy in what decided the draw", "share", True),
-    "redundancy_scale": ("Scale of the redundancy", "factor", True),
 }
 OPTIMISATION = {
     "lr": ("Learning rate", "per step", True),
@@ -40,15 +38,9 @@ COST = {
     "score_bytes_sent": ("Bytes sent by scoring", "MiB per step and rank", True),
 }
 SCALES = {"memory_bytes": 2.0**-30, "score_bytes_sent": 2.0**-20}
-# shown elsewhere, or counters that tables hold
-ELSEWHERE = {
-    "step", "loss", "skipped", "update_tokens", "candidate_tokens", "scored_tokens", "fallbacks", "excluded",
-    "excluded_total", "score_seconds", "choose_seconds", "step_seconds", "utility_mean",
-    "floors_unsupplied", "floors_exceeded", "floors_breached", "ado_failed_fits",
-}  # fmt: skip
 
 
-def clock(records: Sequence[Record]) -> tuple[str, float]:
+def clock(records: Sequence[RunRecord]) -> tuple[str, float]:
     """(unit, seconds in it) in which the longest run takes a readable number."""
     longest = max((float(r.seconds[-1]) for r in records if len(r) and np.isfinite(r.seconds[-1])), default=0.0)
     for unit, seconds in (("hours", 3600.0), ("minutes", 60.0)):
@@ -57,12 +49,12 @@ def clock(records: Sequence[Record]) -> tuple[str, float]:
     return "seconds", 1.0
 
 
-def validation_domains(records: Sequence[Record]) -> list[str]:
+def validation_domains(records: Sequence[RunRecord]) -> list[str]:
     """Those of the first run, then others, in order."""
     return list(dict.fromkeys(name for record in records for name in record.named(VALIDATION)))
 
 
-def validation(records: Sequence[Record], targets: Sequence[str], by_clock: bool) -> list[Panel]:
+def validation(records: Sequence[RunRecord], targets: Sequence[str], by_clock: bool) -> list[Panel]:
     """One panel for each validation domain, targets first."""
     unit, seconds = clock(records)
     names = validation_domains(records)
@@ -88,20 +80,17 @@ def validation(records: Sequence[Record], targets: Sequence[str], by_clock: bool
     return drawn(panels)
 
 
-def training_loss(records: Sequence[Record]) -> list[Panel]:
-    """Smoothed over a fortieth of the run, against tokens and against the clock."""
-    unit, seconds = clock(records)
-    panels = [Panel("Training loss", TOKENS, NATS), Panel("Training loss", unit, NATS)]
+def training_loss(records: Sequence[RunRecord]) -> list[Panel]:
+    """Draw means over bins of steps, against update tokens."""
+    panel = Panel("Training loss", TOKENS, NATS)
     for run, record in enumerate(records):
         loss = record.column("loss")
-        if loss is None:
-            continue
-        for panel, x in zip(panels, (record.tokens, record.seconds / seconds), strict=True):
-            _smoothed(panel, run, record.label, x, loss)
-    return drawn(panels)
+        if loss is not None:
+            _smoothed(panel, run, record.label, record.tokens, loss)
+    return drawn([panel])
 
 
-def diagnostics(records: Sequence[Record], wanted: dict[str, tuple[str, str, bool]]) -> list[Panel]:
+def diagnostics(records: Sequence[RunRecord], wanted: dict[str, tuple[str, str, bool]]) -> list[Panel]:
     panels = []
     for name, (title, label, zero) in wanted.items():
         panel = Panel(title, STEPS, label)
@@ -126,20 +115,7 @@ def _cut(panel: Panel, values: Sequence[np.ndarray]) -> None:
         panel.title += " (axis cut)"
 
 
-def effective_number(records: Sequence[Record]) -> Panel:
-    """exp(entropy of the first draw): entropy ratio times log(eligible candidates), exponentiated."""
-    panel = Panel("Effective number of candidates", STEPS, "exp(entropy)")
-    panel.zero = True
-    for run, record in enumerate(records):
-        ratio, n = record.column("entropy_ratio"), buffer_size(record)
-        if ratio is None or n is None:
-            continue
-        excluded = np.nan_to_num(record.columns.get("excluded", np.zeros(len(record))))
-        _smoothed(panel, run, record.label, record.step, np.exp(ratio * np.log(np.maximum(n - excluded, 1))))
-    return panel
-
-
-def buffer_size(record: Record) -> float | None:
+def buffer_size(record: RunRecord) -> float | None:
     """N, by the tokens that were offered at the last step."""
     tokens, length = record.columns.get("candidate_tokens"), record.setting("data.seq_length")
     if tokens is None or not isinstance(length, int) or not len(record) or not np.isfinite(tokens[-1]):
@@ -147,15 +123,7 @@ def buffer_size(record: Record) -> float | None:
     return float(tokens[-1] / length / (record.step[-1] + 1))
 
 
-def others(records: Sequence[Record]) -> dict[str, tuple[str, str, bool]]:
-    """Numbers in the metrics that no other section shows."""
-    shown = ELSEWHERE | set(KNOWN) | set(OPTIMISATION) | set(COST)
-    names = dict.fromkeys(name for record in records for name in record.columns)
-    rest = [n for n in names if n not in shown and not n.startswith((SHARE, VALIDATION))]
-    return {name: (name, "value", False) for name in rest}
-
-
-def domain_mix(records: Sequence[Record], decisions: Sequence[Decisions | None]) -> list[Panel]:
+def domain_mix(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> list[Panel]:
     """One panel for each candidate domain: its share of what was chosen, and dotted of what was offered."""
     totals: dict[str, float] = {}
     for record in records:
@@ -166,7 +134,8 @@ def domain_mix(records: Sequence[Record], decisions: Sequence[Decisions | None])
         panel = Panel(domain, STEPS, "share of sequences")
         panel.zero = True
         for run, (record, found) in enumerate(zip(records, decisions, strict=True)):
-            if found is not None and domain in found.domains:
+            # with more runs there would be more than seven lines
+            if found is not None and domain in found.domains and 2 * len(records) <= MOST_LINES:
                 d, offers = found.domains.index(domain), found.offered.sum(axis=1)
                 share = np.divide(found.offered[:, d], offers, out=np.full(len(offers), math.nan), where=offers > 0)
                 panel.line(run, found.step, share, style=DOTTED, linewidth=1.2, tip=f"{record.label}: offered")
@@ -178,40 +147,23 @@ def domain_mix(records: Sequence[Record], decisions: Sequence[Decisions | None])
     return drawn(panels)
 
 
-def utilities(records: Sequence[Record], decisions: Sequence[Decisions | None]) -> list[Panel]:
-    """For each run with utilities: over the steps as they are and standardised, and one histogram of all."""
+def utilities(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> list[Panel]:
+    """Draw for each run with utilities how far the chosen candidates lie above the others, over the steps."""
     panels = []
     for run, (record, found) in enumerate(zip(records, decisions, strict=True)):
         if found is None or not found.has_utility:
             continue
-        for values, title, label in (
-            (found.utility, "utility", "as the strategy wrote it"),
-            (found.standardised, "standardised utility", "standard deviations"),
-        ):
-            panel = Panel(f"{record.label}: {title}", STEPS, label)
-            for fate, face, name in ((0, MUTED, "not chosen"), (1, colour(run), "chosen")):
-                low, _, middle, _, high = values[:, fate].T
-                panel.band(run, found.step, low, high, of=face, opacity=0.25)
-                style = "-" if fate else (0, (4, 2))
-                panel.line(run, found.step, middle, color=face, style=style, tip=f"{record.label}: {name}, median")
-            panels.append(panel)
-        panels.append(_histogram(run, record, found))
+        panel = Panel(f"{record.label}: standardised utility", STEPS, "standard deviations")
+        for fate, face, name in ((0, MUTED, "not chosen"), (1, colour(run), "chosen")):
+            low, _, middle, _, high = found.standardised[:, fate].T
+            panel.band(run, found.step, low, high, of=face, opacity=0.25)
+            style = "-" if fate else (0, (4, 2))
+            panel.line(run, found.step, middle, color=face, style=style, tip=f"{record.label}: {name}, median")
+        panels.append(panel)
     return panels
 
 
-def _histogram(run: int, record: Record, found: Decisions) -> Panel:
-    panel = Panel(f"{record.label}: all steps", "standardised utility", "candidates")
-    panel.zero = True
-    centres = (EDGES[:-1] + EDGES[1:]) / 2
-    for fate, face, style in ((0, MUTED, (0, (4, 2))), (1, colour(run), "-")):
-        counts = found.histogram[fate].astype(np.float64)
-        panel.band(run, centres, np.zeros_like(counts), counts, of=face, opacity=0.3)
-        name = "chosen" if fate else "not chosen"
-        panel.line(run, centres, counts, color=face, style=style, tip=f"{record.label}: {name}")
-    return panel
-
-
-def step_seconds(records: Sequence[Record]) -> list[Panel]:
+def step_seconds(records: Sequence[RunRecord]) -> list[Panel]:
     """For each run the parts of a step, stacked: scoring, the rest of choosing where it was measured, the rest."""
     panels, highest = [], 0.0
     for run, record in enumerate(records):
@@ -252,39 +204,19 @@ def binned(step: np.ndarray, values: np.ndarray, most: int = POINTS) -> tuple[np
     return x, np.divide(total, count, out=np.full(most, math.nan), where=count > 0)
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean of the finite values within `window` positions (odd); shorter at the ends."""
-    half = window // 2
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    at = np.arange(len(values))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    n = counts[high] - counts[low]
-    return np.divide(sums[high] - sums[low], n, out=np.full(len(values), math.nan), where=n > 0)
-
-
-def window(steps: int) -> int:
-    """A fortieth of the run, odd; 1 for a short one."""
-    return 2 * (steps // 80) + 1
-
-
 def _smoothed(panel: Panel, run: int, label: str, x: np.ndarray, y: np.ndarray) -> None:
-    mean = smooth(y, window(len(y)))
-    if len(y) > 1 and not np.allclose(mean, y, equal_nan=True):
-        _spread(panel, run, x, y)
-    panel.line(run, *binned(x, mean), style=dashes(run), tip=label)
+    """Draw the mean of each of at most 50 bins, with a band from the 10% to the 90% quantile of single steps.
 
-
-def _spread(panel: Panel, run: int, x: np.ndarray, y: np.ndarray) -> None:
-    """10% to 90% quantiles of about 50 bins, of at least four values each."""
-    bins = min(50, len(y) // 4)
-    if bins < 2:
+    Of fewer than 100 steps every one is drawn: 200 steps make 50 bins of four.
+    """
+    if len(y) < 100:
+        panel.line(run, x, np.where(np.isfinite(y), y, math.nan), tip=label)
         return
-    pieces = [piece[np.isfinite(piece)] for piece in np.array_split(y, bins)]
+    pieces = [piece[np.isfinite(piece)] for piece in np.array_split(y, 50)]
     low, high = (np.array([np.quantile(p, q) if len(p) else math.nan for p in pieces]) for q in (0.1, 0.9))
-    middle = np.array([float(np.mean(piece)) for piece in np.array_split(x.astype(np.float64), bins)])
+    middle = np.array([float(np.mean(piece)) for piece in np.array_split(x.astype(np.float64), 50)])
     panel.band(run, middle, low, high, opacity=0.16)
+    panel.line(run, middle, np.array([p.mean() if len(p) else math.nan for p in pieces]), tip=label)
 
 
 def drawn(panels: Iterable[Panel]) -> list[Panel]:

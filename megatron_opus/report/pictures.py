@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_opus.report.record import ReportError
+from megatron_opus.style import AXES, COLOURS, colour, marker
 
 try:
     import matplotlib as mpl
@@ -26,55 +27,22 @@ try:
 except ImportError as error:  # pragma: no cover - the extra is installed where the tests run
     raise ReportError(f"the report's pictures need matplotlib ({error}): pip install -e '.[lab]'") from None
 
-# Okabe and Ito's colours, which the common kinds of colour blindness tell apart, without their yellow and with its
-# orange darkened: on white, lines need the contrast. Second: for a dark page.
-RUN_COLOURS = (
-    ("#0072b2", "#5cb8f0"),
-    ("#d55e00", "#ff8c42"),
-    ("#009e73", "#2fd3a5"),
-    ("#b5568f", "#e69ac8"),
-    ("#a87400", "#f0b93a"),
-    ("#3a3a9e", "#9d9df5"),
-    ("#6b6b6b", "#bdbdbd"),
-    ("#7a4b1e", "#c99565"),
-)
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (7, 1.5, 1.5, 1.5)))  # for the runs after the eighth
-MARKERS = ("o", "s", "^", "D")  # at evaluations: told apart without colour, too
 # colours that stand for the page's own: (as matplotlib gets them, the page's variable)
 INK, GRID, MUTED = "#010203", "#010204", "#010205"
 PAGE = ((INK, "var(--ink)"), (GRID, "var(--grid)"), (MUTED, "var(--muted)"))
 WIDTH, HEIGHT = 4.6, 2.75  # inches of 72 points
 SETTINGS: dict[str, Any] = {
+    **AXES,
     "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # a domain may have a dollar in its name
-    "font.family": "sans-serif",
-    "font.size": 9.0,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": GRID,
-    "grid.linewidth": 0.6,
     "text.color": INK,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "path.simplify": True,
-    "lines.solid_capstyle": "round",
 }
-
-
-def colour(run: int) -> str:
-    """The colour of a run in every picture; after eight they begin again, with other dashes."""
-    return RUN_COLOURS[run % len(RUN_COLOURS)][0]
-
-
-def dashes(run: int) -> Any:
-    return DASHES[run // len(RUN_COLOURS) % len(DASHES)]
 
 
 class Panel:
@@ -96,7 +64,7 @@ class Panel:
         x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
         gid = self._tip(tip)
         self.runs.add(run)
-        how = {"color": colour(run), "linewidth": 1.5, "linestyle": dashes(run) if style is None else style, **how}
+        how = {"color": colour(run), "linewidth": 1.5, "linestyle": style or "-", **how}
         self._draw.append(lambda axes: axes.plot(x, y, gid=gid, **how))
 
     def points(self, run: int, x: Sequence[float], y: Sequence[float], tips: Sequence[str]) -> None:
@@ -155,7 +123,7 @@ def _short(title: str, most: int = 44) -> str:
 
 
 def _dot(x: float, y: float, run: int, gid: str | None) -> Callable[[Any], None]:
-    how = {"marker": MARKERS[run % len(MARKERS)], "markersize": 3.8, "color": colour(run), "linestyle": "none"}
+    how = {"marker": marker(run), "markersize": 3.8, "color": colour(run), "linestyle": "none"}
     return lambda axes: axes.plot([x], [y], gid=gid, **how)
 
 
@@ -210,7 +178,7 @@ def _inline(svg: str, key: str, label: str, tips: Sequence[str]) -> str:
     body = re.sub(r"font: (?:(bold|\d+) )?([\d.]+)px [^;\"]*", _font, body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)  # the page's own
     body = re.sub(r"\n\s*", "\n", body)
-    for index, (light, _) in enumerate(RUN_COLOURS):
+    for index, (light, _) in enumerate(COLOURS):
         body = body.replace(light, f"var(--run{index})")
     for sentinel, variable in PAGE:
         body = body.replace(sentinel, variable)

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_opus.config import schema
 from megatron_opus.errors import Refusal
 from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
+from megatron_opus.style import MOST_LINES
 
 CONFIG_FILE, LEDGER, EVALUATION_FILE = "config.yaml", "ledger", "evaluation.json"
 SHARE, VALIDATION = "selected_share/", "validation_loss/"
@@ -30,7 +31,7 @@ class ReportError(Refusal, ValueError):
 
 
 @dataclass(kw_only=True)
-class Record:
+class RunRecord:
     """One run. Columns are float64 [steps], NaN where a row had no number; `/` stands between the keys of a mapping."""
 
     label: str  # its folder's name, with more of the path where two runs share it
@@ -96,8 +97,12 @@ class Record:
         return [(float(x[i]), float(losses[i])) for i in self.evaluated]
 
 
-def read_records(directories: Sequence[Path]) -> list[Record]:
+def read_records(directories: Sequence[Path]) -> list[RunRecord]:
     """One record for each folder. Raises ReportError for the first one that holds no run."""
+    if len(directories) > MOST_LINES:
+        raise ReportError(
+            f"expected at most {MOST_LINES} runs, whose lines can be told apart, got {len(directories)}; leave some out"
+        )
     resolved = [d.resolve() for d in directories]
     for d, count in Counter(resolved).items():
         if count > 1:
@@ -114,7 +119,7 @@ def _labels(directories: Sequence[Path]) -> list[str]:
     return labels
 
 
-def _read(directory: Path, label: str) -> Record:
+def _read(directory: Path, label: str) -> RunRecord:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
         raise ReportError(f"{directory}: expected the folder of a run, found {found}; give runs/<name>")
@@ -135,7 +140,7 @@ def _read(directory: Path, label: str) -> Record:
         raise ReportError(str(error)) from None
     columns = {name: np.frombuffer(values, dtype=np.float64).copy() for name, values in rows.columns.items()}
     step = np.array(rows.steps, dtype=np.int64)
-    record = Record(
+    record = RunRecord(
         label=label,
         directory=directory,
         settings=settings,
@@ -227,7 +232,7 @@ def _evaluation(directory: Path, notes: list[str]) -> dict[str, Any] | None:
     return content
 
 
-def _gaps(record: Record, has_metrics: bool) -> list[str]:
+def _gaps(record: RunRecord, has_metrics: bool) -> list[str]:
     if not has_metrics:
         return []
     if not len(record):

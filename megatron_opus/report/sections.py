@@ -13,9 +13,9 @@ import yaml
 from megatron_opus.data.corpus import CorpusError
 from megatron_opus.report import documents, panels, tables
 from megatron_opus.report.decisions import Decisions
-from megatron_opus.report.documents import Choice, Source
+from megatron_opus.report.documents import ListedDocument, Source
 from megatron_opus.report.pictures import Panel
-from megatron_opus.report.record import EVALUATION_FILE, LEDGER, Record
+from megatron_opus.report.record import EVALUATION_FILE, LEDGER, RunRecord
 from megatron_opus.report.tables import Table
 
 MOST_LISTED, MOST_WITHIN = 6, 3  # documents at each end: of all, and within a domain
@@ -35,9 +35,9 @@ class Group:
 class Documents:
     run: int
     text: str
-    most: list[Choice]
-    least: list[Choice]
-    domains: list[tuple[str, list[Choice], list[Choice]]]
+    most: list[ListedDocument]
+    least: list[ListedDocument]
+    domains: list[tuple[str, list[ListedDocument], list[ListedDocument]]]
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class Section:
 
 
 def compose(
-    records: Sequence[Record],
+    records: Sequence[RunRecord],
     decisions: Sequence[Decisions | None],
     sources: Sequence[Source],
     command: str,
@@ -78,14 +78,13 @@ def compose(
             text=[] if any(sum(c.values()) for c in counts) else ["Nothing: every count is zero."],
             tables=[tables.degraded(records, counts)],
         ),
-        _more(records),
         _environment(records, command),
     ]
     return [s for s in sections if s is not None]
 
 
 def _summary(
-    records: Sequence[Record],
+    records: Sequence[RunRecord],
     decisions: Sequence[Decisions | None],
     sources: Sequence[Source],
     goal: tables.Goal | None,
@@ -108,7 +107,7 @@ def _summary(
     return section
 
 
-def _ledger_notes(record: Record, found: Decisions | None) -> list[str]:
+def _ledger_notes(record: RunRecord, found: Decisions | None) -> list[str]:
     if found is None:
         if not (record.directory / LEDGER).exists():
             return ["So nothing is shown of utilities, of what was offered and of single documents."]
@@ -125,7 +124,7 @@ def _ledger_notes(record: Record, found: Decisions | None) -> list[str]:
     return lines
 
 
-def _settings(records: Sequence[Record]) -> Section | None:
+def _settings(records: Sequence[RunRecord]) -> Section | None:
     if len(records) < 2:
         return None
     table = tables.differing_settings(records)
@@ -133,7 +132,7 @@ def _settings(records: Sequence[Record]) -> Section | None:
     return Section(id="settings", title="Settings that differ", text=text, tables=[table] if table.rows else [])
 
 
-def _losses(records: Sequence[Record], targets: Sequence[str]) -> Section:
+def _losses(records: Sequence[RunRecord], targets: Sequence[str]) -> Section:
     section = Section(id="loss", title="Loss")
     clock = "Seconds of the steps, scoring included; evaluation, checkpoints and pauses are left out."
     section.groups = [
@@ -141,9 +140,9 @@ def _losses(records: Sequence[Record], targets: Sequence[str]) -> Section:
         Group(title="Validation, by wall clock", text=clock, panels=panels.validation(records, targets, by_clock=True)),
         Group(
             title="Training",
-            text="On the sequences that each run chose itself, so not comparable between strategies. Mean over a "
-            "fortieth of the run; band: 10% to 90% of single steps.",
-            panels=panels.training_loss(records),
+            text="The loss is on the sequences that each run chose itself, so it is not comparable between strategies. "
+            "Means over bins of steps; band: 10% to 90% of single steps.",
+            panels=[*panels.training_loss(records), *panels.diagnostics(records, panels.OPTIMISATION)],
         ),
     ]
     hidden = len(panels.validation_domains(records)) - panels.MOST_DOMAINS
@@ -152,7 +151,7 @@ def _losses(records: Sequence[Record], targets: Sequence[str]) -> Section:
     return _with_panels(section, "No losses have been recorded.")
 
 
-def _domains(records: Sequence[Record], decisions: Sequence[Decisions | None]) -> Section:
+def _domains(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> Section:
     section = Section(id="domains", title="Domain mix")
     mix = panels.domain_mix(records, decisions)
     text = (
@@ -164,7 +163,7 @@ def _domains(records: Sequence[Record], decisions: Sequence[Decisions | None]) -
     return _with_panels(section, "No shares of domains have been recorded.")
 
 
-def _utility(records: Sequence[Record], decisions: Sequence[Decisions | None]) -> Section:
+def _utility(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> Section:
     section = Section(id="utility", title="Utility")
     without = [r.label for r, d in zip(records, decisions, strict=True) if d is not None and not d.has_utility]
     if without:
@@ -180,20 +179,19 @@ def _utility(records: Sequence[Record], decisions: Sequence[Decisions | None]) -
     return _with_panels(section, "" if without else "No utilities have been recorded.")
 
 
-def _draw(records: Sequence[Record]) -> Section:
+def _draw(records: Sequence[RunRecord]) -> Section:
     section = Section(id="draw", title="Draw and redundancy")
-    number = panels.effective_number(records)
     section.groups = [
         Group(
-            text="Entropy 1: the first draw of a step is uniform; 0: one candidate takes all. Lines are means over a "
-            "fortieth of the run, bands go from 10% to 90% of single steps.",
-            panels=[*([] if number.empty else [number]), *panels.diagnostics(records, panels.KNOWN)],
+            text="Entropy 1: the first draw of a step is uniform; 0: one candidate takes all. Lines are means over "
+            "bins of steps, bands go from 10% to 90% of single steps.",
+            panels=panels.diagnostics(records, panels.KNOWN),
         )
     ]
     return _with_panels(section, "These strategies do not draw by utility.")
 
 
-def _overhead(records: Sequence[Record]) -> Section:
+def _overhead(records: Sequence[RunRecord]) -> Section:
     section = Section(id="overhead", title="Overhead")
     measured = any(r.column("choose_seconds") is not None for r in records)
     parts = "strong colour: scoring; grey: everything else"
@@ -213,7 +211,7 @@ def _overhead(records: Sequence[Record]) -> Section:
     return _with_panels(section, "No times have been recorded.")
 
 
-def _without_zeros(records: Sequence[Record]) -> Sequence[Record]:
+def _without_zeros(records: Sequence[RunRecord]) -> Sequence[RunRecord]:
     """Leaves out traffic where there is none in any run."""
     if any(r.total("score_bytes_sent") for r in records):
         return records
@@ -222,7 +220,9 @@ def _without_zeros(records: Sequence[Record]) -> Sequence[Record]:
     return records
 
 
-def _documents(records: Sequence[Record], decisions: Sequence[Decisions | None], sources: Sequence[Source]) -> Section:
+def _documents(
+    records: Sequence[RunRecord], decisions: Sequence[Decisions | None], sources: Sequence[Source]
+) -> Section:
     section = Section(
         id="documents",
         title="Most and least chosen",
@@ -240,7 +240,7 @@ def _documents(records: Sequence[Record], decisions: Sequence[Decisions | None],
     return section
 
 
-def _ends(run: int, record: Record, found: Decisions, source: Source) -> Documents:
+def _ends(run: int, record: RunRecord, found: Decisions, source: Source) -> Documents:
     corpus, said = source.corpus, ""
     rate = float(found.chosen.sum() / found.offered.sum())
     try:
@@ -251,7 +251,7 @@ def _ends(run: int, record: Record, found: Decisions, source: Source) -> Documen
     if not found.has_utility:
         said += "Drawn without utilities: what is chosen more often than other documents is so by chance."
 
-    def listed(count: int, domain: str | None = None) -> tuple[list[Choice], list[Choice]]:
+    def listed(count: int, domain: str | None = None) -> tuple[list[ListedDocument], list[ListedDocument]]:
         most, least = documents.ends(ranking, count, domain)
         return documents.choices(ranking, most, corpus), documents.choices(ranking, least, corpus)
 
@@ -266,7 +266,7 @@ def _ends(run: int, record: Record, found: Decisions, source: Source) -> Documen
     )
 
 
-def _benchmarks(records: Sequence[Record]) -> Section:
+def _benchmarks(records: Sequence[RunRecord]) -> Section:
     section = Section(id="benchmarks", title="Benchmarks", tables=tables.benchmarks(records))
     without = [r.label for r in records if r.evaluation is None]
     if without:
@@ -276,15 +276,7 @@ def _benchmarks(records: Sequence[Record]) -> Section:
     return section
 
 
-def _more(records: Sequence[Record]) -> Section | None:
-    groups = [Group(title="Optimisation", panels=panels.diagnostics(records, panels.OPTIMISATION))]
-    if found := panels.diagnostics(records, panels.others(records)):
-        groups.append(Group(title="Other numbers of the strategies, by their names in metrics.jsonl", panels=found))
-    groups = [group for group in groups if group.panels]
-    return Section(id="more", title="More diagnostics", groups=groups) if groups else None
-
-
-def _environment(records: Sequence[Record], command: str) -> Section:
+def _environment(records: Sequence[RunRecord], command: str) -> Section:
     markers = [documents.newest_marker(r.directory) for r in records]
     table = tables.environment(records, markers)
     section = Section(id="environment", title="Settings and environment", tables=[table] if table.rows else [])

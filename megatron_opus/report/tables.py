@@ -12,7 +12,7 @@ import numpy as np
 from megatron_opus.report.decisions import Decisions
 from megatron_opus.report.documents import Source
 from megatron_opus.report.panels import buffer_size, validation_domains
-from megatron_opus.report.record import VALIDATION, Record
+from megatron_opus.report.record import VALIDATION, RunRecord
 from megatron_opus.runs.curves import first_reached
 
 NONE = "–"
@@ -32,7 +32,7 @@ class Table:
 
 
 def per_run(
-    records: Sequence[Record], title: str, rows: list[list[str]], caption: str = "", wrap: bool = False
+    records: Sequence[RunRecord], title: str, rows: list[list[str]], caption: str = "", wrap: bool = False
 ) -> Table:
     """A column for each run."""
     return Table(
@@ -69,7 +69,7 @@ class Goal:
     name: str
 
 
-def goal(records: Sequence[Record], sources: Sequence[Source]) -> Goal | None:
+def goal(records: Sequence[RunRecord], sources: Sequence[Source]) -> Goal | None:
     """The targets that the corpus names, where every run with an evaluation has evaluated them; else all in common."""
     evaluated = [r for r in records if len(r.evaluated)]
     if not evaluated:
@@ -83,17 +83,17 @@ def goal(records: Sequence[Record], sources: Sequence[Source]) -> Goal | None:
     return Goal(domains=tuple(common), name=f"mean loss of {', '.join(common)} (the target is unknown)")
 
 
-def goal_curve(record: Record, wanted: Goal, x: np.ndarray) -> list[tuple[float, float]]:
+def goal_curve(record: RunRecord, wanted: Goal, x: np.ndarray) -> list[tuple[float, float]]:
     """(x, mean loss of the goal's domains) at every evaluation."""
     curves = [record.curve(domain, x) for domain in wanted.domains]
     return [(points[0][0], math.fsum(p[1] for p in points) / len(points)) for points in zip(*curves, strict=True)]
 
 
-def final(record: Record, wanted: Goal | None) -> float | None:
+def final(record: RunRecord, wanted: Goal | None) -> float | None:
     return goal_curve(record, wanted, record.seconds)[-1][1] if wanted and len(record.evaluated) else None
 
 
-def reached(record: Record, first: Record, wanted: Goal, x: Callable[[Record], np.ndarray]) -> str:
+def reached(record: RunRecord, first: RunRecord, wanted: Goal, x: Callable[[RunRecord], np.ndarray]) -> str:
     """What a run needed for the first run's final loss, as a share of what that needed."""
     if not len(record.evaluated) or not len(first.evaluated):
         return NONE
@@ -105,7 +105,7 @@ def reached(record: Record, first: Record, wanted: Goal, x: Callable[[Record], n
     return "never" if mine is None else f"{mine / theirs:.0%}"
 
 
-def summary(records: Sequence[Record], wanted: Goal | None, degraded: Sequence[int]) -> Table:
+def summary(records: Sequence[RunRecord], wanted: Goal | None, degraded: Sequence[int]) -> Table:
     first = records[0]
     mean = [_seconds(r, np.nanmean) for r in records]
     median = [_seconds(r, np.nanmedian) for r in records]
@@ -139,27 +139,27 @@ def summary(records: Sequence[Record], wanted: Goal | None, degraded: Sequence[i
     return per_run(records, "", rows)
 
 
-def _seconds(record: Record, average: Callable[[np.ndarray], Any]) -> float | None:
+def _seconds(record: RunRecord, average: Callable[[np.ndarray], Any]) -> float | None:
     values = record.column("step_seconds")
     return None if values is None else float(average(values))
 
 
-def _share(record: Record) -> float | None:
+def _share(record: RunRecord) -> float | None:
     total = record.total("step_seconds")
     return record.total("score_seconds") / total if total else None
 
 
-def _progress(record: Record) -> str:
+def _progress(record: RunRecord) -> str:
     planned = record.setting("training.train_steps")
     return f"{len(record):,} of {planned:,}" if isinstance(planned, int) else f"{len(record):,}"
 
 
-def _k_of_n(record: Record) -> str:
+def _k_of_n(record: RunRecord) -> str:
     k, n = record.setting("training.global_batch_size"), buffer_size(record)
     return f"{k:,} of {n:,.0f}" if isinstance(k, int) and n is not None else NONE
 
 
-def final_losses(records: Sequence[Record], targets: Sequence[str]) -> Table | None:
+def final_losses(records: Sequence[RunRecord], targets: Sequence[str]) -> Table | None:
     """A row for each validation domain: the final loss, and the difference to the first run."""
     rows = []
     for domain in sorted(validation_domains(records), key=lambda name: name not in targets):
@@ -175,7 +175,7 @@ def final_losses(records: Sequence[Record], targets: Sequence[str]) -> Table | N
     return per_run(records, "domain", rows, caption) if rows else None
 
 
-def _final_of(record: Record, domain: str) -> float | None:
+def _final_of(record: RunRecord, domain: str) -> float | None:
     if domain not in record.named(VALIDATION) or not len(record.evaluated):
         return None
     return float(record.columns[VALIDATION + domain][record.evaluated[-1]])
@@ -202,7 +202,7 @@ def _plain(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def differing_settings(records: Sequence[Record]) -> Table:
+def differing_settings(records: Sequence[RunRecord]) -> Table:
     settings = [flat(r.settings) for r in records]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [[key, *(one.get(key, NONE) for one in settings)] for key in keys if len({s.get(key) for s in settings}) > 1]
@@ -212,7 +212,7 @@ def differing_settings(records: Sequence[Record]) -> Table:
 # --- what degraded ---------------------------------------------------------------------------------------------------
 
 
-def degradations(record: Record, found: Decisions | None) -> dict[str, int]:
+def degradations(record: RunRecord, found: Decisions | None) -> dict[str, int]:
     """Counts of what did not go as it should. Cumulative counters by their last value, others summed."""
     loss, nonfinite_validation = record.columns.get("loss"), 0
     for domain in record.named(VALIDATION):
@@ -236,7 +236,7 @@ def degradations(record: Record, found: Decisions | None) -> dict[str, int]:
     return {name: round(n) for name, n in counts.items()}
 
 
-def degraded(records: Sequence[Record], counts: Sequence[Mapping[str, int]]) -> Table:
+def degraded(records: Sequence[RunRecord], counts: Sequence[Mapping[str, int]]) -> Table:
     names = dict.fromkeys(name for one in counts for name in one)
     return per_run(records, "count", [[name, *(count(one.get(name, 0)) for one in counts)] for name in names])
 
@@ -244,7 +244,7 @@ def degraded(records: Sequence[Record], counts: Sequence[Mapping[str, int]]) -> 
 # --- domains, benchmarks, environment --------------------------------------------------------------------------------
 
 
-def domains(records: Sequence[Record], decisions: Sequence[Decisions | None]) -> Table | None:
+def domains(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> Table | None:
     rows = []
     for record, found in zip(records, decisions, strict=True):
         if found is None:
@@ -268,7 +268,7 @@ def domains(records: Sequence[Record], decisions: Sequence[Decisions | None]) ->
     return Table(head=head, rows=rows, caption=caption, numbers=2) if rows else None
 
 
-def benchmarks(records: Sequence[Record]) -> list[Table]:
+def benchmarks(records: Sequence[RunRecord]) -> list[Table]:
     """What `evaluation.json` holds: accuracies with their standard error, and perplexities."""
     found = [(r.evaluation or {}) for r in records]
     tables = []
@@ -329,7 +329,7 @@ def _perplexity(value: Mapping[str, Any]) -> str:
     return f"{text(loss)} ({'; '.join(more)})"
 
 
-def environment(records: Sequence[Record], markers: Sequence[Mapping[str, Any] | None]) -> Table:
+def environment(records: Sequence[RunRecord], markers: Sequence[Mapping[str, Any] | None]) -> Table:
     """What the newest checkpoint says it was written by, and how the scores were preconditioned."""
     facts = []
     for record, marker in zip(records, markers, strict=True):

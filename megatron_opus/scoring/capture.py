@@ -10,12 +10,12 @@ Per tensor-parallel rank, sequence parallel off (on: the token dimension of the 
     VocabParallelEmbedding  ids [B, s]     [B, s, h]       rows of this rank, all columns
     nn.Embedding            ids [B, s]     [B, s, h]       everything
 
-An embedding is the linear layer of one-hot rows turned round: its *row* factor is one-hot(ids), its column factor the
-gradient of its output. Plans call the column factor a and the row factor b.
+An embedding is a linear layer whose sides have changed places: its *row* factor is one-hot(ids), and its column factor
+is the gradient of its output. Plans call the column factor a and the row factor b.
 
-A forward hook projects a and puts a tensor hook on the output; the tensor hook projects b, adds what plan.py says to
-the pass's sums and drops both factors. Weights are frozen during the pass, so no weight gradient is computed; the
-output of a layer whose input needs no gradient becomes a leaf, which is where the backward pass stops.
+A forward hook projects a and puts a tensor hook on the output. The tensor hook projects b, adds what projections.py
+says to the pass's sums and drops both factors. Weights are frozen during the pass, so no weight gradient is computed;
+the output of a layer whose input needs no gradient becomes a leaf, which is where the backward pass stops.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class CaptureError(RuntimeError):
 
 
 class Sums:
-    """What a pass adds up on this rank; partial over tensor-parallel ranks.
+    """Add up what a pass reads on this rank. The sums are partial: those of tensor-parallel ranks are added later.
 
-    phi [n, F] float32, features of the candidates, and align [n] float64, their alignment; psi [F] float32, the sum
-    over the proxy's sequences, and gradients [rows, columns] float32 of each matrix, likewise. F is the sum of the
-    matrices' sketch dimensions (scope `layer`) or their maximum (scope `model`: all share one sketch, with independent
-    hashes).
+    Of the n candidates, phi [n, F] float32 are the features and align [n] float64 the alignment. Of the proxy, psi [F]
+    float32 is the sum of the features over its sequences, and gradients [rows, columns] float32 is such a sum for each
+    matrix. F is the sum of the matrices' sketch dimensions (scope `layer`) or their maximum (scope `model`: all share
+    one sketch, with independent hashes). Three matrices of 8192 give F = 24576 or 8192.
     """
 
     def __init__(self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True) -> None:
@@ -64,7 +64,7 @@ class Sums:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How a micro-batch is read: as the proxy, or as candidates first, first + 1, ..."""
+    """Say how a micro-batch is read: as the proxy, or as the candidates first, first + 1, ..."""
 
     parts: Sequence[Sequence[Part]]  # of each matrix
     candidate: bool
@@ -72,7 +72,7 @@ class Reading:
 
 
 class Capture:
-    """Context manager: hooks on the scored layers for one micro-batch."""
+    """Hold hooks on the scored layers for one micro-batch (a context manager)."""
 
     def __init__(
         self,
@@ -147,7 +147,10 @@ class Capture:
         return hook
 
     def _make_gradient_hook(self, index: int, kept: list[Tensor]) -> Callable[[Tensor], None]:
-        """`kept`: one tensor for each part, or an embedding's ids; empty on ranks that do not count this layer."""
+        """Make the hook of one layer's output gradient.
+
+        kept holds one tensor for each part, or an embedding's ids. It is empty on ranks that do not count this layer.
+        """
         layer = self._layers[index]
 
         def hook(grad: Tensor) -> None:
@@ -190,9 +193,10 @@ class Capture:
         return self._reading.parts[self._matrix_of[index]]
 
     def _projected(self, x: Tensor, part: Part, projection: Projection, layer: ScoredLayer, scattered: bool) -> Tensor:
-        """[B, T, w]. Projected in the order in which the activations lie, so that nothing large is copied.
+        """Project activations to [B, T, w], in the order in which they lie, so that nothing large is copied.
 
-        Scattered tokens are gathered after the projection, which makes them small, unless it is this rank's own.
+        Scattered tokens are gathered after the projection, which makes them small. They are gathered before it where
+        the projection is this rank's own.
         """
         dim = 0 if layer.sequence_first else 1
         if scattered and part.own:

@@ -1,11 +1,12 @@
-"""Preconditioners of all scored matrices from optimizer state that is sharded over ranks.
+"""Form the preconditioners of all scored matrices from optimizer state that is sharded over ranks.
 
-AdamW, separable: one all-reduce for all matrices: per matrix the row sums [d_out] and column sums [d_in] of the second
-moments owned here, on global coordinates, float64. With the state partitioned over data-parallel ranks (ZeRO) the
-sums are taken over them; with the weight cut over tensor-parallel ranks, over those too. AdamW, exact: the whole local
-shard of one matrix at a time. Muon: the multiplier S is formed on one data-parallel rank that holds the momentum (where
-none holds all of it, as in ZeRO 3, it is gathered to one rank, a matrix at a time) and stays there; the others receive
-the sketched sides S X [d, m] that they need, never S.
+AdamW, separable   Every rank sums the second moments that it owns over rows [d_out] and columns [d_in], on global
+                   coordinates, float64. One all-reduce adds the sums of all matrices up: over the data-parallel
+                   ranks where they partition the state (ZeRO), and over the tensor-parallel ranks.
+AdamW, exact       The whole local shard is gathered, one matrix at a time.
+Muon               One data-parallel rank that holds the momentum forms the multiplier S and keeps it. Where no rank
+                   holds all of it (ZeRO 3), it is gathered to one rank, one matrix at a time. The other ranks
+                   receive the sketched sides S X [d, m] that they need, never S.
 """
 
 from __future__ import annotations
@@ -38,13 +39,19 @@ from megatron_opus.types import AdamHyper, Groups, Hyper, MuonHyper, OptimizerSt
 
 @dataclass
 class _Muon:
+    """Hold Muon's multiplier of one matrix."""
+
     side: Side
     owner: bool  # this rank forms and keeps S
     multiplier: Tensor | None = None  # S, on the owner
 
 
 class Preconditioners:
-    """`refresh` is collective over the tensor- and data-parallel groups; `compose` and `multiplier` over the latter."""
+    """Keep the preconditioners of all matrices for the coming step.
+
+    All ranks of the tensor- and data-parallel groups must call `refresh` together, and all ranks of the data-parallel
+    group `compose` and `multiplier`.
+    """
 
     def __init__(
         self,
@@ -67,7 +74,10 @@ class Preconditioners:
         self._cached = False  # there is state, and it was read
 
     def refresh(self) -> bool:
-        """Read the optimizer state for the coming step; False: the last reading is younger than `refresh_every`."""
+        """Read the optimizer state for the coming step. Return False where the last reading is still to be used.
+
+        With `refresh_every` 4, steps 0, 4, 8, ... read it.
+        """
         if self._cached and self._age < self._config.refresh_every:
             self._age += 1
             return False
@@ -89,24 +99,24 @@ class Preconditioners:
         return True
 
     def kappa(self, index: int) -> float:
-        """The factor of P that is the same for all elements of one matrix."""
+        """Return the factor of P that is the same for all elements of one matrix."""
         h = self._hypers[index]
         if not self._cached or isinstance(h, SgdHyper):
             return h.lr
         return adam_kappa(h) if isinstance(h, AdamHyper) else muon_kappa(h)
 
     def of_shard(self, index: int) -> bool:
-        """Whether the side that tensor parallelism leaves whole is preconditioned by its own shard's state: Muon's S.
+        """Say whether this shard's own S (Muon's) preconditions the side that tensor parallelism leaves whole.
 
-        Where S stands on the side that is cut, the other one has the sketch alone, the same on every rank.
+        Where S stands on the side that is cut, the other side has the sketch alone, the same on every rank.
         """
         whole: Side = "cols" if self._matrices[index].cut == "rows" else "rows"
         return index in self._muon and self._muon[index].side == whole
 
     def compose(self, requests: Sequence[tuple[int, Side, Projection]]) -> list[Projection]:
-        """For each (matrix, side, sketch): the projection that applies P's side of this rank's shard, then the sketch.
+        """Return for each (matrix, side, sketch) the projection that applies this shard's side of P, then the sketch.
 
-        Matrices under Muon: one all-reduce over the data-parallel group for all requests (in pieces when large).
+        Under Muon one all-reduce over the data-parallel group serves all requests (in pieces when large).
         """
         results: list[Projection] = []
         sent: list[Tensor] = []
@@ -132,7 +142,7 @@ class Preconditioners:
         return results
 
     def multiplier(self, index: int) -> Tensor | None:
-        """Form `exact`: D of one AdamW matrix on this rank's shard, [O, I] float32, gathered over the ZeRO ranks."""
+        """Return D of one AdamW matrix on this rank's shard, [O, I] float32; None unless the form is `exact`."""
         hyper = self._hypers[index]
         if not self._cached or self._config.form != "exact" or not isinstance(hyper, AdamHyper):
             return None
@@ -146,7 +156,7 @@ class Preconditioners:
         self._cached = False
 
     def _assemble(self, index: int, fragments: Sequence) -> Tensor:
-        """[O, I] float32 with the fragments in their places and zeros elsewhere."""
+        """Return [O, I] float32 with the fragments in their places and zeros elsewhere."""
         rows, cols = len(self._rows[index]), len(self._cols[index])
         flat = torch.zeros(rows * cols, dtype=torch.float32, device=self._device)
         for fragment in fragments:
@@ -184,20 +194,20 @@ class Preconditioners:
         held = torch.tensor([sum(f.values.numel() for f in found) for found in fragments], device=self._device)
         everywhere = all_gather(held[None], self._groups.dp, self._traffic).tolist()  # [dp][matrices]
         load = [0] * len(everywhere)
-        for k, (i, found) in enumerate(zip(chosen, fragments, strict=True)):
+        for place, (i, found) in enumerate(zip(chosen, fragments, strict=True)):
             rows, cols = len(self._rows[i]), len(self._cols[i])
             hyper = self._hypers[i]
             assert isinstance(hyper, MuonHyper)
-            holders = [rank for rank, sizes in enumerate(everywhere) if sizes[k] == rows * cols]
+            holders = [rank for rank, sizes in enumerate(everywhere) if sizes[place] == rows * cols]
             owner = min(holders or range(len(load)), key=lambda rank: load[rank])
             load[owner] += min(rows, cols) ** 2 * max(rows, cols)
             muon = _Muon(side=muon_side(rows, cols), owner=owner == self._groups.dp_rank)
             momentum = self._assemble(i, found) if muon.owner or not holders else None
             if not holders:
-                if sum(sizes[k] for sizes in everywhere) != rows * cols:
+                if sum(sizes[place] for sizes in everywhere) != rows * cols:
                     raise ConfigError(
                         f"{self._matrices[i].name}: expected the data-parallel ranks to hold Muon's momentum of "
-                        f"{rows * cols} numbers between them, found {[sizes[k] for sizes in everywhere]}"
+                        f"{rows * cols} numbers between them, found {[sizes[place] for sizes in everywhere]}"
                     )
                 assert momentum is not None
                 assert self._groups.dp is not None

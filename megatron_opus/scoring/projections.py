@@ -1,17 +1,22 @@
-"""What one pass does with the factors a and b of each scored matrix.
+"""Plan what a pass does with the factors a and b of each scored matrix.
 
-Every estimator is two projections and a reduction. kept = a `kept`, projected = b `projected`, and then
+The gradient of one sequence is G = sum_t b_t a_t^T. Every estimator projects both factors and then reduces them. The
+kept factor is a times the projection `kept`, the projected factor is b times the projection `projected`:
 
     features   an operator's sketch of P G (sketch.py): phi of a candidate, psi of the proxy
     gradient   projected^T kept, summed over all tokens: the (half sketched) proxy gradient
     aligned    the sum of kept * projected over tokens and columns: <P G, g_V> of a candidate, exact in both of
 
-    one_sided  S sketches the side that tensor parallelism leaves whole. Cut rows: Z = L g_V S^T [O, s] is the proxy's,
-               and sum_t (b_t Z) . (a_t R S^T) estimates <L G R, g_V>. Cut columns: the same with the sides exchanged.
-    direction  W = P* g_V [O, I] whole; sum_t (b_t W) . a_t. No sketch.
+    one_sided  S sketches the side that tensor parallelism leaves whole. Where the rows are cut, the proxy gives
+               Z = L g_V S^T [O, s], and sum_t (b_t Z) . (a_t R S^T) estimates <L G R, g_V>. Where the columns are cut,
+               the sides change places.
+    direction  W = P* g_V [O, I] is whole, and sum_t (b_t W) . a_t is the alignment without any sketch.
 
-Parts whose projections are matrices are joined, so that a layer's factors are each read by one matrix product.
-Legend: O / I rows / columns held by this rank, s the one-sided dimension, F the feature dimension.
+Example of `one_sided` with s = 64: a matrix [3072, 768] whose rows are cut over 2 ranks has O = 1536 and I = 768. The
+proxy's Z is [1536, 64]. A token's a becomes 64 numbers by the sketch, and its b becomes 64 numbers by Z.
+
+Parts whose projections are matrices are joined, so that one matrix product reads each factor of a layer.
+Legend: O / I are the rows / columns that this rank holds, s is the one-sided dimension, F the feature dimension.
 """
 
 from __future__ import annotations
@@ -31,7 +36,11 @@ from megatron_opus.types import ScoredLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Projections of one matrix's factors, and what becomes of them (exactly one use of each column)."""
+    """Say how the factors of one matrix are projected, and what becomes of each column of the result.
+
+    The first `widths` columns go to the operator, and the columns after them are multiplied and summed: every column
+    has exactly one use.
+    """
 
     kept: Projection  # of a
     projected: Projection  # of b
@@ -43,7 +52,7 @@ class Part:
 
 
 class Plan:
-    """The parts of every matrix, for the proxy and for candidates."""
+    """Make the parts of every matrix: for the proxy first, and with what it gave for the candidates."""
 
     def __init__(self, matrices: Sequence[ScoredLayer], config: SketchConfig, device: torch.device) -> None:
         self.alignment, self._one_sided_dim = config.alignment, config.one_sided_dim
@@ -62,11 +71,11 @@ class Plan:
 
     @property
     def direct(self) -> bool:
-        """Whether alignments are read off the candidates' factors instead of their features."""
+        """Say whether alignments are read off the candidates' factors instead of their features."""
         return self.alignment != "features"
 
     def proxy(self) -> list[list[Part]]:
-        """Raw gradients: P is applied to what comes out (`target`), or to the candidates."""
+        """Return the proxy's parts, which give raw gradients: P is applied to those later, or to the candidates."""
         if self.alignment == "features":
             return [[Part(kept=x.cols, projected=x.rows, operator=x)] for x in self.operators]
         if self.alignment == "direction":
@@ -81,7 +90,7 @@ class Plan:
         ]
 
     def gradient_shape(self, index: int) -> tuple[int, int]:
-        """Of what the proxy's `gradient` part gives on this rank."""
+        """Return the shape of what the proxy's `gradient` part gives on this rank."""
         x = self._matrices[index]
         rows, cols = (sum(n for _, n in ranges) for ranges in (x.rows, x.cols))
         if self.alignment == "one_sided":
@@ -92,10 +101,11 @@ class Plan:
     def candidates(
         self, preconditioners: Preconditioners, gradients: Sequence[Tensor] | None, features: bool
     ) -> list[list[Part]]:
-        """Parts with the preconditioner of the coming step in them, except its kappa. Collective (see `compose`).
+        """Return the candidates' parts, which hold the preconditioner of the coming step except its kappa.
 
-        gradients: what the proxy's `gradient` parts gave, averaged over the proxy; needed when `direct`.
-        features: whether phi is wanted, for the alignment or for the interaction.
+        gradients are what the proxy's `gradient` parts gave, averaged over the proxy; they are needed when `direct`.
+        features says whether phi is wanted, for the alignment or for the interaction. The call is collective, as
+        `Preconditioners.compose` is.
         """
         requests: list[tuple[int, Side, Projection]] = []
         if features:
@@ -140,7 +150,7 @@ class Plan:
 
 
 def _joined(features: Part, aligned: Part) -> Part | None:
-    """Both parts as one, where all their projections are matrices."""
+    """Join two parts into one; None where one of their projections is not a matrix."""
     found = (features.kept, aligned.kept, features.projected, aligned.projected)
     matrices = [p for p in found if isinstance(p, Tensor) and p.dim() == 2]
     if len(matrices) < len(found):

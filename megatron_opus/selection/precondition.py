@@ -31,44 +31,61 @@ _CACHED = 2**16  # numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """A count sketch of one side: column `bucket` of the result is the weighted sum of the indices in it.
+    """Hold a count sketch of one side: every index belongs to one bucket and enters it with a weight.
 
-    On a CPU it is applied as a sum of slices, which reads x once; as a matrix product with `dense()` everywhere else.
+    Example: a side of 6 columns in 4 buckets. The first block of 4 columns is rotated by 1, so that columns 0 to 3
+    belong to buckets 1, 2, 3, 0; the second block begins at bucket 2, so that columns 4 and 5 belong to buckets 2, 3.
+    The result is
+
+        [w3 x3,  w0 x0,  w1 x1 + w4 x4,  w2 x2 + w5 x5]
+
+    Neighbouring columns belong to neighbouring buckets within a run. The example has the runs (first index, length,
+    first bucket) = (0, 3, 1), (3, 1, 0), (4, 2, 2). A CPU adds up these slices and reads x once. Other devices multiply
+    with the matrix that `dense` gives.
     """
 
-    bucket: Tensor  # [d] int64
-    weight: Tensor  # [d] float32: signs, times a diagonal preconditioner
-    count: int
-    runs: tuple[tuple[int, int, int], ...]  # (first index, length, first bucket) of slices that fill adjacent buckets
+    bucket: Tensor  # [d] int64: the bucket of each index
+    weight: Tensor  # [d] float32: a sign, times a diagonal preconditioner
+    count: int  # the number of buckets
+    runs: tuple[tuple[int, int, int], ...]  # (first index, length, first bucket)
 
     def dense(self) -> Tensor:
-        """[d, count] float32."""
+        """Return the sketch as a matrix [d, count] float32 with one weight in each row."""
         matrix = torch.zeros(len(self.bucket), self.count, dtype=torch.float32, device=self.weight.device)
         return matrix.scatter_(1, self.bucket[:, None], self.weight[:, None])
 
     def apply(self, x: Tensor) -> Tensor:
-        """[..., d] float32 -> [..., count]."""
+        """Sketch the last dimension of x: [..., d] float32 becomes [..., count]."""
         flat = x.reshape(-1, x.shape[-1])
         out = torch.empty(len(flat), self.count, dtype=x.dtype, device=x.device)
-        first = self._covering()
-        if not first:
+        writing = self._runs_that_cover()
+        if writing == 0:
             out.zero_()
         for i, (start, length, bucket) in enumerate(self.runs):
             slice_, weight = flat[:, start : start + length], self.weight[start : start + length]
             target = out[:, bucket : bucket + length]
-            if i < first:
+            if i < writing:  # nothing is there yet: write instead of adding
                 torch.mul(slice_, weight, out=target)
             else:
                 target.addcmul_(slice_, weight)
         return out.view(*x.shape[:-1], self.count)
 
-    def _covering(self) -> int:
-        """How many of the first runs (one, or two of a rotated block) fill every bucket once; 0: they do not."""
-        for k in (1, 2):
-            lead = sorted((bucket, length) for _, length, bucket in self.runs[:k])
-            ends = [bucket for bucket, _ in lead[1:]] + [self.count]
-            if lead[0][0] == 0 and all(bucket + n == end for (bucket, n), end in zip(lead, ends, strict=True)):
-                return k
+    def _runs_that_cover(self) -> int:
+        """Return the smallest number of leading runs that together fill every bucket exactly once.
+
+        Such runs may be written into an output that was never set to zero. A whole block is one run when it is not
+        rotated (the answer is 1) and two when it is (the answer is 2, as in the example of the class). The answer is 0
+        where the first block is not whole on this rank.
+        """
+        for number in (1, 2):
+            filled = 0  # buckets 0 ... filled-1 are filled
+            for _, length, bucket in sorted(self.runs[:number], key=lambda run: run[2]):
+                if bucket != filled:
+                    break
+                filled += length
+            else:
+                if filled == self.count:
+                    return number
         return 0
 
 
@@ -76,7 +93,7 @@ Projection = Tensor | Buckets | None
 
 
 def project(x: Tensor, projection: Projection) -> Tensor:
-    """x [..., d] times a projection of its last dimension, in the dtype of x."""
+    """Multiply the last dimension of x [..., d] with a projection. The result has the dtype of x."""
     if projection is None:
         return x
     if isinstance(projection, Buckets):
@@ -89,7 +106,7 @@ def project(x: Tensor, projection: Projection) -> Tensor:
 
 
 def compose(side: Tensor | None, sketch: Projection) -> Projection:
-    """The projection that first applies a (symmetric) side of P and then `sketch`."""
+    """Return the projection that first applies one (symmetric) side of P and then `sketch`."""
     if side is None or sketch is None:
         return sketch if side is None else side
     if isinstance(sketch, Buckets):
@@ -100,28 +117,30 @@ def compose(side: Tensor | None, sketch: Projection) -> Projection:
 
 
 def adam_kappa(hyper: AdamHyper) -> float:
-    """Weight of a new gradient in the coming AdamW update, bias correction included (Eq. 8)."""
+    """Return the weight of a new gradient in the coming AdamW update, bias correction included (Eq. 8)."""
     return hyper.lr * (1 - hyper.beta1) / (1 - hyper.beta1 ** (hyper.step + 1))
 
 
 def muon_kappa(hyper: MuonHyper) -> float:
-    """Weight of a new gradient in the coming Muon update, before its orthogonalisation (Eq. 2-6)."""
+    """Return the weight of a new gradient in the coming Muon update, before its orthogonalisation (Eq. 2-6)."""
     mu = hyper.momentum
     return hyper.lr * hyper.scale * (1 - mu**2 if hyper.nesterov else 1 - mu)
 
 
 def exact_multiplier(v: Tensor, hyper: AdamHyper) -> Tensor:
-    """D = 1 / (sqrt(v_hat) + eps), the shape and dtype of `v`. Needs hyper.step >= 1."""
+    """Return D = 1 / (sqrt(v_hat) + eps) in the shape and dtype of `v`. It needs hyper.step >= 1."""
     return 1.0 / ((v / (1 - hyper.beta2**hyper.step)).sqrt() + hyper.eps)
 
 
 def muon_side(rows: int, cols: int) -> Side:
-    """The side on which the multiplier of a [rows, cols] momentum stands: the smaller one, rows when equal."""
+    """Return the side on which the multiplier of a [rows, cols] momentum stands: the smaller one, rows when equal."""
     return "cols" if rows > cols else "rows"
 
 
 def muon_multiplier(q: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """S with O(q) = S q (q wide or square) or q S (taller than wide), symmetric [s, s], s = min(q.shape), dtype of q.
+    """Return the symmetric S [s, s] with O(q) = S q (q wide or square) or O(q) = q S (q taller than wide).
+
+    s is the smaller dimension of q: a momentum [3072, 768] has S [768, 768]. S has the dtype of q.
 
     Each Newton-Schulz step is X <- (a I + b A + c A^2) X with A = X X^T, so that only the Gram side is iterated:
     Z = a I + b A + c A^2, S <- Z S, A <- Z A Z, started from A = q q^T / ||q||_F^2 and S = I / ||q||_F. A momentum of
@@ -144,7 +163,7 @@ def muon_multiplier(q: Tensor, coefficients: Sequence[tuple[float, float, float]
 
 
 def separable_factors(row_sum: Tensor, col_sum: Tensor, hyper: AdamHyper) -> tuple[Tensor, Tensor]:
-    """(r [d_out], c [d_in]) with r_i c_j about 1 / (sqrt(v_hat_ij) + eps), from the sums of v over rows and columns.
+    """Return (r [d_out], c [d_in]) with r_i c_j about 1 / (sqrt(v_hat_ij) + eps), from the row and column sums of v.
 
     With x_i y_j = sqrt(rank-1 v_hat), X and Y their means and (1 + s)^2 = 1 + eps / (X Y):
     (x_i + s X) (y_j + s Y) is X Y + eps at the mean whatever the size of eps, and stays positive where a whole row or
@@ -165,9 +184,10 @@ def separable_factors(row_sum: Tensor, col_sum: Tensor, hyper: AdamHyper) -> tup
 
 
 def fragment_sums(fragment: Fragment, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """Row sums [rows] and column sums [cols], float64, of the part of a [rows, cols] matrix that a fragment holds.
+    """Sum the part of a [rows, cols] matrix that a fragment holds: row sums [rows] and column sums [cols], float64.
 
-    A fragment may begin and end inside a row.
+    A fragment may begin and end inside a row: numbers 5 to 13 of a 4 x 4 matrix are the last three of row 1, all of
+    row 2 and the first two of row 3. Raises ValueError where the fragment ends behind the matrix.
     """
     values, start = fragment.values, fragment.start
     stop = start + values.numel()
@@ -180,7 +200,7 @@ def fragment_sums(fragment: Fragment, rows: int, cols: int) -> tuple[Tensor, Ten
     col_sum = torch.zeros(cols, dtype=torch.float64, device=values.device)
 
     def add(piece: Tensor, row: int, col: int) -> None:
-        """piece [r, c] begins at (row, col)."""
+        """Add the sums of a piece [r, c] whose first number stands at (row, col)."""
         piece = piece.double()
         row_sum[row : row + len(piece)] += piece.sum(1)
         col_sum[col : col + piece.shape[1]] += piece.sum(0)

@@ -22,6 +22,8 @@ MAD_TO_STD = 1.4826  # a normal distribution's standard deviation / its median a
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
+    """Hold what one draw decided and what it decided by."""
+
     indices: Tensor  # [K] int64 in draw order
     utility: Tensor  # [N] float64 before the first draw
     redundancy: Tensor  # [N] float64: scaled term at the draw for drawn ones, after the last draw for the others
@@ -42,12 +44,13 @@ def draw(
     eligible: Tensor | None = None,
     limits: DomainLimits | None = None,
 ) -> Draw:
-    """Draw `k` distinct candidates.
+    """Draw `k` distinct candidates out of N.
 
-    align [N] float64, inter [N, N] float64 (None: no redundancy), eligible [N] bool. `temperature` is in units of the
-    spread of the eligible utilities, as `spread` measures it (`std`, `mad`), or in the utility's own unit
-    (`absolute`). Takes one number from `generator` in every mode, so that ablations share their other draws. Raises
-    ValueError when fewer than k candidates are eligible.
+    align [N] float64 is the alignment of each candidate, inter [N, N] float64 their interaction (None: no redundancy),
+    and eligible [N] bool says which may be drawn. `temperature` is in units of the spread of the eligible utilities, as
+    `spread` measures it (`std`, `mad`), or in the utility's own unit (`absolute`): utilities with a standard deviation
+    of 2e-4 and a temperature of 0.9 `std` are divided by 1.8e-4. Every mode takes one number from `generator`, so that
+    ablations share their other draws. Raises ValueError when fewer than k candidates are eligible.
     """
     n, device = len(align), align.device
     eligible = torch.ones(n, dtype=torch.bool, device=device) if eligible is None else eligible
@@ -79,7 +82,7 @@ def draw(
 
 
 def spread(utility: Tensor, unit: str) -> float:
-    """Spread of [n] utilities: their standard deviation (`std`), or 1.4826 x the median absolute deviation (`mad`).
+    """Measure the spread of [n] utilities: their standard deviation (`std`), or 1.4826 x the median absolute deviation.
 
     The two agree on a normal distribution. One outlier in a buffer inflates the first and flattens the draw among all
     others; it hardly moves the second. Where more than half of the utilities are equal the median deviation is 0 and
@@ -98,7 +101,9 @@ def spread(utility: Tensor, unit: str) -> float:
 def _one_by_one(
     logits: Tensor, noise: Tensor, inter: Tensor, scale: float, per_unit: float, limits: DomainLimits | None
 ) -> tuple[Tensor, Tensor]:
-    """([K] order, [N] redundancy) of sequential draws. logits [N], -inf where nothing may be drawn; noise [K, N].
+    """Draw one candidate after another; return ([K] order, [N] redundancy).
+
+    logits [N] are -inf where nothing may be drawn, noise [K, N] has a row for each draw.
 
     Limits per domain are counted on the host: only with them does it wait for each draw.
     """
@@ -125,7 +130,7 @@ def _one_by_one(
 
 
 def _gumbel(rows: int, n: int, seed: int) -> Tensor:
-    """[rows, n] float64 standard Gumbel noise, drawn on the CPU: the same numbers on every kind of device."""
+    """Return [rows, n] float64 standard Gumbel noise, drawn on the CPU: the same numbers on every kind of device."""
     own = torch.Generator().manual_seed(seed)
     uniform = torch.rand(rows, n, generator=own, dtype=torch.float64)
     return -torch.log(-torch.log(uniform.clamp_min_(torch.finfo(torch.float64).tiny)))

@@ -35,30 +35,34 @@ CHUNK_BYTES = 64 * 2**20  # of what an operator forms at a time over all sequenc
 
 
 class Operator(Protocol):
-    """The sketch of one matrix on one rank."""
+    """Sketch the gradients of one matrix from the factors that one rank holds."""
 
     dim: int
 
     @property
     def rows(self) -> Projection:
-        """What to project b with, without the preconditioner."""
+        """Return the projection of b, without the preconditioner; None leaves b as it is."""
         ...
 
     @property
     def cols(self) -> Projection:
-        """Likewise for a."""
+        """Return the projection of a, likewise."""
         ...
 
     def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
-        """[B, m] float32: this rank's part of the sketch of each sequence's gradient.
+        """Return this rank's part of the sketch of each sequence's gradient, [B, m] float32.
 
-        kept [B, T, I or w]: a; projected [B, T, O or w]: b. multiplier [O, I]: the exact form of P, `materialise` only.
+        kept is the projected a, [B, T, w], and projected the projected b, [B, T, w]; without a projection w is I or O.
+        multiplier [O, I] is the exact form of P, which `materialise` alone can apply (TypeError from the others).
         """
         ...
 
 
 def indices(ranges: Ranges, device: torch.device | str = "cpu") -> Tensor:
-    """Global indices of the pieces in `ranges`, in the order in which the shard stores them. int64."""
+    """Return the global indices, int64, of the pieces in `ranges`, in the order in which the shard stores them.
+
+    The ranges (first index, length) = (0, 2), (8, 2) give 0, 1, 8, 9.
+    """
     return torch.cat([torch.arange(start, start + length, device=device) for start, length in ranges])
 
 
@@ -72,7 +76,10 @@ def build_sketch(
     cols: Ranges,
     device: torch.device | str = "cpu",
 ) -> Operator:
-    """The configured operator for one matrix. State is O(d_out + d_in) numbers times the sketched widths."""
+    """Build the configured operator for one matrix.
+
+    `name` and the global indices in `rows` and `cols` decide the hashes, so that every rank's sketch fits the others'.
+    """
     if config.operator == "materialise":
         return Materialise(config, name, rows, cols, device)
     if config.operator == "tensor_sketch":
@@ -83,7 +90,10 @@ def build_sketch(
 
 
 class Materialise:
-    """The paper's CountSketch of the materialised gradient; the hash of (i, j) is mixed from one key per row."""
+    """Form the gradient in row chunks and hash every element, as the paper does.
+
+    The hash of (i, j) is mixed from a key of row i and the index j, so that no hash is stored per element.
+    """
 
     rows: Projection = None
     cols: Projection = None
@@ -112,7 +122,7 @@ class Materialise:
 
 
 class TwoSided:
-    """Row and column CountSketches in balanced buckets; exact where a side has room for all indices."""
+    """Sketch rows and columns separately, in balanced buckets. A side with room for all of its indices stays exact."""
 
     def __init__(
         self,
@@ -137,7 +147,10 @@ class TwoSided:
 
 
 class TwoStage:
-    """A wide two-sided sketch, then bucket h(i') + h(j') mod m of its cells; their signs are independent already."""
+    """Make a wide two-sided sketch, then add its cell (i', j') to bucket h(i') + h(j') mod m.
+
+    The second stage needs no signs: those of the first are independent already.
+    """
 
     def __init__(
         self,
@@ -165,7 +178,7 @@ class TwoStage:
 
 
 class TensorSketch:
-    """Count sketches of a and b, multiplied as spectra and summed over tokens: their circular convolution."""
+    """Convolve the count sketches of a and b: their spectra are multiplied and summed over tokens."""
 
     rows: Projection = None
     cols: Projection = None
@@ -196,9 +209,10 @@ class TensorSketch:
 
 
 def two_sided_shape(dim: int, d_out: int, d_in: int) -> tuple[int, int]:
-    """(m_out, m_in) with m_out m_in <= dim; the longer side of the matrix gets the larger factor.
+    """Return (m_out, m_in), the buckets of rows and columns, with m_out m_in <= dim.
 
-    A side never gets more buckets than it has indices; what it leaves over goes to the other side.
+    The longer side of the matrix gets the larger factor: dim 8192 gives (128, 64) for a matrix of 1024 x 512. A side
+    never gets more buckets than it has indices, and the other side gets what is left: (16, 512) for 16 x 512.
     """
     small = 2 ** (int(math.log2(dim)) // 2) if dim & (dim - 1) == 0 else math.isqrt(dim)
     large = dim // small
@@ -213,9 +227,10 @@ def two_sided_shape(dim: int, d_out: int, d_in: int) -> tuple[int, int]:
 def side_sketch(
     seed: int, name: str, side: str, size: int, count: int, ranges: Ranges, device: torch.device | str = "cpu"
 ) -> Projection:
-    """[local indices, min(count, size)] with one +-1 per row, in balanced buckets of the global index.
+    """Return a sketch of one side, [local indices, min(count, size)], with one +-1 in each row.
 
-    On a CPU as `Buckets`, elsewhere as a float32 matrix: a gather is slower than a product there.
+    Buckets are balanced and follow from the global index. A CPU gets `Buckets`; other devices get a float32 matrix,
+    because a gather is slower than a product there.
     """
     count = min(count, size)
     local = indices(ranges, device)
@@ -226,10 +241,18 @@ def side_sketch(
 
 
 def _runs(bucket: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """Maximal slices over which the bucket rises by one from index to index."""
+    """Split the indices into the longest runs over which the bucket rises by one from index to index.
+
+    The buckets 1, 2, 3, 0, 2, 3 give the runs (first index, length, first bucket) = (0, 3, 1), (3, 1, 0), (4, 2, 2).
+    """
+    runs: list[tuple[int, int, int]] = []
     values = bucket.tolist()
-    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1] + 1]
-    return tuple((a, b - a, values[a]) for a, b in zip(starts, [*starts[1:], len(values)], strict=True))
+    first = 0
+    for index in range(1, len(values) + 1):
+        if index == len(values) or values[index] != values[index - 1] + 1:
+            runs.append((first, index - first, values[first]))
+            first = index
+    return tuple(runs)
 
 
 def _buckets(config: SketchConfig, name: str, side: str, index: Tensor) -> Tensor:

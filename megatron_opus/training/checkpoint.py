@@ -126,7 +126,7 @@ def load(
     """
     rank, share = dist.get_rank(), (dist.get_rank(), dist.get_world_size())
 
-    def examine() -> None:
+    def examine() -> list[Any]:
         marker = check(path, layout=_layout(engine), fingerprints=fingerprints, config=config)
         if not trust:
             refuse_code(pickles_below(path / "engine")[share[0] :: share[1]])
@@ -139,12 +139,14 @@ def load(
             else:
                 say(f"{path.name} was saved by a release that recorded no digests: only its files' sizes are known")
 
-    on_all_ranks(examine)
-    moment = path / f"moment_{rank:05d}.pt"
-    engine.load(path, load_plain(moment) if moment.is_file() else None)
-    state: dict[str, Any] = load_plain(path / "state.pt")
-    _restore_rng(load_plain(path / f"rng_{rank:05d}.pt"))
-    return state
+        own = (path / name for name in ("state.pt", f"rng_{rank:05d}.pt", f"moment_{rank:05d}.pt"))
+        return [load_plain(file) if file.is_file() else None for file in own]
+
+    state, random_states, moment = on_all_ranks(examine)
+    engine.load(path, moment)
+    _restore_rng(random_states)
+    loaded: dict[str, Any] = state
+    return loaded
 
 
 def shared_latest(directory: Path) -> Path | None:

@@ -14,7 +14,7 @@ import yaml
 from megatron_opus import config as config_module
 from megatron_opus.config import ConfigError, RunConfig, SelectionConfig, dump, from_dict, load, to_dict, validate_world
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 SMALL: dict[str, Any] = {"name": "x", "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}}
@@ -345,12 +345,14 @@ def test_every_section_is_immutable_and_keyword_only() -> None:
         assert all(f.kw_only for f in dataclasses.fields(section)), section.__name__
 
 
-def test_every_key_that_the_readme_names_exists() -> None:
-    """Guards against a README that tells of keys which the program refuses."""
-    text = (CONFIGS.parent / "README.md").read_text()
+def test_every_key_that_a_page_names_exists() -> None:
+    """Guards against pages that tell of keys which the program refuses."""
+    pages = (CONFIGS.parent / "README.md", *(CONFIGS.parent / "docs").glob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     sections = "model|data|parallel|optimizer|training|selection"
     named = set(re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)(?=[`=,])", text))
-    known = {".".join(path) for path in leaves(to_dict(from_dict(SMALL)))}
+    paths = [*leaves(to_dict(from_dict(SMALL)))]
+    known = {".".join(path[:depth]) for path in paths for depth in range(2, len(path) + 1)}  # sections of sections too
     assert len(named) > 20
     assert named <= known, named - known
 

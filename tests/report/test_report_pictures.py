@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib", reason="the report needs the extra `lab`")
 
 from matplotlib.ticker import MaxNLocator
 
-from megatron_opus.report.panels import binned, smooth, window
+from megatron_opus.report.panels import binned
 from megatron_opus.report.pictures import Panel, number
 
 SUFFIX = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -31,16 +31,6 @@ def test_labels_of_ticks_are_their_values(scale: float, low: float) -> None:
         assert abs(read(label) - tick) < 0.02 * step, (tick, label)
         assert len(label) <= 8, label
     assert len(set(labels)) == len(labels)
-
-
-def test_a_smooth_curve_is_the_mean_about_each_place() -> None:
-    """Guards against a curve that lags, and against one NaN that blanks all that follow."""
-    values = np.random.default_rng(0).normal(size=41)
-    values[7] = np.nan
-    expected = [np.nanmean(values[max(0, i - 2) : i + 3]) for i in range(41)]
-    np.testing.assert_allclose(smooth(values, 5), expected, atol=1e-12)  # differences of running sums
-    np.testing.assert_allclose(smooth(values, 1), values, atol=1e-12)
-    assert [window(n) for n in (1, 79, 80, 400, 20_000)] == [1, 1, 3, 11, 501]
 
 
 def test_bins_hold_every_step_once() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import json
 import math
 import subprocess
@@ -14,9 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_opus.config import ConfigError, to_dict
-from megatron_opus.studies.lab import experiment, pictures, runner
-from megatron_opus.studies.lab import report as lab_report
+from megatron_opus.config import ConfigError
+from megatron_opus.studies.lab import experiment, pictures, report, runner
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "configs/lab").glob("*.yaml"))
@@ -33,8 +29,8 @@ EXPERIMENTS = sorted((ROOT / "configs/lab").glob("*.yaml"))
 )
 def test_the_ratio_to_target_is_interpolated_on_the_better_curve(arm, baseline, ratio):
     """Fault: extrapolation beyond a curve, or a ratio that says `never` for every arm worse than random."""
-    assert lab_report.ratio_to_target(arm, baseline) == pytest.approx(ratio)
-    assert math.isnan(lab_report.ratio_to_target([(100, math.nan)], baseline))
+    assert report.ratio_to_target(arm, baseline) == pytest.approx(ratio)
+    assert math.isnan(report.ratio_to_target([(100, math.nan)], baseline))
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
@@ -158,7 +154,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder) -> lab_report.Results:
+def results(folder) -> report.Results:
     """Random ends at 3.0 + seed / 10. Opus: 0.5 lower for seeds 1 and 2, which took twice as long; seed 3 failed."""
     found = experiment.read_experiment(experiment_file(folder))
     runs = found.runs(folder, None)
@@ -172,7 +168,7 @@ def results(folder) -> lab_report.Results:
         else:
             (folder / "logs").mkdir()
             runner.log_of(run).write_text("step 1/4\nerror: rank 0: out of luck\n")
-    return lab_report.collect(found, runs, record)
+    return report.collect(found, runs, record)
 
 
 def test_arms_are_paired_with_the_baseline_by_seed(results):
@@ -204,39 +200,38 @@ def test_arms_are_compared_with_each_other_by_seed(tmp_path):
         if run.name != "cold-3":
             end = {"random": 3.0, "hot": 2.0, "cold": 1.75}[run.arm] + run.seed
             write_run(run, {1: 8.0, 3: end}, 1.0)
-    results = lab_report.collect(found, runs, record)
+    results = report.collect(found, runs, record)
     (contrast,) = results.contrasts
     assert (contrast.arm, contrast.other, contrast.seeds) == ("cold", "hot", [1, 2])
     assert contrast.difference.mean == pytest.approx(-0.25)
     assert contrast.difference.half == pytest.approx(0.0, abs=1e-9)
     assert contrast.token_ratio.mean < 1
-    assert "\ncold minus hot  2/3    -0.2500 ± 0.0000" in lab_report.table(results)
-    assert "| cold minus hot | 2/3 | **-0.2500 ± 0.0000** |" in lab_report.markdown(results)
-    assert lab_report.as_json(results)["contrasts"][0]["difference"]["mean"] == pytest.approx(-0.25)
-    assert "contrasts.png" in {picture.name for picture in pictures.draw(results, tmp_path)}
+    assert "\ncold minus hot  2/3    -0.2500 ± 0.0000" in report.table(results)
+    assert "| cold minus hot | 2/3 | **-0.2500 ± 0.0000** |" in report.markdown(results)
+    assert report.as_json(results)["contrasts"][0]["difference"]["mean"] == pytest.approx(-0.25)
+    assert "contrasts.png" in {picture.name for picture in pictures.draw(report.as_json(results), tmp_path)}
 
 
 def test_failed_runs_are_listed_with_the_reason(results):
     """Fault: an arm that looks better because its diverged seed is missing without a word."""
     assert results.failed == [("opus-3", "at step 0 of 4: error: rank 0: out of luck")]
-    text = lab_report.table(results)
+    text = report.table(results)
     assert "opus    2/3" in text
     assert "out of luck" in text
     assert "a is lower" in text
     assert "four steps" in text
 
 
-def test_json_and_csv_say_what_the_table_says(results, tmp_path):
+def test_the_json_says_what_the_table_says(results, tmp_path):
     """Fault: figures for further work that differ from the printed ones."""
-    lab_report.write(results, tmp_path)
+    report.write(results, tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text())))
-    assert [row["arm"] for row in rows] == ["random", "opus"]
-    assert float(rows[1]["difference"]) == data["arms"][1]["difference"]["mean"] == pytest.approx(-0.5)
-    assert rows[0]["difference"] == ""
+    assert [arm["arm"] for arm in data["arms"]] == ["random", "opus"]
+    assert data["arms"][1]["difference"]["mean"] == pytest.approx(-0.5)
+    assert data["arms"][0]["difference"] is None
     assert data["failed"][0]["run"] == "opus-3"
     assert len(data["runs"]) == 5
-    assert (tmp_path / "report.txt").read_text() == lab_report.table(results) + "\n"
+    assert (tmp_path / "report.txt").read_text() == report.table(results) + "\n"
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert lines[3].startswith("| opus | 2/3 | 2.6500 ± ")
     assert "| **-0.5000 ± 0.0000** |" in lines[3]
@@ -244,16 +239,25 @@ def test_json_and_csv_say_what_the_table_says(results, tmp_path):
 
 def test_every_picture_is_drawn(results, tmp_path):
     """Fault: a picture that fails on an arm with fewer seeds than the baseline, or on the baseline itself."""
-    found = pictures.draw(results, tmp_path)
+    found = pictures.draw(report.as_json(results), tmp_path)
     assert {path.name for path in found} == {"differences.png", "loss_tokens.png", "loss_seconds.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
+
+
+def test_a_picture_has_at_most_seven_lines():
+    """Guards against a picture in which no line can be told apart, and one that shows the best arms alone."""
+    losses = {"random": 3.0, **{f"arm_{place}": 2.0 + place / 10 for place in range(9)}}
+    arms = [{"arm": arm, "seeds": [1], "loss": {"mean": loss}} for arm, loss in losses.items()]
+    found = pictures.shown({"baseline": "random", "arms": arms})
+    assert found == ["random", "arm_0", "arm_1", "arm_2", "arm_6", "arm_7", "arm_8"]
+    assert pictures.shown({"baseline": "random", "arms": arms[:7]}) == list(losses)[:7]
 
 
 def test_a_metric_that_was_not_evaluated_is_refused(results, folder, tmp_path):
     """Fault: a KeyError after hours of training, or another domain's loss in the table."""
     other = experiment.read_experiment(experiment_file(tmp_path, metric=["prosa"]))
     with pytest.raises(experiment.LabError, match="evaluated prose, code, not prosa"):
-        lab_report.collect(other, other.runs(folder, None), {"added_later": []})
+        report.collect(other, other.runs(folder, None), {"added_later": []})
 
 
 def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
@@ -265,7 +269,7 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
     for run in runs:
         opus = run.arm == "opus"
         write_run(run, {1: 4.0, 3: 3.0}, 1.0 if opus else 5.0, cpu=0.75 if opus else 0.5)
-    arm = next(a for a in lab_report.collect(found, runs, record).arms if a.arm == "opus")
+    arm = next(a for a in report.collect(found, runs, record).arms if a.arm == "opus")
     assert arm.overhead is not None
     assert arm.overhead.mean == pytest.approx(0.5)
     assert arm.second_ratio is not None
@@ -273,54 +277,7 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
     metrics = runs[0].directory / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("step_cpu_seconds", "something_else"))
     with pytest.raises(experiment.LabError, match="expected step_cpu_seconds"):
-        lab_report.collect(found, runs, record)
-
-
-def test_a_run_that_another_experiment_made_is_copied(tmp_path, monkeypatch):
-    """Fault: the baseline trained again by every protocol that has it, also because its config.yaml has what the run
-    filled in; or a run of other settings, another seed or other source code taken for it."""
-    monkeypatch.setattr(experiment, "_start", lambda *_: pytest.fail("a run was started"))
-    first = experiment.read_experiment(experiment_file(tmp_path, seeds=[1]))
-    runs = first.runs(tmp_path / "out" / "first", None)
-    experiment.record(first, runs, tmp_path / "out" / "first")
-    for run in runs:
-        write_run(run, {1: 4.0, 3: 3.0}, 1.0)
-        filled = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, vocab_size=4096))
-        (run.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(filled)))
-        (run.directory / "checkpoints").mkdir()
-        (run.directory / experiment.MADE_BY).write_text(json.dumps({"source": runner.source_of_package()}))
-    arms = {"baseline": {"selection.strategy": "random"}, "opus": {"selection.temperature": 0.5}}
-    second = experiment.read_experiment(
-        experiment_file(tmp_path, name="second", baseline="baseline", arms=arms, seeds=[1, 2])
-    )
-    planned = second.runs(tmp_path / "out" / "second", None)
-    source = runner.source_of_package()
-    twins = {run.name: runner.find_twin(run, source) for run in planned}
-    assert twins == {"baseline-1": runs[0].directory, "opus-1": None, "baseline-2": None, "opus-2": None}
-    assert runner.find_twin(planned[0], "other source") is None
-    said: list[str] = []
-    runner.run_all(planned[:1], jobs=1, say=said.append)
-    assert said == [f"baseline-1: copied from {runs[0].directory}, the same run"]
-    assert runner.is_finished(planned[0])
-    assert not (planned[0].directory / "checkpoints").exists()
-    assert json.loads((planned[0].directory / experiment.MADE_BY).read_text())["copied_from"] == str(runs[0].directory)
-
-
-def test_a_resumed_run_is_not_said_to_be_of_one_source(tmp_path, monkeypatch):
-    """Fault: a run begun with other source code, resumed with today's, and copied as if all of it were today's."""
-    found = experiment.read_experiment(experiment_file(tmp_path, seeds=[1]))
-    runs = found.runs(tmp_path / "out" / "mini", None)
-    (runs[0].directory).mkdir(parents=True)  # begun
-
-    def start(run: experiment.PlannedRun, _: object) -> subprocess.Popen[bytes]:
-        if run.directory.exists():
-            run.directory.rmdir()
-        write_run(run, {1: 4.0, 3: 3.0}, 1.0)
-        return subprocess.Popen(["true"])
-
-    monkeypatch.setattr(experiment, "_start", start)
-    runner.run_all(runs, jobs=1, say=lambda _: None)
-    assert [(run.directory / experiment.MADE_BY).exists() for run in runs] == [False, True]
+        report.collect(found, runs, record)
 
 
 def started(
@@ -344,7 +301,7 @@ def started(
             (saved / "complete.json").touch()
         return subprocess.Popen(["true"])
 
-    monkeypatch.setattr(experiment, "_start", start)
+    monkeypatch.setattr(runner, "_start", start)
     runner.run_all(runs, jobs=2, say=said.append)
     return found, runs, order, said
 
@@ -360,12 +317,9 @@ def test_arms_begin_with_the_weights_of_their_seed(tmp_path, monkeypatch):
         assert run.config.training.train_steps == (2 if first else 4)
         assert run.config.model.init_from == (None if first else str(run.directory.with_name(f"start-{run.seed}")))
         assert run.config.seed == run.seed + (experiment.START_SEEDS if first else 0)
-    results = lab_report.collect(found, runs, {"added_later": []})
+    results = report.collect(found, runs, {"added_later": []})
     assert [arm.arm for arm in results.arms] == ["random", "opus"]
     assert {arm for arm, _ in results.runs} == {"random", "opus"}
-    (runs[0].directory / experiment.MADE_BY).write_text(json.dumps({"source": "same"}))
-    elsewhere = found.runs(tmp_path / "out" / "other", None)
-    assert runner.find_twin(elsewhere[0], "same") is None  # a copy has no weights to begin with
 
 
 def test_arms_of_a_failed_start_are_not_run(tmp_path, monkeypatch):
@@ -374,6 +328,6 @@ def test_arms_of_a_failed_start_are_not_run(tmp_path, monkeypatch):
     found, runs, order, said = started(tmp_path, monkeypatch, broken="start-2")
     assert {*order} == {"start-1", "start-2", "random-1", "opus-1"}
     assert any(line.startswith("start-2: FAILED") for line in said)
-    failed = dict(lab_report.collect(found, runs, {"added_later": []}).failed)
+    failed = dict(report.collect(found, runs, {"added_later": []}).failed)
     assert {*failed} == {"start-2", "random-2", "opus-2"}
     assert failed["opus-2"] == "not started: the run it starts from is not finished"

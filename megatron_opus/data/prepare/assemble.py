@@ -15,7 +15,7 @@ from megatron_opus.data.prepare.resolve import DatasetSpec
 from megatron_opus.data.prepare.tokenize import Job
 
 
-class WrittenFiles(Protocol):
+class TokenFiles(Protocol):
     documents: int
     tokens: int
     bin_bytes: int
@@ -122,7 +122,7 @@ def write_dataset(prefix: Path, dtype: np.dtype, chosen: Chosen, storage: Storag
     names = ("lengths", "spans", *(("scores",) if score_key else ()))
     pieces = [_arrays(job, *names) for job in chosen.jobs]
     lengths = [piece["lengths"] for piece in pieces]
-    written: WrittenFiles = storage.write_documents(
+    written: TokenFiles = storage.write_documents(
         prefix, dtype, [Path(job.output + ".bin") for job in chosen.jobs], lengths, chosen.kept
     )
     about: dict[str, Any] = {

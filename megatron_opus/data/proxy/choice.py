@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_opus.data.proxy.similarity import RECORD, Piece, ProxyError, Scorer
+from megatron_opus.data.proxy.similarity import RECORD, DocumentRange, ProxyError, Scorer
 
 ROW = np.dtype([*RECORD.descr, ("domain", "<i4"), ("document", "<i8")])
 BINS = 400  # of the histogram, over scores from -1 to 1
@@ -49,7 +49,7 @@ class Survey:
     worst: np.ndarray  # [WORST] ROW, lowest scores first
 
 
-def rows(scorer: Scorer) -> Iterator[tuple[Piece, np.ndarray]]:
+def rows(scorer: Scorer) -> Iterator[tuple[DocumentRange, np.ndarray]]:
     """Every piece with its records and where they come from."""
     for piece in scorer.pieces:
         records = scorer.read(piece)

@@ -54,7 +54,7 @@ class ProxyError(Refusal, ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class DocumentRange:
     """Documents first..stop-1 of one candidate domain."""
 
     number: int
@@ -90,18 +90,18 @@ class CandidateDocuments:
             for e, s in zip(self.entries, self.streams, strict=True)
         ]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[DocumentRange]:
         """Consecutive documents of about 4 M tokens, each in one piece."""
-        found: list[Piece] = []
+        found: list[DocumentRange] = []
         for domain, stream in enumerate(self.streams):
             ends = stream.document_ends
             marks = np.arange(_PIECE_TOKENS, stream.num_tokens, _PIECE_TOKENS)
             bounds = np.unique(np.concatenate([[0], np.searchsorted(ends, marks) + 1, [len(ends)]]))
             for first, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-                found.append(Piece(number=len(found), domain=domain, first=first, stop=stop))
+                found.append(DocumentRange(number=len(found), domain=domain, first=first, stop=stop))
         return found
 
-    def read(self, piece: Piece) -> Iterator[Document]:
+    def read(self, piece: DocumentRange) -> Iterator[Document]:
         stream = self.streams[piece.domain]
         ends = stream.document_ends
         start = int(ends[piece.first - 1]) if piece.first else 0
@@ -111,7 +111,7 @@ class CandidateDocuments:
             start = stop
 
     def one(self, domain: int, number: int) -> Document:
-        return next(self.read(Piece(number=0, domain=domain, first=number, stop=number + 1)))
+        return next(self.read(DocumentRange(number=0, domain=domain, first=number, stop=number + 1)))
 
     def unlearned_within(self, document: Document) -> np.ndarray:
         """[n, 2] int64: the token ranges of the document, from its first token, that are not learned."""
@@ -222,7 +222,7 @@ class Scorer:
         """Pieces that no run has scored yet."""
         return sum(not self._path(piece).exists() for piece in self.pieces)
 
-    def read(self, piece: Piece) -> np.ndarray:
+    def read(self, piece: DocumentRange) -> np.ndarray:
         """[documents of the piece] RECORD. Raises ProxyError for a damaged file."""
         try:
             found = np.load(self._path(piece))
@@ -237,7 +237,9 @@ class Scorer:
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
-    def _score(self, piece: Piece, encoder: Encoder | None, nearest: Nearest | None, bar: Any) -> Iterator[np.ndarray]:
+    def _score(
+        self, piece: DocumentRange, encoder: Encoder | None, nearest: Nearest | None, bar: Any
+    ) -> Iterator[np.ndarray]:
         overlap = self.overlap
         for batch in self._batches(piece):
             records = np.zeros(len(batch), dtype=RECORD)
@@ -327,10 +329,10 @@ class Scorer:
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
-    def _path(self, piece: Piece) -> Path:
+    def _path(self, piece: DocumentRange) -> Path:
         return self._root / f"{piece.number:06d}.npy"
 
-    def _batches(self, piece: Piece) -> Iterator[list[Document]]:
+    def _batches(self, piece: DocumentRange) -> Iterator[list[Document]]:
         """Bounded in documents and in tokens; a function of the piece alone."""
         batch: list[Document] = []
         tokens = 0
@@ -343,8 +345,8 @@ class Scorer:
         if batch:
             yield batch
 
-    def _bar(self, title: str, pieces: Sequence[Piece], left: Sequence[Piece]) -> Any:
-        def tokens(part: Sequence[Piece]) -> int:
+    def _bar(self, title: str, pieces: Sequence[DocumentRange], left: Sequence[DocumentRange]) -> Any:
+        def tokens(part: Sequence[DocumentRange]) -> int:
             ends = [self.documents.streams[p.domain].document_ends for p in part]
             return sum(int(e[p.stop - 1] - (e[p.first - 1] if p.first else 0)) for e, p in zip(ends, part, strict=True))
 

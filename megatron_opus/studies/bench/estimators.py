@@ -1,6 +1,7 @@
 """Estimators by name, and what each costs and how well it ranks: `tax`, `fidelity` and their `frontier`.
 
 A name is a kind and a size: `two_sided:8192` (m, numbers of the sketch), `one_sided:64` (buckets of the sketched side).
+Settings that save scored tokens may follow it: `one_sided:64+score_length=128+score_windows=2`.
 `features` of a kind that reads the alignment off the sketch are one sketch for each layer; where the alignment comes
 from elsewhere they serve the redundancy alone, and are one sketch of all layers, as in the recipes.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_opus.config import PreconditionerConfig, RedundancyConfig, SelectionConfig, SketchConfig
 from megatron_opus.studies.bench import workbench
@@ -42,6 +44,10 @@ FRONTIER = (
     *(f"materialise:{m}" for m in (1024, 8192, 16384)),
     "direction",
 )
+# what may stand behind a name: settings of `selection` that make a pass read less, or read it more cheaply
+SAVINGS = (
+    "score_length", "score_windows", "score_window", "scored_layers", "score_precision", "score_micro_batch_size",
+)  # fmt: skip
 FIDELITY_MICRO_BATCH = 16  # sequences; the pools need not fit in memory at once
 GROUP = 3  # estimators between two plain passes: further apart, the machine is another one
 
@@ -63,7 +69,8 @@ class Sizes:
 
     def selection(self, name: str) -> SelectionConfig:
         """Raises ValueError for a name that is none."""
-        kind, _, size = name.partition(":")
+        estimator, *savings = name.split("+")
+        kind, _, size = estimator.partition(":")
         if kind not in KINDS or (size and (not size.isdecimal() or kind.startswith("direction"))):
             raise ValueError(
                 f"estimator {name!r}: expected one of {', '.join(KINDS)}, with a size as in two_sided:8192 or "
@@ -80,13 +87,22 @@ class Sizes:
             scope=self.scope or ("layer" if features else "model"),
             seed=self.seed,
         )
-        return SelectionConfig(
+        selection = SelectionConfig(
             sketch=sketch,
             preconditioner=PreconditionerConfig(form=form),  # type: ignore[arg-type]
             redundancy=RedundancyConfig(scale="matched" if self.interaction else "off"),
             score_length=self.length,
             score_micro_batch_size=self.micro_batch_size,
         )
+        return dataclasses.replace(selection, **dict(_saving(name, text) for text in savings))
+
+
+def _saving(name: str, text: str) -> tuple[str, Any]:
+    """Read `key=value` behind an estimator's name. Raises ValueError for a key that saves no scored tokens."""
+    key, found, value = text.partition("=")
+    if key not in SAVINGS or not found:
+        raise ValueError(f"estimator {name!r}: expected + and key=value with one of {', '.join(SAVINGS)}, got {text!r}")
+    return key, yaml.safe_load(value)
 
 
 def plain(work: Workbench, pool: Pool, micro_batch_size: int | None) -> Callable[[], None]:
@@ -121,7 +137,9 @@ def tax(
         runs: dict[str, Callable[[], object]] = {"plain": base}
         for name in names[first : first + GROUP]:
             scorer = work.scorer(sizes.selection(name))
-            runs[name] = functools.partial(scorer, pool.candidates, pool.proxy, interaction=sizes.interaction)
+            runs[name] = functools.partial(
+                scorer, pool.candidates, pool.proxy, interaction=sizes.interaction, window_seed=work.seed
+            )
         seconds = workbench.alternate(runs, repeats, work.device, clock)
         base_seconds += seconds["plain"]
         for name in list(runs)[1:]:
@@ -157,7 +175,7 @@ def fidelity(
         selection = sizes.selection(name)
         micro = selection.score_micro_batch_size or FIDELITY_MICRO_BATCH
         scorer = work.scorer(dataclasses.replace(selection, score_micro_batch_size=micro))
-        alignment = scorer(together.candidates, together.proxy, interaction=False).alignment
+        alignment = scorer(together.candidates, together.proxy, interaction=False, window_seed=work.seed).alignment
         assert alignment is not None
         for pool, found, truth in zip(pools, alignment.split(counts), truths, strict=True):
             rows.append({"pool": pool.name, "estimator": name, **workbench.fidelity(found, truth)})
@@ -178,10 +196,7 @@ def frontier(
 ) -> Rows:
     """A row for each estimator with its tax, and its fidelity in each pool under `POOL spearman` and so on."""
     cost = {r["estimator"]: r for r in tax(work, tax_pool, names, sizes, repeats, memory=False, clock=clock, say=say)}
-    rows = [
-        {"d": work.config.hidden_size, "layers": work.config.num_layers, "T": sizes.length, **cost[name]}
-        for name in names
-    ]
+    rows = [cost[name] for name in names]
     found = {(r["pool"], r["estimator"]): r for r in fidelity(work, pools, names, sizes, say)}
     for row in rows:
         for pool in pools:
@@ -190,30 +205,6 @@ def frontier(
                 for key in ("spearman", "pearson", "top_k")
             }
     return rows
-
-
-def expected_seconds(
-    work: Workbench, names: Sequence[str], sizes: Sizes, *, tax_sequences: int, repeats: int, pools: Sequence[Pool]
-) -> dict[str, float]:
-    """Of `frontier`'s parts and of a training step's sequence, from a pass of every estimator over two sequences.
-
-    A small pass is dearer for each of its sequences than a large one: what comes out is rather too much.
-    """
-    probe = Pool(name="probe", candidates=pools[0].candidates.rows(0, 1), proxy=pools[0].proxy.rows(0, 1))
-    base = plain(work, probe, None)
-    base()
-    one = workbench.timed(base, work.device) / 2
-    passes = 0.0
-    for name in names:
-        scorer = work.scorer(sizes.selection(name))
-        passes += workbench.timed(functools.partial(scorer, probe.candidates, probe.proxy), work.device) / 2
-    groups = -(-len(names) // GROUP)
-    scored = sum(len(pool.candidates) for pool in pools) + len(pools[0].proxy)
-    return {
-        "training sequence": 1.5 * one,  # the gradients of the weights besides
-        "tax": (repeats + 1) * tax_sequences * (passes + groups * one),
-        "fidelity": scored * (passes + 2.5 * one),  # the oracle: whole gradients, and their products in float64
-    }
 
 
 def weights_of(text: str | None) -> Mapping[str, float] | None:

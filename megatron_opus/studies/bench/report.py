@@ -1,29 +1,31 @@
-"""Results of `tools/bench_scoring.py`: text tables, JSON files that grow from run to run, the frontier's picture."""
+"""Write the results of `tools/bench_scoring.py`: a text table, a JSON file, and the picture of the frontier."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_opus.data.files import atomic_file
+from megatron_opus import style
+from megatron_opus.data.files import write_json
 from megatron_opus.errors import Refusal
 
 Rows = list[dict[str, Any]]
 
 
-class ReportError(Refusal, ValueError):
-    """A file that results cannot be merged into, or a picture that cannot be drawn."""
+class BenchFileError(Refusal, ValueError):
+    """A file that results cannot be written to or read from."""
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Describe what the numbers were measured on."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -32,6 +34,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def table(rows: Rows) -> str:
+    """Lay out rows as a Markdown table. A row without a column has an empty cell there."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
@@ -48,104 +51,81 @@ def _cell(value: Any) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Before anything is measured. Raises ReportError."""
+    """Refuse a file that cannot be written before anything is measured. Raises BenchFileError."""
     if not path.parent.is_dir() or path.is_dir():
-        raise ReportError(f"{path}: expected a file in an existing folder; make {path.parent} first")
+        raise BenchFileError(f"{path}: expected a file in an existing folder; make {path.parent} first")
+    if path.exists() and path.suffix == ".json":
+        read(path)  # only results of an earlier run are written over
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Results written before, empty ones where there is no file. Raises ReportError for anything else."""
-    if not path.exists():
-        return {"runs": [], "rows": []}
+def read(path: Path) -> Rows:
+    """Return the rows that `write` left in a file. Raises BenchFileError for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["runs"], list) or not all(isinstance(row, dict) for row in found["rows"]):
-            raise ValueError("no lists of runs and rows")
+        rows: Rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("rows that are no objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReportError(
-            f"{path}: expected results of an earlier run ({error}); name another file, or move this one away"
+        raise BenchFileError(
+            f"{path}: expected results of tools/bench_scoring.py ({error}); name another file"
         ) from error
-    return {"runs": found["runs"], "rows": found["rows"]}
+    return rows
 
 
-def merged(earlier: Rows, fresh: Rows, keys: Sequence[str]) -> Rows:
-    """Rows of both; where all of `keys` agree, the fresh one, in the place of the earlier one."""
-    result = {tuple(row.get(k) for k in keys): row for row in earlier}
-    result.update({tuple(row.get(k) for k in keys): row for row in fresh})
-    return list(result.values())
-
-
-def write(path: Path, runs: Sequence[Mapping[str, Any]], rows: Rows) -> None:
-    """Atomically: a run that is killed leaves the results before it."""
-    with atomic_file(path) as stream:
-        stream.write((json.dumps({"runs": list(runs), "rows": rows}, indent=1) + "\n").encode())
-
-
-# --- the picture ----------------------------------------------------------------------------------------------------
-
-
-def pyplot() -> Any:
-    """Raises ReportError without matplotlib, before anything is measured."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ReportError(f"the picture needs matplotlib ({error}): pip install -e '.[lab]'") from None
-    return pyplot
+def write(path: Path, command: Sequence[str], rows: Rows) -> None:
+    """Write the command, the machine and the rows of one run."""
+    write_json(path, {"command": list(command), "machine": machine(), "rows": rows})
 
 
 def draw_frontier(rows: Rows, path: Path) -> None:
-    """Tax against 1 - Spearman, a panel for each model and pool; below and left is better. SVG or PNG by the name."""
-    plt = pyplot()
+    """Draw tax against 1 - Spearman with a panel for each model and pool; below and left is better.
+
+    The file's name decides between SVG and PNG. Raises PictureError without matplotlib.
+    """
+    plt = style.pyplot()
     models = list(dict.fromkeys((row["d"], row["layers"], row["T"]) for row in rows))
     pools = list(dict.fromkeys(k.removesuffix(" spearman") for row in rows for k in row if k.endswith(" spearman")))
-    kinds = list(dict.fromkeys(row["estimator"].partition(":")[0] for row in rows))
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))[: style.MOST_LINES]
+    size = (3.6 * len(models) + 1.5, 3.1 * len(pools))
     figure, panels = plt.subplots(
-        len(pools),
-        len(models),
-        figsize=(4.2 * len(models) + 1.5, 3.6 * len(pools)),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
+        len(pools), len(models), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
-    for i, pool in enumerate(pools):
-        for j, model in enumerate(models):
-            axes = panels[i][j]
-            for number, kind in enumerate(kinds):
-                points = [
-                    row
-                    for row in rows
-                    if (row["d"], row["layers"], row["T"]) == model
-                    and row["estimator"].partition(":")[0] == kind
-                    and f"{pool} spearman" in row
-                ]
-                _curve(axes, points, pool, kind, f"C{number}")
-            axes.set_title(f"d = {model[0]}, {model[1]} layers, T = {model[2]}; {pool} pool", fontsize=9)
-            axes.set(xlabel="1 - Spearman", ylabel="tax", xscale="log", yscale="log")
-            axes.yaxis.set_major_formatter("{x:.2f}")
-            axes.yaxis.set_minor_formatter("{x:.2f}")
-            axes.tick_params(axis="y", which="both", labelsize=7)
-            axes.grid(alpha=0.3, which="both")
-    # a kind that one panel lacks another one has
-    drawn = {
-        label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    for pool, line in zip(pools, panels, strict=True):
+        for (width, layers, length), axes in zip(models, line, strict=True):
+            for place, kind in enumerate(kinds):
+                shown = [row for row in rows if (row["d"], row["layers"], row["T"]) == (width, layers, length)]
+                points = [row for row in shown if _kind(row) == kind and f"{pool} spearman" in row]
+                _draw_kind(axes, points, pool, kind, place)
+            axes.set(title=f"{pool} pool: d = {width}, {layers} layers, T = {length}", xscale="log", yscale="log")
+            axes.title.set_fontsize(9)
+    low, high = panels[0][0].get_ylim()
+    style.log_ticks(panels[0][0].yaxis, low, high)  # the panels share their axes
+    style.log_ticks(panels[0][0].xaxis, *panels[0][0].get_xlim())
+    figure.supxlabel("1 - Spearman correlation with the oracle", fontsize=9)
+    figure.supylabel("tax: scoring pass / its forward and backward", fontsize=9)
+    drawn: dict[str, Any] = {}  # a kind that one panel lacks another one has
+    for axes in panels.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        drawn.update(zip(labels, handles, strict=True))
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     with plt.rc_context({"svg.hashsalt": "frontier"}):  # the same numbers give the same file
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 
-def _curve(axes: Any, points: Rows, pool: str, kind: str, color: str) -> None:
+def _kind(row: dict[str, Any]) -> str:
+    kind: str = row["estimator"].partition(":")[0]
+    return kind
+
+
+def _draw_kind(axes: Any, points: Rows, pool: str, kind: str, place: int) -> None:
+    """Draw one kind of estimator: a point with quartiles for each size, joined by a line."""
     if not points:
         return
     x = [max(1.0 - row[f"{pool} spearman"], 1e-4) for row in points]  # a logarithm has no place for 0
     y = [row["tax"] for row in points]
     spread = [[row["tax"] - row["low"] for row in points], [row["high"] - row["tax"] for row in points]]
-    axes.errorbar(x, y, yerr=spread, fmt="o-", markersize=4, linewidth=1, capsize=2, color=color, label=kind)
+    look = {"color": style.colour(place), "marker": style.marker(place), "markersize": 4, "linewidth": 1, "capsize": 2}
+    axes.errorbar(x, y, yerr=spread, label=kind, **look)
     for a, b, row in zip(x, y, points, strict=True):
         size = row["estimator"].partition(":")[2]
         axes.annotate(size, (a, b), xytext=(3, 3), textcoords="offset points", fontsize=6)

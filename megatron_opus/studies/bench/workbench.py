@@ -10,9 +10,6 @@ The three are taken in one process, times alternating between what is compared, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import pickle
 import statistics
 import time
 import weakref
@@ -23,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -35,13 +33,10 @@ from megatron_opus.backends.model.scored_layers import megatron_layers, standard
 from megatron_opus.config import DataConfig, ModelConfig, SelectionConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
-from megatron_opus.data.files import atomic_file
 from megatron_opus.scoring.scoring_pass import ScoringPass, undisturbed
 from megatron_opus.selection import reference
 from megatron_opus.types import AdamHyper, Batch, Groups, ScoredLayer
 
-TRAINING_VERSION = 2  # of `Workbench.train`: another one does not find the models of the last
-PAIRS_BYTES = 2 * 2**30
 Clock = Callable[[], float]
 
 
@@ -65,51 +60,20 @@ class Workbench:
         self.model = build_gpt(self.config, seq_length=length, seed=seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         self.layers = megatron_layers(self.model, standard_shard_map(self.model))
-        self.losses: list[float] = []
         self._seen: set[int] = set()  # sequences that training has used
-        self._buffer: CandidateBuffer | None = None
 
-    def train(
-        self, steps: int, batch_size: int, *, mixture: Mapping[str, float] | None, cache: Path | None = None
-    ) -> None:
-        """Steps 0 to `steps` - 1: linear warm-up over a tenth of them, then constant.
-
-        `cache`: a folder that keeps trained models, named by everything that made them. Raises ValueError for a file
-        there that cannot be read.
-        """
-        file = None if cache is None else cache / self._cache_name(steps, batch_size, mixture)
-        if file is not None and file.exists():
-            self._load(file)
-            return
-        self._buffer = CandidateBuffer(self.corpus, batch_size, self.seed, dict(mixture) if mixture else None)
+    def train(self, steps: int, batch_size: int, *, mixture: Mapping[str, float] | None) -> None:
+        """Take optimizer steps: a linear warm-up over a tenth of them, then a constant learning rate of 1e-3."""
+        buffer = CandidateBuffer(self.corpus, batch_size, self.seed, dict(mixture) if mixture else None)
         for step in range(steps):
-            self._train_step(step, min(1.0, (step + 1) / max(1, steps // 10)))
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            saved = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "losses": self.losses,
-                "seen": sorted(self._seen),
-            }
-            with atomic_file(file) as stream:
-                torch.save(saved, stream)
-
-    def train_on(self, steps: int, batch_size: int, mixture: Mapping[str, float] | None) -> None:
-        """`steps` more at the full rate, on the sequences that training began with: those of no pool."""
-        self._buffer = CandidateBuffer(self.corpus, batch_size, self.seed, dict(mixture) if mixture else None)
-        for step in range(steps):
-            self._train_step(step, 1.0)
-
-    def _train_step(self, step: int, rate: float) -> None:
-        assert self._buffer is not None
-        for group in self.optimizer.param_groups:
-            group["lr"] = 1e-3 * rate
-        candidates = self._buffer.draw(step)
-        self._buffer.settle(candidates, range(self._buffer.size))
-        self._seen.update(candidates.sample_ids.tolist())
-        batch = self.corpus.batch(candidates.sample_ids).to(self.device)
-        self.losses.append(self.update(batch, len(batch)))
+            rate = min(1.0, (step + 1) / max(1, steps // 10))
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3 * rate
+            candidates = buffer.draw(step)
+            buffer.settle(candidates, range(buffer.size))
+            self._seen.update(candidates.sample_ids.tolist())
+            batch = self.corpus.batch(candidates.sample_ids).to(self.device)
+            self.update(batch, len(batch))
 
     def update(self, batch: Batch, micro_batch_size: int) -> float:
         """One optimizer step on the mean over sequences of their mean token losses; that mean. Clips at norm 1."""
@@ -127,35 +91,6 @@ class Workbench:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
-
-    def is_cached(self, steps: int, batch_size: int, mixture: Mapping[str, float] | None, cache: Path | None) -> bool:
-        """Whether `train` would find its result in `cache`."""
-        return cache is not None and (cache / self._cache_name(steps, batch_size, mixture)).exists()
-
-    def _cache_name(self, steps: int, batch_size: int, mixture: Mapping[str, float] | None) -> str:
-        made_by = {
-            "model": dataclasses.asdict(self.config),
-            "data": self.corpus.fingerprint,
-            "length": self.length,
-            "seed": self.seed,
-            "steps": steps,
-            "batch_size": batch_size,
-            "mixture": dict(mixture) if mixture else None,
-            "version": TRAINING_VERSION,
-        }
-        digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
-        return f"d{self.config.hidden_size}-l{self.config.num_layers}-t{self.length}-s{steps}-{digest}.pt"
-
-    def _load(self, file: Path) -> None:
-        try:
-            saved = torch.load(file, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.losses, self._seen = saved["losses"], set(saved["seen"])
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{file}: expected a trained model, could not read it ({error}); delete the file"
-            ) from error
 
     def pool(self, name: str, n: int, k_p: int, weights: Mapping[str, float] | None) -> Pool:
         """n candidates of the given mixture that training has not used, and k_p proxy sequences.
@@ -208,23 +143,6 @@ class Workbench:
         result = [sum((one[name] * wanted[name]).sum() for name in wanted) for one in self._gradients(pool.candidates)]
         return torch.stack([torch.as_tensor(x) for x in result]).cpu()
 
-    def oracle_pairs(self, candidates: Batch, proxy: Batch) -> Tensor:
-        """[N, P] float64: the alignment of every candidate with every proxy sequence; `oracle` is the mean over P.
-
-        As many candidates' gradients are in memory at once as fit PAIRS_BYTES; for each such share the proxy is read.
-        """
-        precondition = self._precondition()
-        share = max(1, PAIRS_BYTES // sum(8 * x.weight.numel() for x in self.layers))
-        found = []
-        for first in range(0, len(candidates), share):
-            some = candidates.rows(first, min(first + share, len(candidates)))
-            rows: list[reference.Gradients] = [precondition(one) for one in self._gradients(some)]
-            columns = []
-            for g in self._gradients(proxy):
-                columns.append(torch.stack([torch.stack([(row[n] * g[n]).sum() for n in g]).sum() for row in rows]))
-            found.append(torch.stack(columns, 1))
-        return torch.cat(found).cpu()
-
     def _precondition(self) -> Callable[[reference.Gradients], reference.Gradients]:
         """The whole second moment in AdamW's P."""
         weights = {x.name: x.weight for x in self.layers}
@@ -267,14 +185,6 @@ def plain_pass(model: nn.Module, layers: Sequence[ScoredLayer], batch: Batch) ->
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def correlation(x: Tensor, y: Tensor) -> float:
-    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
-
-
-def spearman(x: Tensor, y: Tensor) -> float:
-    return correlation(x.argsort().argsort(), y.argsort().argsort())
-
-
 def top_overlap(x: Tensor, y: Tensor, k: int) -> float:
     """Share of the k largest of y that are among the k largest of x."""
     return torch.isin(y.topk(k).indices, x.topk(k).indices).double().mean().item()
@@ -282,8 +192,8 @@ def top_overlap(x: Tensor, y: Tensor, k: int) -> float:
 
 def fidelity(found: Tensor, truth: Tensor) -> dict[str, float]:
     return {
-        "spearman": spearman(found, truth),
-        "pearson": correlation(found, truth),
+        "spearman": float(stats.spearmanr(found.double(), truth.double()).statistic),
+        "pearson": float(stats.pearsonr(found.double(), truth.double()).statistic),
         "top_k": top_overlap(found, truth, len(truth) // 2),
     }
 

@@ -3,14 +3,12 @@
 An experiment is a YAML file that states its hypothesis, metric and stopping rule before anything runs; they are
 recorded in the experiment's folder with the settings of every run, and neither can be changed afterwards without
 another folder. Runs that are finished are kept, interrupted ones resumed, failed ones tried again at the next start.
-A run that another experiment in the same output directory has made, with the same settings, data and source code, is
-copied instead of made again: arms such as the baseline are common to many. Where the file has a `start`, all arms of a
-seed begin with the weights of one run, so that what happens by chance in a model's first steps is the same for them.
+Where the file has a `start`, all arms of a seed begin with the weights of one run, so that what happens by chance in a
+model's first steps is the same for them.
 
     <output>/<name>/experiment.json      what was announced, and the settings of every run
     <output>/<name>/<arm>-<seed>/        an ordinary run folder
     <output>/<name>/start-<seed>/        where the arms of a seed begin, if the file says so
-    <output>/<name>/<arm>-<seed>/lab.json   what it was made by; where it was copied from
     <output>/<name>/logs/<arm>-<seed>.txt
 """
 
@@ -30,7 +28,6 @@ from megatron_opus.data.files import write_json
 from megatron_opus.errors import Refusal
 
 RECORD = "experiment.json"
-MADE_BY = "lab.json"  # in a finished run's folder
 ROOT = Path(__file__).resolve().parents[3]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
 OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts", "start")
@@ -47,6 +44,8 @@ class LabError(Refusal, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
+    """One run of an experiment: an arm and a seed with the resolved settings."""
+
     arm: str
     seed: int
     directory: Path
@@ -69,7 +68,7 @@ class Experiment:
     metric: tuple[str, ...]
     stopping_rule: str
     recipe: Path
-    corpus: str  # of data/lab_corpora.py; empty: the recipe's own data
+    corpus: str  # of studies/lab/corpora.py; empty: the recipe's own data
     settings: Mapping[str, Any]  # dotted overrides of the recipe for all arms
     baseline: str
     seeds: tuple[int, ...]

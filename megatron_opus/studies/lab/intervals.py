@@ -24,7 +24,10 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """Mean and two-sided 95% Student t-interval of independent values; None without any."""
+    """Return the mean and the two-sided 95% Student t-interval of independent values; None without any.
+
+    Three values 1, 2, 3 give 2 ± 2.484.
+    """
     n = len(values)
     if n == 0:
         return None
@@ -33,6 +36,5 @@ def interval(values: Sequence[float]) -> Interval | None:
         return Interval(mean=mean, half=None, count=1)
     from scipy import stats  # a second to import
 
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    quantile = float(stats.t.ppf(0.975, df=n - 1))
-    return Interval(mean=mean, half=quantile * deviation / math.sqrt(n), count=n)
+    half = stats.t.ppf(0.975, df=n - 1) * stats.sem(values)
+    return Interval(mean=mean, half=float(half), count=n)

@@ -1,4 +1,4 @@
-"""The results of an experiment: intervals over seeds, paired with the baseline by seed, as text, Markdown, JSON, CSV.
+"""The results of an experiment: intervals over seeds, paired with the baseline by seed, as text, Markdown and JSON.
 
 Loss: the mean of the metric's validation domains at the end of a run, nats per token.
 
@@ -14,8 +14,6 @@ reaches the target later than a run planned for fewer tokens would.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -169,7 +167,7 @@ def ratio_to_target(arm: Points, baseline: Points) -> float:
     return mine / theirs
 
 
-# --- text, JSON, CSV ------------------------------------------------------------------------------------------------
+# --- text and JSON --------------------------------------------------------------------------------------------------
 
 COLUMNS: tuple[tuple[str, str, int, bool], ...] = (
     ("loss", "final loss", 4, False),
@@ -281,26 +279,12 @@ def as_json(results: Results) -> dict[str, Any]:
     }
 
 
-def as_csv(results: Results) -> str:
-    """A row per arm: mean and half-width of every column."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    keys = [key for key, _, _, _ in COLUMNS]
-    writer.writerow(["arm", "strategy", "seeds", *(f"{k}{end}" for k in keys for end in ("", "_half"))])
-    for arm in results.arms:
-        values = [getattr(arm, key) for key in keys]
-        cells = [x for v in values for x in (("", "") if v is None else (v.mean, "" if v.half is None else v.half))]
-        writer.writerow([arm.arm, arm.strategy, len(arm.seeds), *cells])
-    return out.getvalue()
-
-
 def write(results: Results, folder: Path) -> list[Path]:
-    """report.txt, report.md, report.json, report.csv in `folder`."""
+    """Write report.txt, report.md and report.json into `folder`; return their paths."""
     contents = {
         "report.txt": table(results) + "\n",
         "report.md": markdown(results) + "\n",
         "report.json": json.dumps(as_json(results), indent=1) + "\n",
-        "report.csv": as_csv(results),
     }
     for name, text in contents.items():
         with atomic_file(folder / name) as stream:

@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_opus import config as configs
-from megatron_opus.data.files import write_json
 from megatron_opus.runs.metrics import read_metrics
-from megatron_opus.studies.lab.experiment import (
-    CORES,
-    MADE_BY,
-    RECORD,
-    ROOT,
-    SINGLE_PROCESS,
-    START,
-    PlannedRun,
-    _settings,
-)
+from megatron_opus.studies.lab.experiment import CORES, ROOT, SINGLE_PROCESS, START, PlannedRun
 
 
 def steps_done(run: PlannedRun) -> int:
+    """Return how many steps the run has recorded."""
     rows = read_metrics(run.directory)
     return rows[-1]["step"] + 1 if rows else 0
 
 
 def is_finished(run: PlannedRun) -> bool:
-    """A start is finished when its last weights are saved, which is after its last step is recorded."""
+    """Say whether a run has recorded its last step and evaluation; a start must also have saved its last weights."""
     rows, steps = read_metrics(run.directory), run.config.training.train_steps
     saved = run.arm != START or any(run.directory.glob(f"checkpoints/step_{steps:08d}*/complete.json"))
     return saved and bool(rows) and rows[-1]["step"] + 1 >= steps and "validation_loss" in rows[-1]
 
 
 def why_unfinished(run: PlannedRun) -> str:
-    """One line for the report; empty for a finished run."""
+    """Explain in one line for the report why a run is not finished; empty for a finished run."""
     if is_finished(run):
         return ""
     log = log_of(run)
@@ -74,8 +62,6 @@ def run_all(
     kept = len(runs) - len(waiting)
     if kept:
         say(f"{kept} of {len(runs)} runs are finished and kept")
-    source = source_of_package()
-    whole: set[str] = set()  # runs that this call makes from their first step: a resumed one may be of two sources
     active: list[tuple[PlannedRun, subprocess.Popen[bytes], float]] = []
     try:
         while waiting or active:
@@ -84,13 +70,6 @@ def run_all(
                 if run is None:
                     break
                 waiting.remove(run)
-                twin = find_twin(run, source)
-                if twin is not None:
-                    copy_run(twin, run)
-                    say(f"{run.name}: copied from {twin}, the same run")
-                    continue
-                if not run.directory.exists():
-                    whole.add(run.name)
                 say(f"{run.name}: {'resumes' if (run.directory / 'config.yaml').exists() else 'starts'}")
                 active.append((run, _start(run, environment or {}), time.monotonic()))
             if not active:  # what is left waits for a run that failed
@@ -108,46 +87,11 @@ def run_all(
                 active.remove(entry)
                 took = time.monotonic() - began
                 problem = why_unfinished(run)
-                if not problem and run.name in whole:
-                    write_json(run.directory / MADE_BY, {"source": source})
                 say(f"{run.name}: " + (f"FAILED {problem}" if problem else f"finished in {took:.0f} s"))
     finally:
         for _, process, _ in active:
             process.kill()
             process.wait()
-
-
-def source_of_package() -> str:
-    from megatron_opus.ranks.agreement import source_hash  # imports torch, which a report does without
-
-    return source_hash(ROOT / "megatron_opus")
-
-
-def find_twin(run: PlannedRun, source: str) -> Path | None:
-    """A finished run of another experiment beside this one with the same settings, data and source code."""
-    if run.directory.exists() or run.arm == START:  # begun: it is resumed. A start is copied without its weights.
-        return None
-    wanted = {**_settings(run.config), "name": None}
-    for path in sorted(run.directory.parent.parent.glob(f"*/*-{run.seed}/{MADE_BY}")):
-        folder = path.parent
-        made = json.loads(path.read_text(encoding="utf-8"))
-        # as planned: config.yaml also has what the run filled in
-        planned = json.loads((folder.parent / RECORD).read_text(encoding="utf-8"))["runs"].get(folder.name)
-        data = configs.load(folder / "config.yaml").data.path
-        same = planned is not None and {**planned, "name": None} == wanted
-        if same and made["source"] == source and data == run.config.data.path:
-            return folder
-    return None
-
-
-def copy_run(twin: Path, run: PlannedRun) -> None:
-    """The twin's record without its checkpoints; a copy that is cut short is not taken for a run."""
-    unfinished = run.directory.with_name(f".{run.name}.copy")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(twin, unfinished, ignore=shutil.ignore_patterns("checkpoints"))
-    made = json.loads((unfinished / MADE_BY).read_text(encoding="utf-8"))
-    write_json(unfinished / MADE_BY, {**made, "copied_from": made.get("copied_from", str(twin))})
-    unfinished.rename(run.directory)
 
 
 def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
