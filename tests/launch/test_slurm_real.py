@@ -58,9 +58,10 @@ def test_a_run_outlives_its_time_limit_a_killed_rank_and_a_lost_node(
 
     job = slurm.submit("submit.sh", RECIPE, "2", "1", *tiny(embedded_cache, tmp_path, run.name, *STEPS), **LIMITS)
 
-    # The time limit comes near: Slurm looks at it every 30 s, in which the run must not end.
+    # The time limit comes near: one to two minutes are left, and Slurm looks at it every 30 s.
     ranks = held(slurm, run, job, 0, 3)
-    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+    hours, minutes, _ = map(int, slurm.job(job)["RunTime"].split(":"))
+    slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     slurm.reach(lambda: "asking the ranks to stop with a checkpoint" in said(), "the signal comes")
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
