@@ -59,13 +59,15 @@ class Session:
         watch: Watch | None = None,
         verify: bool = True,
         trust_checkpoint: bool = False,
+        claim: Callable[[Path], str] = lambda run_dir: "",
     ) -> None:
         """Build everything.
 
         `stop_requested` gives the number of the signal by which this process was asked to stop, 0 for none. `watch` is
         told what this rank is doing. `verify` and `trust_checkpoint` say how a checkpoint is read at resume
-        (`checkpoint.load`).
+        (`checkpoint.load`). `claim` takes the run folder for this process, on rank 0, or says why it cannot be had.
         """
+        self._claim = claim
         self._say = say
         minutes = recipe.training.exit_duration_minutes
         until = None if minutes is None else time.monotonic() + 60 * minutes
@@ -186,7 +188,7 @@ class Session:
     def _check_run_dir(self, config: RunConfig, resume: bool) -> None:
         """Refuse to write over another run. Rank 0 looks, all ranks agree."""
         problem = [""]
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not (problem := [self._claim(self.run_dir)])[0]:
             exists = (self.run_dir / CONFIG_FILE).exists()
             if exists and not resume:
                 problem[0] = (
