@@ -1,4 +1,4 @@
-"""The real trainer through launch/slurm/ on stand-ins: what it refuses. test_slurm_real.py has the rest, on a real Slurm."""
+"""What the real trainer refuses, through launch/slurm/ on stand-ins. The rest has a real Slurm (test_slurm_real.py)."""
 
 from __future__ import annotations
 
