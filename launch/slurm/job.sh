@@ -11,7 +11,8 @@ settings=$1
 # shellcheck source=runs.sh
 source "$ROOT/launch/slurm/runs.sh"
 
-say() { echo "[$(date '+%F %T')] $*"; }
+# bash's own clock: a signal to the whole job would end a `date`, too
+say() { printf '[%(%F %T)T] %s\n' -1 "$*"; }
 
 # The job id of an array's last run is also that of the whole array: scontrol must be given the run's index with it.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
