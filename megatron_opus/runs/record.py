@@ -15,7 +15,7 @@ from megatron_opus.runs.ledger import ledger_parts
 from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
 
 
-class RecordError(Refusal, ValueError):
+class RunRecordError(Refusal, ValueError):
     """A record that cannot be read, so that the run cannot go on with it."""
 
 
@@ -25,7 +25,7 @@ def compare_record(run_dir: Path) -> list[str]:
     A run that has completed S steps at its newest checkpoint has rows 0 to S - 1 in its metrics and in its ledger. Rows
     from S on were written after that checkpoint: the run drops them and takes these steps again.
 
-    Raises RecordError for a file that cannot be read.
+    Raises RunRecordError for a file that cannot be read.
     """
     newest = checkpoints.latest(run_dir / "checkpoints")
     step = 0 if newest is None else int(newest.name.removeprefix("step_").partition(".")[0])
@@ -38,7 +38,7 @@ def compare_record(run_dir: Path) -> list[str]:
             else:
                 found.append(row["step"])
     except ValueError as error:
-        raise RecordError(f"--resume: {error}") from error
+        raise RunRecordError(f"--resume: {error}") from error
     metrics = run_dir / METRICS_FILE
     if torn:
         lines.append(f"{metrics}: its last line is torn, as a killed process leaves it; the line is dropped")
@@ -53,13 +53,13 @@ def compare_record(run_dir: Path) -> list[str]:
 
 
 def ledger_steps(directory: Path) -> list[int]:
-    """Give the steps of a ledger in the order of its parts. Raises RecordError for a part that cannot be read."""
+    """Give the steps of a ledger in the order of its parts. Raises RunRecordError for a part that cannot be read."""
     found: list[int] = []
     for _, _, path in ledger_parts(directory):
         try:
             found += sorted(set(pq.read_table(path, columns=["step"])["step"].to_pylist()))
         except (pa.ArrowException, OSError) as error:
-            raise RecordError(
+            raise RunRecordError(
                 f"--resume: {path} cannot be read ({str(error).splitlines()[0]}): bring it back from a copy, or "
                 "move it away to go on without the decisions of its steps"
             ) from error

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_opus.runs.record import RecordError, compare_record
+from megatron_opus.runs.record import RunRecordError, compare_record
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def test_what_cannot_be_read_is_refused(run: Path) -> None:
     whole = part.read_bytes()
     part.write_bytes(whole[:50])
     with pytest.raises(
-        RecordError, match=r"steps-00000002-00000003.parquet cannot be read .* bring it back from a copy"
+        RunRecordError, match=r"steps-00000002-00000003.parquet cannot be read .* bring it back from a copy"
     ):
         compare_record(run)
     part.write_bytes(whole)
     (run / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(RecordError, match="line 2: not a row of metrics"):
+    with pytest.raises(RunRecordError, match="line 2: not a row of metrics"):
         compare_record(run)
 
 
