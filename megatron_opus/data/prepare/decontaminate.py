@@ -229,6 +229,9 @@ def benchmark_items(file: str, fields: Sequence[str]) -> Iterator[tuple[int, str
             for name, text in _strings("", record):
                 yield line, name or "text", text
     except RowError as error:
+        cause = error.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            raise SourceError(f"{file}: the benchmark file is not UTF-8: {cause}") from error
         raise SourceError(str(error)) from error
     except (OSError, EOFError) as error:
         raise SourceError(f"{file}: the benchmark file cannot be read: {error}") from error
