@@ -60,11 +60,17 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
+    engine: Literal["deepspeed", "megatron"] = "deepspeed"  # who owns gradients and optimizer state
     tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1  # stages; more than 1 with engine megatron alone
+    virtual_pipeline_model_parallel_size: int | None = None  # pieces of the model on each stage (interleaved schedule)
     sequence_parallel: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: Literal["none", "cpu"] = "none"  # where ZeRO keeps the optimizer state
+    # engine megatron alone, names of Megatron's own arguments
+    use_distributed_optimizer: bool = True  # optimizer state split over the data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass goes on
+    overlap_param_gather: bool = False  # gather updated weights during the next forward pass
     distributed_timeout_minutes: float = 10.0
 
 
