@@ -190,10 +190,6 @@ class Batch:
         """`length` tokens from `start` of every sequence as a view; they keep their positions and documents."""
         return self._map(lambda x: x[:, start : start + length])
 
-    def padded(self, size: int) -> Batch:
-        """Fill up to `size` sequences with copies of the first one."""
-        return self._map(lambda x: torch.cat([x, x[:1].expand(size - len(x), -1)])) if size > len(self) else self
-
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 

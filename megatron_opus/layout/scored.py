@@ -39,7 +39,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     tp = config.parallel.tensor_model_parallel_size
     return Layout(
         tp=tp,
-        dp=world_size // tp,
+        dp=world_size // (tp * config.parallel.pipeline_model_parallel_size),
         zero_stage=config.parallel.zero_stage,
         micro_batch_size=config.training.micro_batch_size,
     )

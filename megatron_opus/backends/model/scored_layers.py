@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
+from megatron_opus.backends.model import stages
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.types import Ranges, ScoredLayer
 
@@ -32,18 +33,21 @@ def megatron_layers(
     the shape that `shard_map` gives it: the sketches of such a shard would not add up.
     """
     selection = selection or SelectionConfig()
-    embedding = next((n for n, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)), "")
+    modules = list(stages.named_modules(model))
+    shares = any(getattr(piece, "share_embeddings_and_output_weights", False) for piece in stages.pieces(model))
+    found_embedding = next(((n, m) for n, m in modules if isinstance(m, VocabParallelEmbedding)), None)
+    embedding = found_embedding[0] if found_embedding else stages.EMBEDDING
     layers = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             continue
         is_embedding, is_output = isinstance(module, VocabParallelEmbedding), _is_output(name)
         if (is_embedding and not selection.score_embedding) or (is_output and not selection.score_output_layer):
             continue
-        # a tied output layer has no weight of its own: it is another use of the embedding's
-        tied = module.weight is None
+        # a tied output layer is another use of the embedding's weight; on another pipeline stage it has a copy of it
+        tied = is_output and (module.weight is None or shares)
         matrix = embedding if tied else name
-        weight = model.get_parameter(f"{matrix}.weight")
+        weight: Any = found_embedding[1].weight if module.weight is None and found_embedding else module.weight
         if not weight.requires_grad:
             continue
         if tied and not selection.score_embedding:
@@ -70,10 +74,12 @@ def megatron_layers(
                 output_scattered=scattered and (row_parallel or is_embedding),
             )
         )
-    tied_model = any(_is_output(n) and getattr(m, "weight", 0) is None for n, m in model.named_modules())
+    tied_model = shares or any(_is_output(n) and getattr(m, "weight", 0) is None for n, m in modules)
     if tied_model and selection.score_embedding and not selection.score_output_layer:
         raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
-    return of_blocks(layers, selection.scored_layers)
+    pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    blocks = range(stages.pieces(model)[0].config.num_layers) if pipelined else None
+    return of_blocks(layers, selection.scored_layers, blocks)
 
 
 def _half_of_a_tied_weight(given: str, missing: str) -> str:
@@ -83,17 +89,18 @@ def _half_of_a_tied_weight(given: str, missing: str) -> str:
     )
 
 
-def of_blocks(layers: Sequence[ScoredLayer], which: str) -> list[ScoredLayer]:
+def of_blocks(layers: Sequence[ScoredLayer], which: str, of: Sequence[int] | None = None) -> list[ScoredLayer]:
     """The layers of the blocks that `selection.scored_layers` names; those outside blocks ((un)embedding) stay.
 
     `all`; `last:K`, the K blocks nearest the loss, where the backward pass then ends; `every:K`, every K-th counted
-    from the last. A block is the first number in a layer's name. Raises ConfigError when there are fewer blocks.
+    from the last. A block is the first number in a layer's name. `of` numbers the whole model's blocks, where
+    `layers` are those of one pipeline stage. Raises ConfigError when there are fewer blocks.
     """
     if which == "all":
         return list(layers)
     kind, _, number = which.partition(":")
     found = [re.search(r"\.(\d+)\.", layer.name) for layer in layers]
-    blocks = sorted({int(m.group(1)) for m in found if m})
+    blocks = sorted({int(m.group(1)) for m in found if m}) if of is None else list(of)
     k = int(number)
     if k > len(blocks):
         raise ConfigError(f"selection.scored_layers: expected at most the model's {len(blocks)} blocks, got {which}")

@@ -103,7 +103,8 @@ class ScheduleRunner:
                 found[index] = token_losses[: len(batch)].float()
                 return torch.zeros((), device=self._device)
 
-            return forward_piece(piece, batch.padded(size).to(self._device)), keep
+            filled_up = Batch.cat([batch, *[batch.rows(0, 1)] * (size - len(batch))])
+            return forward_piece(piece, filled_up.to(self._device)), keep
 
         length = batches[0].tokens.shape[1]
         filled = self.padded(count, 1)
