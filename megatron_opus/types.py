@@ -19,9 +19,6 @@ SignalName = Literal["loss", "ghost"]
 Ranges = tuple[tuple[int, int], ...]  # (global start, length) pieces, in the order in which a shard stores them
 
 
-# --- where a process stands -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Groups:
     """Holds the process groups of one rank: tensor, data, pipeline, context and expert parallel.
@@ -263,6 +260,10 @@ class MicrobatchRunner(Protocol):
     """
 
     chunks: Sequence[torch.nn.Module]  # the pieces of the model on this rank: one, or one for each virtual stage
+
+    def padded(self, sequences: int, size: int, windows: int = 1) -> int:
+        """Return to how many sequences a share must be filled up to run in micro-batches of `size`, per window."""
+        ...
 
     def losses(self, batches: Sequence[Batch]) -> list[Tensor] | None:
         """Return the token losses [b, T] of every batch without a graph; None on a stage that computes no loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_opus.config.dimensions import query_groups, sizes_to_divide
+from megatron_opus.config.engines import check_engine, check_stages
 from megatron_opus.config.recipe import RunConfig
 from megatron_opus.config.schema import require
 from megatron_opus.config.strategies import check_floors
@@ -44,6 +45,7 @@ def validate(config: RunConfig) -> None:
             f"{name}: sequence_parallel splits it; expected a multiple of tensor_model_parallel_size ({tp}), got "
             f"{value}",
         )
+    check_engine(config)
     positions = m.max_position_embeddings
     require(
         m.position_embedding_type != "learned_absolute" or positions is None or positions >= d.seq_length,
@@ -81,23 +83,33 @@ def validate(config: RunConfig) -> None:
 def validate_world(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError when `world_size` processes cannot be laid out as the recipe asks."""
     p, o, t = config.parallel, config.optimizer, config.training
-    tp = p.tensor_model_parallel_size
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     require(
-        world_size % tp == 0,
+        pp > 1 or world_size % tp == 0,
         f"parallel.tensor_model_parallel_size: {tp} does not divide the {world_size} processes started; "
         f"start a multiple of {tp} (deepspeed --num_gpus {tp}) or set parallel.tensor_model_parallel_size=1",
     )
-    dp = world_size // tp
+    require(
+        world_size % (tp * pp) == 0,
+        f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} does not divide the "
+        f"{world_size} processes started; start a multiple of {tp * pp} (torchrun --nproc-per-node {tp * pp})",
+    )
+    dp = world_size // (tp * pp)
     for name, value, unit in (
         ("training.global_batch_size", t.global_batch_size, dp * t.micro_batch_size),
         ("training.global_batch_size / selection.rho", config.buffer_size, dp),
     ):
         what = f"data-parallel size {dp}" + (f" x micro_batch_size {t.micro_batch_size}" if unit != dp else "")
         require(value % unit == 0, f"{name}: expected a multiple of {unit} ({what}), got {value}")
+    check_stages(config, dp)
     if config.selection.scope == "rank_local":
         check_floors(config.selection.floors, t.global_batch_size // dp)
     require(
-        o.name != "muon" or tp == 1 or p.zero_stage != 1 or not accumulates_in_fp32(config, dp),
+        p.engine == "megatron"
+        or o.name != "muon"
+        or tp == 1
+        or p.zero_stage != 1
+        or not accumulates_in_fp32(config, dp),
         "parallel.zero_stage: 1 with optimizer.name muon, bf16, accumulation steps and tensor parallelism is refused "
         "by DeepSpeed's BF16_Optimizer; set parallel.zero_stage=2, or raise micro_batch_size until one step has one "
         "microbatch",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megatron_opus.config.schema import Bound, Matches, Section, above, at_least, positive, require, within
+from megatron_opus.config.schema import Matches, Section, above, at_least, positive, require, within
 from megatron_opus.config.strategies import (
     PERPLEXITY,
     AdoConfig,
@@ -35,13 +35,6 @@ Beta = Annotated[float, within("0 <= beta < 1")]
 Dropout = Annotated[float, within("0 <= probability < 1")]
 Epsilon = Annotated[float, within("0 < epsilon <= 1")]
 Rate = Annotated[float, at_least(0, 1000)]
-PIPELINE = Bound(
-    1,
-    1,
-    "a positive number",
-    "1, for only 1 is supported by this version",
-    remedy="; raise tensor_model_parallel_size instead",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +100,24 @@ class DataConfig(Section, at="data"):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section, at="parallel"):
-    """How a run is spread over processes. What tensor parallelism leaves of them is data parallel."""
+    """How a run is spread over processes. What tensor and pipeline parallelism leave of them is data parallel."""
 
+    # Who owns gradients and optimizer state: DeepSpeed with ZeRO, or Megatron's own data parallelism and optimizers.
+    engine: Literal["deepspeed", "megatron"] = "deepspeed"
     # Processes that share each matrix. Raise it where one GPU cannot hold a sequence's activations.
     tensor_model_parallel_size: Annotated[int, positive(1024)] = 1
-    pipeline_model_parallel_size: Annotated[int, PIPELINE] = 1  # Only 1 is supported by this version.
+    # Stages of layers that follow each other on different processes; more than 1 with engine megatron alone.
+    pipeline_model_parallel_size: Annotated[int, positive(1024)] = 1
+    # Pieces of the model on each pipeline stage (interleaved schedule). null: one piece.
+    virtual_pipeline_model_parallel_size: Annotated[int, positive(1024)] | None = None
     # Tensor-parallel ranks split the tokens between matrices: less memory for the same result.
     sequence_parallel: bool = False
     # What ZeRO splits over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too; 0: nothing.
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: Literal["none", "cpu"] = "none"  # Where ZeRO keeps the optimizer state; cpu: the host's memory.
+    use_distributed_optimizer: bool = True  # Engine megatron: split the optimizer state over the data-parallel ranks.
+    overlap_grad_reduce: bool = False  # Engine megatron: reduce gradients while the backward pass goes on.
+    overlap_param_gather: bool = False  # Engine megatron: gather updated weights during the next forward pass.
     # Minutes that ranks wait for a lost or slow one before they end. Raise it for slow disks.
     distributed_timeout_minutes: Minutes = 10.0
 

@@ -29,8 +29,8 @@ def uniform(*parts: int | str) -> float:
 def permute(positions: np.ndarray, size: int, permutation_key: int) -> np.ndarray:
     """Send `positions` through a keyed permutation of 0 .. size - 1.
 
-    Takes and returns [n] int64. Sending all of 0 .. size - 1 gives each of them once, in a shuffled order. The method is
-    a balanced Feistel network on the next even power of two. It is walked until the value falls below `size`, which
+    Takes and returns [n] int64. Sending all of 0 .. size - 1 gives each of them once, in a shuffled order. The method
+    is a balanced Feistel network on the next even power of two. It is walked until the value falls below `size`, which
     takes at most 4 turns on average, and more for very small ranges.
     Raises ValueError for a position outside of the range.
     """

@@ -30,10 +30,10 @@ class ParallelLayout:
 
 def parallel_layout(config: RunConfig, world_size: int) -> ParallelLayout:
     """Read the recipe's own layout on `world_size` processes."""
-    tp = config.parallel.tensor_model_parallel_size
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     return ParallelLayout(
         tp=tp,
-        dp=world_size // tp,
+        dp=world_size // (tp * pp),
         zero_stage=config.parallel.zero_stage,
         micro_batch_size=config.training.micro_batch_size,
     )

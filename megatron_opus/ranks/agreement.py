@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,14 +176,16 @@ def environment() -> dict[str, Any]:
     return facts
 
 
-def weight_digests(model: torch.nn.Module, sharded: Callable[[str], bool]) -> tuple[dict[str, str], dict[str, str]]:
+def weight_digests(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], sharded: Callable[[str], bool]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Parameter name -> digest of its bytes: those that every rank holds alike, and those for which `sharded(name)`.
 
     About a second for each GB: every byte counts, since a sum would not see two numbers that have changed places.
     """
     alike: dict[str, str] = {}
     cut: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         values = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         (cut if sharded(name) else alike)[name] = hashlib.blake2b(values.data, digest_size=8).hexdigest()
     return alike, cut

@@ -49,10 +49,13 @@ class Sums:
     one sketch, with independent hashes). Three matrices of 8192 give F = 24576 or 8192.
     """
 
-    def __init__(self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True) -> None:
+    def __init__(
+        self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True, width: int = 0
+    ) -> None:
+        """`width` is at least the F of scope `model`: other pipeline stages may have larger matrices."""
         self.offsets = [sum(dims[:i]) if scope == "layer" else 0 for i in range(len(dims))]
         self.dims = list(dims)
-        total = (sum(dims) if scope == "layer" else max(dims)) if features else 0
+        total = (sum(dims) if scope == "layer" else max([width, *dims])) if features else 0
         self.phi = torch.zeros(n, total, dtype=torch.float32, device=device)
         self.psi = torch.zeros(total, dtype=torch.float32, device=device)
         self.align = torch.zeros(n, dtype=torch.float64, device=device)
@@ -60,6 +63,9 @@ class Sums:
 
     def columns(self, matrix: int) -> slice:
         return slice(self.offsets[matrix], self.offsets[matrix] + self.dims[matrix])
+
+    def all_columns(self) -> list[slice]:
+        return [self.columns(i) for i in range(len(self.dims))]
 
 
 @dataclass(frozen=True, kw_only=True)

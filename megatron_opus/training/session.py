@@ -16,6 +16,7 @@ from megatron_opus.backends.model import extras
 from megatron_opus.backends.model.build import build_model, resolve
 from megatron_opus.backends.model.parallel import init_parallel
 from megatron_opus.backends.model.scored_layers import megatron_layers
+from megatron_opus.backends.model.stages import named_parameters
 from megatron_opus.config import RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.iterator import SelectedBatchIterator
@@ -226,9 +227,12 @@ class Session:
 
 def _check_weights(model: nn.Module, layout: ModelLayout, groups: Groups) -> None:
     """Replicated weights are the same on every rank, shards on the data-parallel ranks that hold the same one."""
-    alike, cut = weight_digests(model, lambda name: layout.tp_size > 1 and layout[name].cut is not None)
-    check_agreement({"initial weight": alike})
-    check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank}")
+    alike, cut = weight_digests(
+        named_parameters(model), lambda name: layout.tp_size > 1 and layout[name].cut is not None
+    )
+    stage = f"pipeline stage {groups.pp_rank}" if groups.pp_size > 1 else ""
+    check_agreement({"initial weight": alike}, peers=stage)
+    check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank} {stage}".strip())
 
 
 def _check_memory(config: RunConfig, say: Say) -> None:

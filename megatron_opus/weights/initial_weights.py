@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_opus.backends.model.stages import named_parameters
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig
 from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
 from megatron_opus.errors import CheckpointError
@@ -36,7 +37,7 @@ def load_initial_weights(model: nn.Module, config: RunConfig, groups: Groups) ->
         assert config.model.init_from is not None
         source = open_weights(config.model.init_from)
         refuse_other_model(source, config.model)
-        digests = _fill(model, source, layout, groups.tp_rank)
+        digests = _fill(model, source, layout, groups)
         kinds = {str(source.dtype(name)).removeprefix("torch.") for name in digests}
         said = f"initial weights: {source.where} ({', '.join(sorted(kinds))}), {len(digests)} tensors on this rank"
     except (ConfigError, CheckpointError, OSError) as exception:
@@ -77,14 +78,15 @@ def refuse_other_model(source: WeightSource, model: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, source: WeightSource, layout: ModelLayout, tp_rank: int) -> dict[str, int]:
-    """Copy the weights, and give a checksum of what this rank has read of every parameter."""
-    parameters = dict(model.named_parameters())
-    expected = {p.name: layout.local_shape(p.name) for p in layout.parameters}
+def _fill(model: nn.Module, source: WeightSource, layout: ModelLayout, groups: Groups) -> dict[str, int]:
+    """Copy the weights that this rank and stage hold, and give a checksum of what was read of every parameter."""
+    parameters = dict(named_parameters(model))
+    whole = groups.pp_size == 1  # a stage has its own layers alone
+    expected = {p.name: layout.local_shape(p.name) for p in layout.parameters if whole or p.name in parameters}
     refuse_unless_equal(expected, {n: tuple(p.shape) for n, p in parameters.items()}, "the model as it was built")
     digests = {}
     for name, parameter in parameters.items():
-        value = source.read(name, *layout.shard(name, tp_rank)).contiguous()
+        value = source.read(name, *layout.shard(name, groups.tp_rank)).contiguous()
         if not torch.isfinite(value).all():
             raise WeightsError(f"{source.where}: {name} holds NaN or Inf")
         parameter.copy_(value)

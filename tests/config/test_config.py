@@ -289,7 +289,7 @@ def test_every_recipe_draws_as_was_measured_to_be_best(path: Path) -> None:
         (["model.hidden_size=66"], "model.hidden_size: expected a multiple of num_attention_heads (4), got 66"),
         (["model.num_query_groups=3"], "model.num_query_groups: expected a divisor of num_attention_heads (4), got 3"),
         (["parallel.tensor_model_parallel_size=3"], "expected a multiple of tensor_model_parallel_size (3)"),
-        (["parallel.pipeline_model_parallel_size=2"], "only 1 is supported by this version, got 2"),
+        (["parallel.pipeline_model_parallel_size=2"], "expected 1 with parallel.engine deepspeed, got 2"),
         (["model.max_position_embeddings=64", "data.seq_length=65"], "expected at least data.seq_length (65), got 64"),
         (["selection.rho=0"], "selection.rho: expected 0 < rho <= 1, got 0.0"),
         (["selection.rho=1.5"], "selection.rho: expected 0 < rho <= 1, got 1.5"),

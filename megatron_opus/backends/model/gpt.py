@@ -15,10 +15,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 
-from megatron_opus.backends.model import extras
+from megatron_opus.backends.model import cpu_shims, extras, stages
 from megatron_opus.backends.model.attention import DocumentMask, SdpaCoreAttention, TransformerEngineCoreAttention
 from megatron_opus.backends.model.parallel import derived_seed, init_parallel, rng_tracker, seed_all
 from megatron_opus.config import ConfigError, ModelConfig
@@ -47,6 +47,16 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of this model on this device. Fusions only on CUDA, and only those without extras."""
     cuda = device == "cuda"
+    pp_size = parallel_state.get_pipeline_model_parallel_world_size()
+    pipeline: dict[str, Any] = {}
+    if pp_size > 1:
+        pipeline = {
+            "pipeline_model_parallel_size": pp_size,
+            "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+            "microbatch_group_size_per_vp_stage": pp_size,
+            "pipeline_dtype": params_dtype,
+            "deallocate_pipeline_outputs": True,
+        }
     fused_gelu = cuda and config.add_bias_linear and not config.swiglu
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -82,6 +92,7 @@ def transformer_config(
         bias_dropout_fusion=cuda,
         # The fused GELU needs a bias to add; without one, PyTorch's kernel is already a single one.
         bias_activation_fusion=fused_gelu or (cuda and config.swiglu),
+        **pipeline,
     )
 
 
@@ -94,8 +105,13 @@ def build_gpt(
     sequence_parallel: bool = False,
     recompute: Literal["none", "full"] = "none",
     device: Literal["cpu", "cuda", "meta"] | None = None,
-) -> GPTModel:
+    sums_gradients: bool = True,
+) -> Any:
     """GPTModel of this rank, initialised, in `params_dtype`, on `device` (default: the accelerator, else the CPU).
+
+    A pipeline stage gets its own layers alone; with virtual stages, an nn.ModuleList of one GPTModel for each.
+    `sums_gradients` says whether the backward pass adds up over tensor-parallel ranks the gradients that each sees in
+    part (norms under sequence parallelism); False where Megatron's `finalize_model_grads` does it.
 
     Call `init_parallel` first. Only one whole matrix is in memory beside the model at any time. On `meta` nothing is
     allocated. Raises ConfigError when the model cannot be divided by the tensor-parallel degree or has too few
@@ -117,25 +133,35 @@ def build_gpt(
         device=kind,
         recompute=recompute,
     )
-    with torch.device(kind):
-        model = GPTModel(
-            config=megatron_config,
-            transformer_layer_spec=_layer_specs(config),
-            vocab_size=vocabulary,
-            max_sequence_length=positions,
-            parallel_output=True,
-            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-            position_embedding_type=config.position_embedding_type,
-            rotary_base=config.rotary_base,
-        )
-    model = model.to(dtype=params_dtype)
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    built = []
+    for vp_stage in [None] if virtual is None else range(virtual):
+        # Megatron moves a tied output weight of a last stage by .cuda()
+        with torch.device(kind), cpu_shims.cuda_names():
+            piece = GPTModel(
+                config=megatron_config,
+                transformer_layer_spec=_layer_specs(
+                    config, get_num_layers_to_build(megatron_config, vp_stage=vp_stage)
+                ),
+                vocab_size=vocabulary,
+                max_sequence_length=positions,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+                parallel_output=True,
+                share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+                position_embedding_type=config.position_embedding_type,
+                rotary_base=config.rotary_base,
+                vp_stage=vp_stage,
+            )
+        built.append(piece.to(dtype=params_dtype))
+    model = built[0] if len(built) == 1 else nn.ModuleList(built)
     _mark_parameters(model, layout)
     if kind != "meta":
         _init_weights(model, config, layout, tp_rank=tp_rank, seed=seed)
-    if tp_size > 1:
+    if tp_size > 1 and sums_gradients:
         _sum_partial_gradients(model)
-    if config.vocab_size is not None and config.vocab_size < vocabulary:
-        _exclude_padding(model, config.vocab_size - tp_rank * (vocabulary // tp_size))
+    if config.vocab_size is not None and config.vocab_size < vocabulary and built[-1].post_process:
+        _exclude_padding(built[-1], config.vocab_size - tp_rank * (vocabulary // tp_size))
     return model
 
 
@@ -151,7 +177,7 @@ class Norm(nn.Module):
         return norm
 
 
-def _layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
+def _layer_specs(config: ModelConfig, layers: int) -> TransformerBlockSubmodules:
     chosen = extras.attention_backend(config.attention_backend, extras.detect_transformer_engine())
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     parts = layer.submodules
@@ -160,12 +186,12 @@ def _layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
     attention.core_attention = TransformerEngineCoreAttention if chosen == "transformer_engine" else SdpaCoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
 
 
 def _mark_parameters(model: nn.Module, layout: ModelLayout) -> None:
     """Say on each parameter whether it is a shard: DeepSpeed counts replicated ones once in the gradient norm."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in stages.named_parameters(model):
         sharded = layout[name].cut is not None and layout.tp_size > 1
         for attribute, value in (
             ("model_parallel", sharded),
@@ -182,7 +208,7 @@ def _init_weights(model: nn.Module, config: ModelConfig, layout: ModelLayout, *,
 
     The layers that write to the residual stream are those that are cut by columns.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in stages.named_parameters(model):
         entry = layout[name]
         if entry.kind in ("norm", "bias"):
             parameter.fill_(1.0 if entry.kind == "norm" else 0.0)
@@ -228,7 +254,7 @@ def _sum_partial_gradients(model: nn.Module) -> None:
         torch.distributed.all_reduce(gradient, group=group)
         return gradient
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in stages.named_parameters(model):
         if getattr(parameter, "sequence_parallel", False) or ".q_layernorm." in name or ".k_layernorm." in name:
             parameter.register_hook(reduced)
 
@@ -241,6 +267,14 @@ def forward_loss(model: Any, batch: Batch) -> Tensor:
 
     Labels are taken as they are: labels[b, t] follows tokens[b, t]. With `document_ids`, attention stays within each
     document. The same on every tensor-parallel rank. Raises ValueError when the sequence does not fit the model.
+    """
+    return forward_piece(model, batch).float()
+
+
+def forward_piece(model: Any, batch: Batch) -> Tensor:
+    """Run what one stage holds of the model: token losses [B, L] on the last, hidden states [L, B, h] elsewhere.
+
+    A stage that is not the first takes its input from `set_input_tensor`, as Megatron's schedules give it.
     """
     gpt = model.module if hasattr(model, "module") else model
     length = batch.tokens.shape[1]
@@ -257,11 +291,11 @@ def forward_loss(model: Any, batch: Batch) -> Tensor:
     # What recomputation keeps of a layer's arguments must be tensors; it passes the bias by without keeping it.
     recomputed = config.recompute_granularity == "full" and gpt.training
     bias = {"extra_block_kwargs": {"attention_bias": documents}} if recomputed and documents is not None else {}
-    losses = model(
+    output: Tensor = model(
         input_ids=batch.tokens,
         position_ids=batch.position_ids,
         attention_mask=None if bias else documents,
         labels=batch.labels,
         **bias,
     )
-    return losses.float()
+    return output

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
+from megatron_opus.backends.model import stages
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import Cut, Kind, ModelLayout, ParameterLayout, block_number, scored_blocks
 from megatron_opus.types import ScoredLayer
@@ -32,13 +34,16 @@ def megatron_layers(
     """
     selection, layout = selection or SelectionConfig(), layout or built_layout(model)
     rank = parallel_state.get_tensor_model_parallel_rank()
-    embedding = next((n for n, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)), "")
-    layers, tied_model = [], False
-    for name, module in model.named_modules():
+    modules = list(stages.named_modules(model))
+    shares = any(getattr(piece, "share_embeddings_and_output_weights", False) for piece in stages.pieces(model))
+    found_embedding = next(((n, m) for n, m in modules if isinstance(m, VocabParallelEmbedding)), None)
+    embedding = found_embedding[0] if found_embedding else stages.EMBEDDING
+    layers, tied_model = [], shares
+    for name, module in modules:
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             continue
-        # a tied output layer has no weight of its own: it is another use of the embedding's
-        tied = module.weight is None
+        # a tied output layer is another use of the embedding's weight; on another pipeline stage it has a copy of it
+        tied = module.weight is None or (shares and _is_output(name))
         tied_model |= tied
         matrix = embedding if tied else name
         entry = layout[f"{matrix}.weight"]
@@ -46,7 +51,7 @@ def megatron_layers(
         is_output = entry.kind == "output" or tied
         if (is_embedding and not selection.score_embedding) or (is_output and not selection.score_output_layer):
             continue
-        weight = model.get_parameter(entry.name)
+        weight: Any = found_embedding[1].weight if module.weight is None and found_embedding else module.weight
         if not weight.requires_grad:
             continue
         if tied and not selection.score_embedding:
@@ -75,7 +80,9 @@ def megatron_layers(
         )
     if tied_model and selection.score_embedding and not selection.score_output_layer:
         raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
-    return of_blocks(layers, selection.scored_layers)
+    pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    blocks = range(stages.pieces(model)[0].config.num_layers) if pipelined else None
+    return of_blocks(layers, selection.scored_layers, blocks)
 
 
 def built_layout(model: nn.Module) -> ModelLayout:
@@ -83,26 +90,30 @@ def built_layout(model: nn.Module) -> ModelLayout:
 
     Their shards are contiguous, but gate and up are apart in a gated linear_fc1.
     """
-    modules = dict(model.named_modules())
-    found = []
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        module, shape = modules[owner], local_shape(parameter)
-        cut: Cut | None = None
-        halves = False
-        kind: Kind = "bias" if leaf == "bias" else "linear" if len(shape) > 1 else "norm"
-        if isinstance(module, VocabParallelEmbedding):
-            kind, cut, shape = "embedding", "rows", (module.num_embeddings, module.embedding_dim)
-        elif isinstance(module, nn.Embedding):
-            kind = "positions"
-        elif isinstance(module, ColumnParallelLinear):
-            halves = owner.endswith("linear_fc1") and module.config.gated_linear_unit
-            cut, shape = "rows", (module.output_size, module.input_size)[: len(shape)]
-            kind = "output" if _is_output(owner) else kind
-        elif isinstance(module, RowParallelLinear) and leaf == "weight":
-            cut, shape = "columns", (module.output_size, module.input_size)
-        found.append(ParameterLayout(name=name, kind=kind, shape=shape, cut=cut, halves=halves))
-    return ModelLayout(parameters=tuple(found), tp_size=parallel_state.get_tensor_model_parallel_world_size())
+    found: dict[str, ParameterLayout] = {}
+    for piece in stages.pieces(model):
+        modules = dict(piece.named_modules())
+        for local, parameter in piece.named_parameters():
+            owner, _, leaf = local.rpartition(".")
+            module, shape = modules[owner], local_shape(parameter)
+            cut: Cut | None = None
+            halves = False
+            kind: Kind = "bias" if leaf == "bias" else "linear" if len(shape) > 1 else "norm"
+            if isinstance(module, VocabParallelEmbedding):
+                kind, cut, shape = "embedding", "rows", (module.num_embeddings, module.embedding_dim)
+            elif isinstance(module, nn.Embedding):
+                kind = "positions"
+            elif isinstance(module, ColumnParallelLinear):
+                halves = owner.endswith("linear_fc1") and module.config.gated_linear_unit
+                cut, shape = "rows", (module.output_size, module.input_size)[: len(shape)]
+                kind = "output" if _is_output(owner) else kind
+            elif isinstance(module, RowParallelLinear) and leaf == "weight":
+                cut, shape = "columns", (module.output_size, module.input_size)
+            name = stages.global_name(piece, local)
+            if name != local and kind == "output":
+                kind = "embedding"  # the last stage's copy of a tied weight
+            found.setdefault(name, ParameterLayout(name=name, kind=kind, shape=shape, cut=cut, halves=halves))
+    return ModelLayout(parameters=tuple(found.values()), tp_size=parallel_state.get_tensor_model_parallel_world_size())
 
 
 def _half_of_a_tied_weight(given: str, missing: str) -> str:
@@ -112,14 +123,15 @@ def _half_of_a_tied_weight(given: str, missing: str) -> str:
     )
 
 
-def of_blocks(layers: Sequence[ScoredLayer], which: str) -> list[ScoredLayer]:
+def of_blocks(layers: Sequence[ScoredLayer], which: str, of: Sequence[int] | None = None) -> list[ScoredLayer]:
     """Keep the layers of the blocks that `selection.scored_layers` names; those outside blocks ((un)embedding) stay.
 
     `all`; `last:K`, the K blocks nearest the loss, where the backward pass then ends; `every:K`, every K-th counted
-    from the last. Raises ConfigError when there are fewer blocks.
+    from the last. `of` numbers the whole model's blocks, where `layers` are those of one pipeline stage. Raises
+    ConfigError when there are fewer blocks.
     """
     numbers = [block_number(layer.name) for layer in layers]
-    blocks = sorted({n for n in numbers if n is not None})
+    blocks = sorted({n for n in numbers if n is not None}) if of is None else list(of)
     if int(which.partition(":")[2] or 0) > len(blocks):
         raise ConfigError(f"selection.scored_layers: expected at most the model's {len(blocks)} blocks, got {which}")
     chosen = scored_blocks(blocks, which)
