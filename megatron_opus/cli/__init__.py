@@ -20,6 +20,7 @@ COMMANDS = {
     "compare-runs": "print the losses, tokens and seconds of runs side by side",
     "experiment": "run arms times seeds, and report on them",
     "bench-scoring": "measure what scoring costs and how well it ranks",
+    "gpu-check": "measure on one GPU what is unmeasured elsewhere",
 }
 
 
