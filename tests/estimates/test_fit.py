@@ -183,7 +183,7 @@ def test_estimate_against_a_real_run(zero: str, optimizer: str) -> None:
 
     Peak resident memory of two steps; the estimate may be above it by half, and below it by a twentieth.
     """
-    arguments = [sys.executable, "-c", MEASURE, str(ROOT), str(ROOT / "tests"), zero, optimizer]
+    arguments = [sys.executable, "-c", MEASURE, str(ROOT), str(ROOT / "tests" / "support"), zero, optimizer]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "2"}
     import os
 
