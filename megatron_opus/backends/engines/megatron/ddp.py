@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_opus.backends.engines.base import WholeModelRunner, accumulation_steps, evaluate, of_all_ranks
 from megatron_opus.backends.engines.losses import sequence_losses, unweighted_losses
+from megatron_opus.backends.engines.megatron import checkpoints
 from megatron_opus.backends.engines.megatron.distributed_optimizer import MegatronState
 from megatron_opus.backends.engines.megatron.pipeline import ScheduleRunner, run_schedule
 from megatron_opus.backends.engines.schedule import learning_rate
@@ -169,13 +170,16 @@ class MegatronEngine:
         return evaluate(self.runner(), batches, self.groups, micro_batch_size, self.device, equally_often=False)
 
     def save(self, path: Path) -> None:
-        raise NotImplementedError
+        with self._gathered(), cpu_shims.cuda_names():
+            checkpoints.save(path / "engine", stages.pieces(self._model), self._optimizer, self._steps)
 
     def rank_state(self) -> dict[str, Any] | None:
         return None
 
     def load(self, path: Path, rank_state: Mapping[str, Any] | None) -> None:
-        raise NotImplementedError
+        with self._gathered(), cpu_shims.cuda_names():
+            self._steps = checkpoints.load(path / "engine", stages.pieces(self._model), self._optimizer)
+        self._set_rates()
 
 
 class _WholeRunner(WholeModelRunner):
