@@ -139,6 +139,7 @@ sys.path[:0] = sys.argv[1:3]
 import psutil, torch
 from gpt_runs import recipe, start, steps
 from test_fit import measured_config
+from megatron_opus.backends.engines import build  # what importing takes is not the run's
 from megatron_opus.types import Batch
 
 config = measured_config(*sys.argv[3:])
