@@ -40,6 +40,7 @@ from megatron_opus.runs.checkpoints import (
     check,
     complete,
     latest,
+    read_marker,
 )
 from megatron_opus.types import TrainEngine
 
@@ -105,12 +106,14 @@ def load(engine: TrainEngine, path: Path, *, fingerprints: Mapping[str, str], co
     Everything is compared before anything is changed. Raises CheckpointError listing the keys that differ, or the
     files that are missing or truncated.
     """
-    on_all_ranks(lambda: check(path, layout=_layout(engine), fingerprints=fingerprints, config=config))
+    layout = _layout(engine)
+    on_all_ranks(lambda: check(path, layout=layout, fingerprints=fingerprints, config=config))
     moment = path / f"moment_{dist.get_rank():05d}.pt"
     engine.load(path, torch.load(moment, map_location="cpu") if moment.is_file() else None)
     # Written by this program with numpy arrays and generator states in it: not a file to take from a stranger.
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
-    _restore_rng(torch.load(path / f"rng_{dist.get_rank():05d}.pt", map_location="cpu", weights_only=False))
+    if read_marker(path)["layout"] == layout:  # on another number of ranks, each keeps the states it was seeded with
+        _restore_rng(torch.load(path / f"rng_{dist.get_rank():05d}.pt", map_location="cpu", weights_only=False))
     return state
 
 
@@ -147,11 +150,12 @@ def _restore_rng(states: Mapping[str, Any]) -> None:
 
 def _layout(engine: TrainEngine) -> dict[str, Any]:
     groups = engine.groups
-    return {
+    layout = {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
     }
+    return layout if groups.pp_size == 1 else {**layout, "pipeline_model_parallel_size": groups.pp_size}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
