@@ -59,7 +59,10 @@ def check(
     verify_files(path, marker)
     saved, asked = _comparable(marker["config"]), _comparable(to_dict(config))
     differences = _differences("", saved, asked)
-    differences += _differences("layout.", marker["layout"], dict(layout))
+    # Megatron's engine writes tensors of the whole model, which any number of data-parallel ranks can read
+    free = {"world_size", "data_parallel_size"} if config.parallel.engine == "megatron" else set()
+    laid_out = ({key: value for key, value in x.items() if key not in free} for x in (marker["layout"], layout))
+    differences += _differences("layout.", *laid_out)
     differences += _differences("fingerprint.", marker["fingerprints"], dict(fingerprints))
     if differences:
         lines = "\n".join(f"  {key}: saved {old!r}, now {new!r}" for key, old, new in differences)

@@ -124,10 +124,10 @@ def load(
     anything that could run code, unless the user says that he trusts this checkpoint. Raises CheckpointError listing
     the keys that differ, or the files that are missing, truncated, changed or not to be trusted.
     """
-    rank, share = dist.get_rank(), (dist.get_rank(), dist.get_world_size())
+    rank, share, layout = dist.get_rank(), (dist.get_rank(), dist.get_world_size()), _layout(engine)
 
     def examine() -> list[Any]:
-        marker = check(path, layout=_layout(engine), fingerprints=fingerprints, config=config)
+        marker = check(path, layout=layout, fingerprints=fingerprints, config=config)
         if not trust:
             refuse_code(pickles_below(path / "engine")[share[0] :: share[1]])
         if verify:
@@ -139,12 +139,15 @@ def load(
             else:
                 say(f"{path.name} was saved by a release that recorded no digests: only its files' sizes are known")
 
-        own = (path / name for name in ("state.pt", f"rng_{rank:05d}.pt", f"moment_{rank:05d}.pt"))
-        return [load_plain(file) if file.is_file() else None for file in own]
+        names = ["state.pt", f"moment_{rank:05d}.pt"]
+        # on another number of data-parallel ranks, each keeps the random states that it was seeded with
+        names += [f"rng_{rank:05d}.pt"] if marker["layout"] == layout else []
+        return [load_plain(path / name) if (path / name).is_file() else None for name in names]
 
-    state, random_states, moment = on_all_ranks(examine)
+    state, moment, *random_states = on_all_ranks(examine)
     engine.load(path, moment)
-    _restore_rng(random_states)
+    for states in random_states:
+        _restore_rng(states)
     loaded: dict[str, Any] = state
     return loaded
 
@@ -182,11 +185,12 @@ def _restore_rng(states: Mapping[str, Any]) -> None:
 
 def _layout(engine: TrainEngine) -> dict[str, Any]:
     groups = engine.groups
-    return {
+    layout = {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
     }
+    return layout if groups.pp_size == 1 else {**layout, "pipeline_model_parallel_size": groups.pp_size}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -108,6 +108,25 @@ def test_a_payload_does_not_run_where_weights_are_taken_from_it(made: Path, tmp_
         assert not proof.exists()
 
 
+def test_a_payload_in_a_distributed_checkpoint_does_not_run(tmp_path: Path) -> None:
+    """Guards against Megatron's format: `.metadata` is a plain pickle, and so is each object that is no tensor."""
+    import torch.distributed.checkpoint as dcp
+
+    from megatron_opus.backends.formats.torch_files import pickles_below, refuse_code
+
+    proof = tmp_path / "it_ran"
+    clean, planted = tmp_path / "clean", tmp_path / "planted"
+    for folder, value in ((clean, [1, 2]), (planted, Payload(proof))):
+        dcp.save({"weight": torch.ones(3), "other": value}, checkpoint_id=folder, no_dist=True)
+    refuse_code(pickles_below(clean))
+    with pytest.raises(CheckpointError, match=r"\.metadata: other: .*pathlib\.Path.*could run code"):
+        refuse_code(pickles_below(planted))
+    write_pickle(clean / ".metadata", proof)
+    with pytest.raises(CheckpointError, match=r"\.metadata: .*pathlib\.Path\.touch|getattr.*could run code"):
+        refuse_code(pickles_below(clean))
+    assert not proof.exists()
+
+
 def test_changed_bytes_are_found(world2: Any, made: Path, tmp_path: Path) -> None:
     """Guards against a flipped bit: the size is right, and the run goes on from other weights without a word."""
     path = tmp_path / made.name

@@ -8,6 +8,8 @@ itself, with a full unpickler, is looked through first: `refuse_code` lists the 
 from __future__ import annotations
 
 import importlib
+import io
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,20 @@ _DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
 )
 PLAIN = (*_NUMPY, *_NUMPY_TYPES, *_DEEPSPEED)
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".distcp", ".pkl", ".metadata")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+# What PyTorch's distributed checkpoints (`torch_dist`) keep in `.metadata`, a plain pickle: which file holds what.
+METADATA = ".metadata"
+_DISTRIBUTED = {
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in (
+            *("Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata"),
+            *("BytesStorageMetadata", "MetadataIndex", "StorageMeta"),
+        )
+    ),
+    *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size"),
+    *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath"),
+}
 
 
 def load_plain(path: Path, *, mmap: bool = False) -> Any:
@@ -49,6 +64,9 @@ def refuse_code(paths: Iterable[Path]) -> None:
     Nothing is loaded: the names are read off the pickle's instructions.
     """
     for path in paths:
+        if path.name == METADATA:
+            _refuse_code_of_parts(path)
+            continue
         try:
             found = sorted(set(get_unsafe_globals_in_checkpoint(path)) - {*PLAIN})
         except (RuntimeError, OSError, ValueError, EOFError) as error:
@@ -58,15 +76,47 @@ def refuse_code(paths: Iterable[Path]) -> None:
             ) from error
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise CheckpointError(
-                f"{path}: expected tensors and plain values, found {', '.join(found[:5])}{more}, which could run code; "
-                "if you made this checkpoint yourself and trust it, resume with --trust-checkpoint"
-            )
+            raise CheckpointError(f"{path}: {_could_run_code(', '.join(found[:5]) + more)}")
 
 
 def pickles_below(directory: Path) -> list[Path]:
     """List the files below `directory` that a host library may unpickle, in name order."""
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+    return sorted(p for p in directory.rglob("*") if p.is_file() and (p.suffix in SUFFIXES or p.name == METADATA))
+
+
+class _DistributedMetadata(pickle.Unpickler):
+    """Reads `.metadata` with the classes of `_DISTRIBUTED` alone; anything else is refused by name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in _DISTRIBUTED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise CheckpointError(_could_run_code(full))
+
+
+def _refuse_code_of_parts(path: Path) -> None:
+    """Refuse code in `.metadata`, and in every piece of the files beside it that it points to."""
+    try:
+        with path.open("rb") as stream:
+            pieces = dict(_DistributedMetadata(stream).load().storage_data)
+        for index, piece in pieces.items():
+            file = path.parent / piece.relative_path
+            if file.resolve().parent != path.parent.resolve():
+                raise CheckpointError(f"{index.fqn} lies in {piece.relative_path}, out of its folder")
+            with file.open("rb") as stream:
+                stream.seek(piece.offset)
+                found = set(get_unsafe_globals_in_checkpoint(io.BytesIO(stream.read(piece.length)))) - {*PLAIN}
+            if found:
+                raise CheckpointError(f"{index.fqn}: " + _could_run_code(", ".join(sorted(found)[:5])))
+    except Exception as error:  # a torn pickle raises many kinds
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _could_run_code(names: str) -> str:
+    return (
+        f"expected tensors and plain values, found {names}, which could run code; if you made this checkpoint yourself "
+        "and trust it, resume with --trust-checkpoint"
+    )
 
 
 def _named(name: str) -> Any:

@@ -1,0 +1,96 @@
+"""Whole runs of Megatron's engine: the ledger of one process, and exact resume."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launched import VOLATILE, tiny
+
+from megatron_opus.runs.ledger import read_ledger
+from megatron_opus.runs.metrics import read_metrics
+
+SHORT = ("training.train_steps=4", "training.micro_batch_size=1", "selection.debug_checks=true")
+LAYOUTS = {
+    "TP 2 x PP 2": ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"),
+    "PP 2 x DP 2, overlaps": (
+        *("parallel.pipeline_model_parallel_size=2", "parallel.overlap_grad_reduce=true"),
+        "parallel.overlap_param_gather=true",
+    ),
+    "PP 4, interleaved": (
+        *("parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=2"),
+    ),
+}
+
+
+def ledger_of(server: Any, cache: Path, runs: Path, name: str, world: int, *more: str) -> Any:
+    run = server.launch(world, tiny(cache, runs, name, *SHORT, *more), runs / f"logs_{name}")
+    assert set(run.wait().values()) == {0}, run.log(0)
+    return read_ledger(run.run_dir / "ledger"), read_metrics(run.run_dir)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_ledger_is_that_of_one_process(server: Any, embedded_cache: Path, tmp_path: Path, layout: str) -> None:
+    """Guards against a layout that draws other sequences: of all that a run leaves, the ids are what counts."""
+    deep = ("model.num_layers=8",)
+    one, rows = ledger_of(server, embedded_cache, tmp_path, "one", 1, *deep)
+    layout_keys = ("parallel.engine=megatron", *LAYOUTS[layout])
+    four, others = ledger_of(server, embedded_cache, tmp_path, "four", 4, *deep, *layout_keys)
+    for column in ("step", "sample_id", "selected"):
+        assert one[column].equals(four[column]), column
+    assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert others[-1]["validation_loss"] == pytest.approx(rows[-1]["validation_loss"], rel=1e-4)
+
+
+STEPS, INTERVAL, KILLS = 20, 4, 5
+# the distributed optimizer over two data-parallel ranks, returned candidates, proxy momentum and dropout
+ALL_STATE = (
+    *("parallel.engine=megatron", "model.hidden_dropout=0.1", "data.unselected=return", "selection.proxy_momentum=0.9"),
+    *("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"),
+    *("selection.sketch.alignment=features", "selection.preconditioner.refresh_every=3"),
+    *(f"training.train_steps={STEPS}", f"training.checkpoint_interval={INTERVAL}", "training.eval_interval=6"),
+)
+
+
+def test_killed_runs_resume_exactly(server: Any, embedded_cache: Path, tmp_path: Path) -> None:
+    """Guards against state of the distributed optimizer that its checkpoint lacks. Killed with SIGKILL at five points,
+    among them before the first checkpoint."""
+    whole = server.launch(2, tiny(embedded_cache, tmp_path, "whole", *ALL_STATE), tmp_path / "logs")
+    assert whole.wait() == {0: 0, 1: 0}, whole.log(0)
+    chance = random.Random(7)
+    points = [2, *sorted(chance.sample(range(INTERVAL + 1, STEPS - 1), KILLS - 1))]
+    arguments = tiny(embedded_cache, tmp_path, "killed", *ALL_STATE)
+    for attempt, steps in enumerate(points):
+        run = server.launch(2, arguments, tmp_path / f"logs{attempt}")
+        run.reach(lambda run=run, steps=steps: run.steps() >= steps)
+        time.sleep(chance.uniform(0, 0.06))
+        run.kill()
+        arguments = [*tiny(embedded_cache, tmp_path, "killed", *ALL_STATE), "--resume"]
+    last = server.launch(2, arguments, tmp_path / "logs_last")
+    assert last.wait() == {0: 0, 1: 0}, last.log(0)
+    assert "resumed from" in last.log(0)
+    rows = [
+        [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(run.run_dir)]
+        for run in (whole, last)
+    ]
+    assert rows[0] == rows[1]
+    first, second = (read_ledger(run.run_dir / "ledger") for run in (whole, last))
+    assert first.equals(second)
+
+
+def test_a_run_goes_on_with_another_number_of_data_parallel_ranks(
+    server: Any, embedded_cache: Path, tmp_path: Path
+) -> None:
+    """Guards against a layout that is refused although Megatron's checkpoint can be read, and ids that depend on it."""
+    keys = ("parallel.engine=megatron", "training.micro_batch_size=1", "training.checkpoint_interval=3")
+    whole, rows = ledger_of(server, embedded_cache, tmp_path, "whole", 2, *keys, "training.train_steps=6")
+    schedule = ("training.train_steps=3", "optimizer.lr_decay_steps=6", "optimizer.min_lr=0.0002")
+    ledger_of(server, embedded_cache, tmp_path, "part", 2, *keys, *schedule)
+    more = (*keys, "training.train_steps=6", "optimizer.lr_decay_steps=6", "--resume")
+    resumed, others = ledger_of(server, embedded_cache, tmp_path, "part", 4, *more)
+    assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    for column in ("step", "sample_id", "selected"):
+        assert whole[column].equals(resumed[column]), column
