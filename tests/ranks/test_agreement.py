@@ -16,6 +16,7 @@ from tiny_runs import recipe
 
 from megatron_opus.config import RunConfig
 from megatron_opus.ranks import agreement
+from megatron_opus.runs import data
 from megatron_opus.training import session
 
 
@@ -63,12 +64,12 @@ def other_data(config: RunConfig) -> str:
         content = bytearray(stream.read_bytes())
         content[100] ^= 1
         stream.write_bytes(content)
-        original = session.prepare_embedded
-        session.prepare_embedded = lambda *args, **options: mine  # type: ignore[assignment]
+        original = data.prepare_embedded
+        data.prepare_embedded = lambda *args, **options: mine  # type: ignore[assignment]
         try:
             return start(config, {})
         finally:
-            session.prepare_embedded = original
+            data.prepare_embedded = original
     return start(config, {})
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from launched import VOLATILE, tiny
 
@@ -120,17 +121,18 @@ def test_a_rank_killed_while_it_saves_leaves_the_older_checkpoint(server, embedd
 
 def slow_writing() -> None:
     """Writing takes long enough to be killed in: rank 1 is two seconds late with its word that it has written."""
-    everywhere = checkpoint._everywhere
+    on_all_ranks = checkpoint.on_all_ranks
 
-    def late(action: object) -> None:
-        def both() -> None:
-            action()  # type: ignore[operator]
+    def late(action: Any) -> Any:
+        def both() -> Any:
+            result = action()
             if os.environ["RANK"] == "1":
                 time.sleep(2)
+            return result
 
-        everywhere(both)
+        return on_all_ranks(both)
 
-    checkpoint._everywhere = late
+    checkpoint.on_all_ranks = late  # type: ignore[assignment]
 
 
 def test_a_rank_that_skips_a_collective_ends_the_run(server, embedded_cache, tmp_path):

@@ -249,7 +249,7 @@ def test_a_picture_has_at_most_seven_lines():
     losses = {"random": 3.0, **{f"arm_{place}": 2.0 + place / 10 for place in range(9)}}
     arms = [{"arm": arm, "seeds": [1], "loss": {"mean": loss}} for arm, loss in losses.items()]
     found = pictures.shown({"baseline": "random", "arms": arms})
-    assert found == ["random", "arm_0", "arm_1", "arm_2", "arm_6", "arm_7", "arm_8"]
+    assert found == ["random", *(f"arm_{place}" for place in range(6))]  # in the order of the protocol
     assert pictures.shown({"baseline": "random", "arms": arms[:7]}) == list(losses)[:7]
 
 

@@ -122,7 +122,7 @@ def test_a_diverging_run_stops_with_its_checkpoint_intact(world2, embedded_cache
         embedded_cache,
         tmp_path,
         "nan",
-        optimizer={"lr": 1e30, "lr_warmup_steps": 0},
+        optimizer={"lr": 1e3, "lr_warmup_steps": 0},
         training={"checkpoint_interval": 1, "keep_checkpoints": 1, "max_nonfinite_steps": 2, "gradient_clipping": 0.0},
     )
     said = world2.run(fails, config)

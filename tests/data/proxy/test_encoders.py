@@ -12,6 +12,7 @@ from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from megatron_opus.backends.formats import indexed
+from megatron_opus.data.benchmarks.items import load_benchmarks
 from megatron_opus.data.proxy import encoders, similarity
 from megatron_opus.data.proxy.build import build
 from megatron_opus.data.proxy.encoders import EncoderError, LexicalEncoder, Nearest, SentenceEncoder
@@ -127,7 +128,7 @@ def test_a_proxy_by_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     documents = similarity.CandidateDocuments(corpus, indexed.open_documents)
     scores = np.concatenate([np.load(p) for p in sorted((tmp_path / "out" / "scores").glob("0*.npy"))])
     asked = config(corpus, tmp_path / "out")
-    texts = [i.text() for i in similarity.benchmarks.load_benchmarks(asked.benchmarks)]
+    texts = [i.text() for i in load_benchmarks(asked.benchmarks)]
     assert texts[0] == "What does an atom have?\nelectron\nplanet"
     items = encoder.encode_items(texts)
     everyone = [d for piece in documents.pieces() for d in documents.read(piece)]
