@@ -254,10 +254,7 @@ class ScoringMicrobatch(Protocol):
 
 
 class MicrobatchRunner(Protocol):
-    """Runs micro-batches through the model for a scoring pass, over as many stages as the model is cut into.
-
-    The scoring pass does not know which engine it runs on: it prepares micro-batches and adds up what their hooks see.
-    """
+    """Runs micro-batches through the model for a scoring pass, over as many stages as the model is cut into."""
 
     chunks: Sequence[torch.nn.Module]  # the pieces of the model on this rank: one, or one for each virtual stage
 
@@ -286,10 +283,7 @@ class StepResult:
 
 
 class TrainEngine(Protocol):
-    """The trainer's view of the host that owns weights, gradients and optimizer state: DeepSpeed, or Megatron itself.
-
-    Nothing outside `backends/engines/` knows which of them it is.
-    """
+    """The host that owns weights, gradients and optimizer state: DeepSpeed, or Megatron itself; nobody asks which."""
 
     groups: Groups
     device: torch.device
