@@ -150,7 +150,8 @@ class ScoringPass:
         return {"psi_average": self._stages.gathered(average), "psi_updates": self._psi_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        average = state["psi_average"][self._groups.pp_rank]
+        saved = state["psi_average"]  # one for each stage; a checkpoint from before there were stages has just one
+        average = saved[self._groups.pp_rank] if isinstance(saved, list) else saved
         self._psi_average = None if average is None else average.to(self._device)
         self._psi_updates = state["psi_updates"]
 
