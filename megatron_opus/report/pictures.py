@@ -90,7 +90,7 @@ class Panel:
             mpl.rcParams.update(settings)
             figure = Figure(figsize=(WIDTH, HEIGHT))
             FigureCanvasSVG(figure)
-            axes = figure.add_axes((0.135, 0.165, 0.845, 0.72))
+            axes = figure.add_axes((0.165, 0.165, 0.815, 0.72))
             for action in self._draw:
                 action(axes)
             axes.set_title(_short(self.title), loc="left", fontsize=10, fontweight="bold", pad=7)
