@@ -19,6 +19,10 @@ def start(recipe: str) -> int:
     # The script's own folder is replaced: its files must not shadow installed modules, and the checkout's package
     # comes before an installed one.
     sys.path[0] = str(ROOT)
+    from megatron_opus.ranks.launchers import watch_launchers
+
+    watch_launchers()  # at once: what has already ended cannot be recognised as a launcher
+
     # Without this every rank spins on all cores; torch reads it once, when it is imported.
     local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))

@@ -14,13 +14,12 @@ from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.model.gpt import forward_loss
 from megatron_opus.backends.model.parallel import megatron_groups
 from megatron_opus.backends.model.scored_layers import (
-    ShardMap,
     is_megatron,
     megatron_layers,
     plain_layers,
-    standard_shard_map,
 )
 from megatron_opus.config import ConfigError, SelectionConfig
+from megatron_opus.layout.model_layout import ModelLayout
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.types import Batch, Groups, Signals
 
@@ -32,17 +31,17 @@ def build_scorer(
     config: SelectionConfig | None = None,
     token_losses: Callable[[nn.Module, Batch], Tensor] | None = None,
     groups: Groups | None = None,
-    shard_map: ShardMap | None = None,
+    layout: ModelLayout | None = None,
     device: torch.device | str | None = None,
 ) -> ScoringPass:
-    """A reusable scoring pass: build it once, call it at every step with (candidates, proxy).
+    """Make a scoring pass that is built once and called at every step with (candidates, proxy).
 
     model: the bare module, not the DeepSpeed engine around it and not a compiled one. A Megatron GPTModel is scored on
-    its Column- and RowParallelLinear layers; `groups` default to megatron-core's parallel state, `shard_map` to the way
-    its own layers are cut, `token_losses` to the model's own loss. Any other model is scored on its nn.Linear layers in
-    one process; `token_losses` defaults to the cross entropy of `model(tokens)` (a tensor, or an object with
-    `.logits`) [B, T, V] against the labels. `config` says whether the
-    output layer and the token embedding are scored (`score_output_layer`, `score_embedding`).
+    its Column- and RowParallelLinear layers; `groups` default to megatron-core's parallel state, `layout` to the shapes
+    and cuts of its own layers, `token_losses` to the model's own loss. Any other model is scored on its nn.Linear
+    layers in one process; `token_losses` defaults to the cross entropy of `model(tokens)` (a tensor, or an object with
+    `.logits`) [B, T, V] against the labels. `config` says whether the output layer and the token embedding are scored
+    (`score_output_layer`, `score_embedding`).
     optimizer: torch Adam / AdamW / SGD, or one of DeepSpeed's Muons, or a DeepSpeed engine at any ZeRO stage.
     config: its `score_length` (512) is the number of tokens of each sequence that are scored.
 
@@ -54,8 +53,7 @@ def build_scorer(
     if is_megatron(model):
         groups = groups or megatron_groups()
         token_losses = token_losses or forward_loss
-        shards = shard_map or standard_shard_map(model)
-        layers = megatron_layers(model, shards, config)
+        layers = megatron_layers(model, layout, config)
     else:
         layers = plain_layers(model, config)
     if device is None:

@@ -13,23 +13,44 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_opus.config import Geometry
+
 SignalName = Literal["loss", "ghost"]
 Ranges = tuple[tuple[int, int], ...]  # (global start, length) pieces, in the order in which a shard stores them
 
 
-# --- where a process stands -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Process groups of one rank. A group of one process is None: no communication."""
+    """Holds the process groups of one rank: tensor, data, pipeline, context and expert parallel.
+
+    A group of one process is None: no communication. `state` is the group over which the optimizer state of a weight is
+    spread, at every ZeRO stage: the data-parallel one unless `state_size` is given. With context parallelism it is the
+    data x context group, for experts the expert-data group.
+    """
 
     tp: ProcessGroup | None = None
     dp: ProcessGroup | None = None
+    pp: ProcessGroup | None = None
+    cp: ProcessGroup | None = None
+    ep: ProcessGroup | None = None
+    state: ProcessGroup | None = None
     tp_rank: int = 0
     tp_size: int = 1
     dp_rank: int = 0
     dp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    state_rank: int = 0
+    state_size: int = 0  # 0: as data parallelism
+
+    def __post_init__(self) -> None:
+        if self.state_size == 0:
+            for name in ("", "_rank", "_size"):
+                object.__setattr__(self, f"state{name}", getattr(self, f"dp{name}"))
 
 
 # --- layers and optimizer state, as a backend describes them --------------------------------------------------------
@@ -102,7 +123,6 @@ class SgdHyper:
 
 
 Hyper = AdamHyper | MuonHyper | SgdHyper
-Geometry = Literal["auto", "adamw", "muon", "sgd"]
 
 
 class OptimizerState(Protocol):
@@ -240,6 +260,10 @@ class MicrobatchRunner(Protocol):
     """
 
     chunks: Sequence[torch.nn.Module]  # the pieces of the model on this rank: one, or one for each virtual stage
+
+    def padded(self, sequences: int, size: int, windows: int = 1) -> int:
+        """Return to how many sequences a share must be filled up to run in micro-batches of `size`, per window."""
+        ...
 
     def losses(self, batches: Sequence[Batch]) -> list[Tensor] | None:
         """Return the token losses [b, T] of every batch without a graph; None on a stage that computes no loss."""

@@ -59,6 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes; `-m 'not slow'` leaves it out")
     if config.getoption("--partition-table") and getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("--partition-table: every worker would write its own; add -n 0")
 

@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_opus"
 MAX_LINES = 400
 LONGER: dict[str, int] = {}  # known exceptions: a limit of their own, so that they do not grow
-MAX_TOOL_LINES = 200
+MAX_TOOL_LINES = 20
 
 # A room may import itself and every room of an earlier line; rooms of one line do not know each other.
 ORDER = (
     ("errors",),
-    ("config", "types"),
+    ("files", "nested", "rows"),
+    ("config",),
+    ("types",),
     ("layout",),
     ("selection", "data"),
     ("scoring", "backends"),
@@ -26,6 +28,7 @@ ORDER = (
     ("weights", "report", "cluster", "studies"),
     ("training", "evaluation", "corpus_scores"),
     ("integrations",),
+    ("cli",),
 )
 MAY_IMPORT = {
     room: {room, *(earlier for line in ORDER[:number] for earlier in line)}
@@ -33,7 +36,8 @@ MAY_IMPORT = {
     for room in line
 } | {
     "__init__": {"api"},
-    "data": {"data", "config", "types", "errors"},
+    "__main__": {"cli"},
+    "data": {"data", "config", "types", "errors", "files", "rows"},
     "scoring": {"scoring", "selection", "layout", "config", "types", "errors"},  # it reads batches, not corpora
 }
 # Attributes by which the hosts' own engines, optimizers and partitioned parameters are known. Only the engine's folder
@@ -242,7 +246,7 @@ def test_the_checkout_keeps_the_rules() -> None:
         (
             "megatron_opus/config/recipe.py",
             "from megatron_opus import types",
-            "it may import errors",
+            "it may import errors, files",
         ),
         ("megatron_opus/training/a.py", "import tools.report", "nothing in the package may"),
         ("megatron_opus/attic/a.py", "", "a new room `attic`"),
@@ -261,7 +265,7 @@ def test_the_checkout_keeps_the_rules() -> None:
         ("megatron_opus/data/a.py", "N = 0\ndef f():\n    global N\n    N += 1", "a.py:3: global N"),
         ("megatron_opus/data/a.py", "#\n" * 401, "longer than 400 lines"),
         ("tests/a.py", "#\n" * 401, "longer than 400 lines"),
-        ("tools/a.py", "#\n" * 201, "the work belongs in the package"),
+        ("tools/a.py", "#\n" * 21, "the work belongs in the package"),
         ("tools/a.py", "import deepspeed", "tools are thin"),
     ],
 )

@@ -59,7 +59,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
         "selection/test_sampling.py::test_draws_are_distinct_and_deterministic",
         "training/test_kill_resume.py::test_killed_runs_resume_exactly",
         "training/test_rank_local.py::test_a_resumed_run_draws_the_same",
-        "training/test_stopping.py::test_a_signal_to_one_rank_stops_all_with_a_checkpoint",
+        "ranks/test_stopping.py::test_a_signal_to_one_rank_stops_all_with_a_checkpoint",
     ),
     "9 a host synchronisation per parameter; every candidate gradient formed two or three times": (
         "scoring/test_scoring_pass.py::test_host_synchronisations_do_not_grow_with_layers",

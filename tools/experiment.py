@@ -1,87 +1,11 @@
 #!/usr/bin/env python3
-"""Run an experiment: arms times seeds as ordinary training runs, then a table, JSON and pictures.
+"""Starts `megatron-opus experiment`: run arms times seeds, and report on them."""
 
-    python tools/experiment.py configs/lab/noisy.yaml --jobs 2
-    python tools/experiment.py configs/lab/noisy.yaml --shared ../shared/data --jobs 2
-    python tools/experiment.py configs/lab/noisy.yaml --report-only
-
-The file states hypothesis, metric and stopping rule before anything runs. Interrupt it at will: the same command keeps
-the finished runs and resumes the others. Every run is a folder like any other below OUTPUT/NAME.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-import warnings
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from _start import tool
 
-from megatron_opus.config import ConfigError
-from megatron_opus.runs.curves import NotComparable
-from megatron_opus.studies.lab import pictures, report, runner
-from megatron_opus.studies.lab.experiment import Experiment, LabError, read_experiment, record
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
-    parser.add_argument("--output", type=Path, default=Path("runs/lab"), help="default runs/lab")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each (default 1)")
-    parser.add_argument("--shared", type=Path, metavar="DIR", help="make the corpus of larger text in DIR")
-    parser.add_argument("--cache-dir", type=Path, default=Path("data"), help="for corpora, default data")
-    parser.add_argument("--minutes", type=float, help="end a run that takes longer; it counts as failed")
-    parser.add_argument("--report-only", action="store_true", help="start nothing, report on what there is")
-    parser.add_argument("--no-pictures", action="store_true", help="leave out the pictures, which need matplotlib")
-    arguments = parser.parse_args(argv)
-    if arguments.jobs < 1 or arguments.jobs > len(os.sched_getaffinity(0)):
-        parser.error(f"--jobs: expected 1 to {len(os.sched_getaffinity(0))}, the cores there are, got {arguments.jobs}")
-    return arguments
-
-
-def corpus(experiment: Experiment, arguments: argparse.Namespace) -> Path | None:
-    """The prepared corpus, or None where the recipe's own data is used."""
-    if not experiment.corpus:
-        return None
-    from megatron_opus.studies.lab.corpora import prepare_lab
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that token files do not need
-        from megatron_opus.backends.formats import indexed
-    return prepare_lab(
-        experiment.corpus, arguments.cache_dir, indexed, shared=arguments.shared, progress=False, log=print
-    ).resolve()
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        experiment = read_experiment(arguments.experiment)
-        if arguments.shared is not None:
-            experiment = experiment.on_shared_text()
-        folder = arguments.output / experiment.name
-        runs = experiment.runs(folder, corpus(experiment, arguments))
-        announced = record(experiment, runs, folder)
-        if not arguments.report_only:
-            runner.run_all(
-                runs, jobs=arguments.jobs, minutes=arguments.minutes, say=lambda text: print(text, flush=True)
-            )
-        results = report.collect(experiment, runs, announced)
-        written = report.write(results, folder)
-        print("\n" + report.table(results))
-        if not arguments.no_pictures:
-            written += pictures.draw(report.as_json(results), folder)
-        print("\n" + "\n".join(str(path) for path in written))
-    except (LabError, NotComparable, ConfigError, ValueError, OSError, RuntimeError) as error:
-        print(f"experiment: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("experiment: interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    return 3 if results.failed else 0
-
+main = tool(__file__)
 
 if __name__ == "__main__":
     sys.exit(main())

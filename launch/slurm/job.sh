@@ -11,7 +11,8 @@ settings=$1
 # shellcheck source=runs.sh
 source "$ROOT/launch/slurm/runs.sh"
 
-say() { echo "[$(date '+%F %T')] $*"; }
+# bash's own clock: a signal to the whole job would end a `date`, too
+say() { printf '[%(%F %T)T] %s\n' -1 "$*"; }
 
 # The job id of an array's last run is also that of the whole array: scontrol must be given the run's index with it.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
@@ -61,8 +62,8 @@ health_command() { # health_command NODES ADDRESS
 
 if [[ ${DRY_RUN:-0} != 0 ]]; then
   echo "# in the job, at every start (--resume is added where there is a run to continue), with"
-  echo "# MASTER_ADDR=<first node> MASTER_PORT=$port + (job id + 101 x number of restarts) mod 12000:"
-  health_command "<nodes>" "<first node>"
+  echo "# MASTER_ADDR=<address of the first node> MASTER_PORT=$port + (job id + 101 x number of restarts) mod 12000:"
+  health_command "<nodes>" "<address of the first node>"
   [[ $HEALTH_CHECK == 0 ]] || { printf '%q ' "${health[@]}"; echo; }
   printf '%q ' "${ranks_command[@]}"
   echo
@@ -166,13 +167,22 @@ resubmit_without() { # resubmit_without NODES: a running job's excluded nodes ca
 
 # --- this start -----------------------------------------------------------------------------------------------------
 
+# A node's name need not resolve, nor lead where the other nodes reach it: Slurm knows the address.
+node_address() { # node_address NODE
+  local address
+  address=$(scontrol show node --oneliner "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p') || address=
+  [[ -n $address ]] || say "scontrol show node $1 gives no NodeAddr: taking its name for its address" >&2
+  echo "${address:-$1}"
+}
+
 array_index=${SLURM_ARRAY_TASK_ID:-}
 mkdir -p -- "$attempt"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#hosts[@]} == NODES)) ||
   finish 2 stop "error: scontrol show hostnames $SLURM_JOB_NODELIST gave ${#hosts[@]} nodes, expected $NODES"
 nodes=$(IFS=,; echo "${hosts[*]}")
-export ROOT PYTHON CPUS_PER_TASK TASKS_PER_NODE RANKS MASTER_ADDR=${hosts[0]} MASTER_PORT=$port
+MASTER_ADDR=$(node_address "${hosts[0]}")
+export ROOT PYTHON CPUS_PER_TASK TASKS_PER_NODE RANKS MASTER_ADDR MASTER_PORT=$port
 say "$run_name: job $job, start $((restart + 1)), from step $(newest_step), $RANKS ranks on $nodes," \
   "rendezvous $MASTER_ADDR:$MASTER_PORT, logs in $attempt"
 
@@ -213,6 +223,8 @@ if $cancelled; then finish 143 cancelled "cancelled before training began"; fi
 if $time_is_up; then requeue 75 "the time was up before training began"; fi
 
 run_step "${ranks_command[@]}" ${resume[@]+"${resume[@]}"}
+# No rank is left: the lock of one that was killed must not keep a later job away, which may run on other nodes.
+! grep -qs "\"job\": \"${SLURM_JOB_ID:-}\"" "$run_dir/lock" || rm -f -- "$run_dir/lock"
 say "the ranks ended with status $status after $((SECONDS - started)) s, at step $(newest_step)"
 
 # The first rank's last words; the others' are beside it.

@@ -1,6 +1,6 @@
 """Part of a prepared corpus, by its scores. Nothing is copied: the output refers to the corpus's files.
 
-    megatron-opus keep --corpus data/web --scores scores/dsir --rule gumbel:0.5 --token-budget 10B --output data/web_dsir
+    megatron-opus keep --corpus data/web --scores scores/dsir --rule gumbel:0.5 --token-budget 10B --output kept
     megatron-opus keep --corpus data/web --scores d=scores/dsir e=scores/edu --rule "top@d and top@e" --share 0.3 \\
         --output data/web_both
 

@@ -4,7 +4,7 @@
     megatron-opus score-corpus --corpus data/web --scorer betr --benchmarks mmlu=mmlu_test.jsonl --output scores/betr
     megatron-opus score-corpus --corpus data/web --scorer column --score-key edu --output scores/edu
 
-Run the same command again to go on with an interrupted one. `megatron-opus keep` takes part of the corpus by the scores.
+Run the same command again to go on with an interrupted one. `megatron-opus keep` takes part of the corpus by it.
 """
 
 from __future__ import annotations

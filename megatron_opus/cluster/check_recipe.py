@@ -29,14 +29,14 @@ def load(recipe: str, overrides: Sequence[str], ranks: int) -> RunConfig:
 
 def memory_lines(config: RunConfig, ranks: int, gpu_memory_gib: float) -> list[str]:
     """What a rank needs of a GPU with so many GiB. Raises PreflightError where it does not fit."""
-    from megatron_opus.estimates.fit import Machine, check_memory
+    from megatron_opus.estimates.fit import Machine, start_up_report
 
     if config.model.vocab_size is None:
         return [
             "memory per rank: not checked, for the size of the vocabulary comes from the data; set model.vocab_size"
         ]
     machine = Machine(device="cuda", bytes_found=gpu_memory_gib * GIB, local_ranks=1, source="GPU_MEMORY_GIB")
-    return check_memory(config, ranks, machine)
+    return start_up_report(config, ranks, machine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

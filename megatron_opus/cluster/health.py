@@ -1,8 +1,9 @@
-"""`python -m megatron_opus.cluster.health`, once on every node before ranks start: which nodes are not fit, and why.
+"""Check the nodes of a job before its ranks start, and name those that are not fit.
 
-Every node looks at itself (packages, GPUs, disk) and at the folder that all are to share, then calls the first node on
-the address and port at which the ranks will meet. The first node compares, prints one line per fault with the name of
-the node, and writes `health.json` and, where a node failed, `bad_nodes` into the folder.
+A job runs `python -m megatron_opus.cluster.health` once on every node. Each node looks at itself: its packages, its
+GPUs, its disk, and the folder that all nodes must share. Then it calls the first node, on the address and port at which
+the ranks will meet later. The first node compares the reports. It prints one line per fault, with the name of the node,
+and writes `health.json` into the folder; where a node failed, it also writes `bad_nodes`. The exchange:
 
     first node                                 every other node
     shared-<token> into the folder, listen
@@ -10,7 +11,7 @@ the node, and writes `health.json` and, where a node failed, `bad_nodes` into th
     its clock and the token              ->    offset of the clocks; waits for shared-<token> to be visible
                                          <-    its report; seen-<node> in the folder
 
-Statuses: 0 all nodes are fit, 1 some are not, 2 wrong arguments.
+The exit status is 0 when all nodes are fit, 1 when some are not, and 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.cluster import node
-from megatron_opus.data.files import atomic_file, write_json
+from megatron_opus.files import write_json, write_text
 
 REPORT, BAD_NODES = "health.json", "bad_nodes"
 LONGEST_LINE = 1 << 20  # bytes: more comes from no report, but from something else that found the port
@@ -39,7 +40,10 @@ RETRY_SECONDS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the job needs of its nodes. `shared_seconds`: how long a network file system may hide a new file."""
+    """Holds what the job needs of its nodes.
+
+    A network file system may hide a new file from other nodes for up to `shared_seconds`.
+    """
 
     nodes: tuple[str, ...]
     address: str
@@ -57,7 +61,7 @@ class Expected:
 
 @dataclass
 class Reports:
-    """What has arrived at the first node, filled by the threads that serve the others."""
+    """Collects the reports that arrive at the first node. One thread per calling node fills it."""
 
     by_node: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -68,7 +72,7 @@ class Reports:
             self.changed.notify_all()
 
     def wait(self, nodes: Sequence[str], seconds: float) -> None:
-        """Until all have reported or the time is over."""
+        """Wait until all `nodes` have reported, for at most so many seconds."""
         with self.changed:
             self.changed.wait_for(lambda: all(name in self.by_node for name in nodes), seconds)
 
@@ -77,7 +81,7 @@ class Reports:
 
 
 def first_node(me: str, expected: Expected) -> int:
-    """Compare all nodes; the exit status."""
+    """Compare the reports of all nodes and return the exit status."""
     started = time.monotonic()
     token = secrets.token_hex(8)
     expected.directory.mkdir(parents=True, exist_ok=True)
@@ -116,9 +120,10 @@ def first_node(me: str, expected: Expected) -> int:
 
 
 def judge(reports: Mapping[str, Mapping[str, Any]], expected: Expected, called: bool = True) -> dict[str, list[str]]:
-    """Node -> what is wrong with it: its own faults, silence, and what differs from most other nodes.
+    """List for every node what is wrong with it: its own faults, its silence, what differs from most other nodes.
 
-    called: whether the first node could be called at all; if not, the silence of the others is not theirs.
+    `called` tells whether the first node could be called at all. If it could not, the silence of the others is not
+    their fault. Example: three of four nodes have torch 2.13.0 and one has 2.12.0; the one is listed.
     """
     found: dict[str, list[str]] = {name: [] for name in expected.nodes}
     # in the order of the nodes, so that of two opinions the first node's counts
@@ -159,19 +164,18 @@ def _write(expected: Expected, reports: Mapping[str, Any], found: Mapping[str, l
     write_json(expected.directory / REPORT, {"nodes": nodes})
     bad = [name for name, lines in found.items() if lines]
     if bad:
-        with atomic_file(expected.directory / BAD_NODES) as stream:
-            stream.write((",".join(bad) + "\n").encode())
+        write_text(expected.directory / BAD_NODES, ",".join(bad) + "\n")
 
 
 def _listen(port: int, nodes: int) -> socket.socket:
-    """At every address of this machine, as the ranks' rendezvous does."""
+    """Listen at every address of this machine, as the rendezvous of the ranks will."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=nodes)
     return socket.create_server(("", port), backlog=nodes)
 
 
 def _call_oneself(expected: Expected, token: str) -> list[str]:
-    """What is wrong when the address by which the others call this node does not lead here."""
+    """Call the address that the other nodes use; list what is wrong when it does not lead to this node."""
     where = f"{expected.address}:{expected.port}"
     try:
         with (
@@ -193,7 +197,7 @@ def _accept(listener: socket.socket, token: str, reports: Reports) -> None:
 
 
 def _serve(connection: socket.socket, token: str, reports: Reports) -> None:
-    """One caller. Whatever does not speak as expected (a port scanner, another job) is left alone."""
+    """Answer one caller. Whatever does not speak as expected (a port scanner, another job) is left alone."""
     try:
         with connection, connection.makefile("rwb") as stream:
             if _receive(stream).get("greeting") != "health":
@@ -211,7 +215,7 @@ def _serve(connection: socket.socket, token: str, reports: Reports) -> None:
 
 
 def other_node(me: str, expected: Expected) -> int:
-    """Report to the first node; 1 when it could not be reached."""
+    """Report to the first node and return the exit status: 1 when it could not be reached."""
     deadline = time.monotonic() + expected.timeout
     report = node.report(me, expected)
     error: Exception | None = None
@@ -261,7 +265,7 @@ def _deliver(stream: Any, report: dict[str, Any], expected: Expected, deadline: 
 
 
 def _appears(path: Path, seconds: float) -> bool:
-    """Whether a file becomes visible. Listing its folder makes NFS look again."""
+    """Wait until a file is visible here, and tell whether it is. Listing its folder makes NFS look again."""
     deadline = time.monotonic() + seconds
     while True:
         try:

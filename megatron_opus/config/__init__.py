@@ -1,9 +1,11 @@
 """Run configuration: frozen keyword-only dataclasses, YAML in, precise errors out.
 
-This page re-exports what the other rooms use; `recipe` has the dataclasses, `load` reads them from YAML.
+This page re-exports what the other rooms use; `recipe` has the dataclasses, `schema` what a field may hold, `checks`
+what sections ask of each other, `text` the YAML, `load` all of it together.
 """
 
-from megatron_opus.config.load import dump, from_dict, load, to_dict, validate, validate_world
+from megatron_opus.config.checks import validate, validate_world
+from megatron_opus.config.load import dump, from_dict, load, to_dict, without_removed
 from megatron_opus.config.recipe import (
     DataConfig,
     Geometry,
@@ -20,6 +22,7 @@ from megatron_opus.config.recipe import (
 )
 from megatron_opus.config.schema import ConfigError
 from megatron_opus.config.strategies import AdoConfig, FilterThenWeightConfig, FloorsConfig, Strategy
+from megatron_opus.config.text import read_yaml
 
 __all__ = [
     "AdoConfig",
@@ -42,7 +45,9 @@ __all__ = [
     "from_dict",
     "keeps_second_moment",
     "load",
+    "read_yaml",
     "to_dict",
     "validate",
     "validate_world",
+    "without_removed",
 ]

@@ -1,15 +1,14 @@
-"""Constraints between the values of a recipe: what cannot run is refused before anything is allocated."""
+"""Constraints between the sections of a recipe: what cannot run is refused before anything is allocated."""
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
+from megatron_opus.config.dimensions import query_groups, sizes_to_divide
+from megatron_opus.config.engines import check_engine, check_stages
+from megatron_opus.config.recipe import RunConfig
+from megatron_opus.config.schema import require
+from megatron_opus.config.strategies import check_floors
 
-from megatron_opus.config.schema import ConfigError
-from megatron_opus.config.strategies import check_floors, check_strategy
-
-if TYPE_CHECKING:
-    from megatron_opus.config.recipe import RunConfig, SelectionConfig
+MOST_CANDIDATES = 10**6
 
 
 def validate(config: RunConfig) -> None:
@@ -22,174 +21,95 @@ def validate(config: RunConfig) -> None:
         config.training,
         config.selection,
     )
-    for name, value in (
-        ("model.num_layers", m.num_layers),
-        ("model.hidden_size", m.hidden_size),
-        ("model.num_attention_heads", m.num_attention_heads),
-        ("model.make_vocab_size_divisible_by", m.make_vocab_size_divisible_by),
-        ("data.seq_length", d.seq_length),
-        ("parallel.tensor_model_parallel_size", p.tensor_model_parallel_size),
-        ("training.micro_batch_size", t.micro_batch_size),
-        ("training.global_batch_size", t.global_batch_size),
-        ("training.train_steps", t.train_steps),
-        ("training.eval_sequences", t.eval_sequences),
-        ("training.log_interval", t.log_interval),
-        ("training.keep_checkpoints", t.keep_checkpoints),
-        ("selection.score_length", s.score_length),
-        ("selection.proxy_batch_size", s.proxy_batch_size),
-        ("selection.preconditioner.refresh_every", s.preconditioner.refresh_every),
-        (
-            "selection.preconditioner.muon_steps",
-            1 if s.preconditioner.muon_steps is None else s.preconditioner.muon_steps,
-        ),
-        ("selection.sketch.dim", s.sketch.dim),
-        ("selection.sketch.one_sided_dim", s.sketch.one_sided_dim),
-        ("selection.score_windows", s.score_windows),
-        ("selection.proxy_refresh_every", s.proxy_refresh_every),
-    ):
-        _require(value is None or value > 0, f"{name}: expected a positive number, got {value}")
-    _require(
-        bool(re.fullmatch(r"[A-Za-z0-9._-]+", config.name)),
-        f"name: expected letters, digits, . _ -, got {config.name!r}",
-    )
-    _require(
+    require(
         m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0,
         f"model.hidden_size: expected a multiple of num_attention_heads ({m.num_attention_heads}), got {m.hidden_size}",
     )
-    groups = m.num_query_groups or m.num_attention_heads
-    _require(
+    groups = query_groups(m)
+    require(
         m.num_attention_heads % groups == 0,
         f"model.num_query_groups: expected a divisor of num_attention_heads ({m.num_attention_heads}), got {groups}",
     )
-    tp = p.tensor_model_parallel_size
-    for name, value in (
-        ("model.num_attention_heads", m.num_attention_heads),
-        ("model.num_query_groups", groups),
-        ("model.ffn_hidden_size", m.ffn_hidden_size or 4 * m.hidden_size),
-        ("model.make_vocab_size_divisible_by", m.make_vocab_size_divisible_by),
-    ):
-        _require(value % tp == 0, f"{name}: expected a multiple of tensor_model_parallel_size ({tp}), got {value}")
-    _require(
-        p.pipeline_model_parallel_size == 1,
-        "parallel.pipeline_model_parallel_size: only 1 is supported by this version, "
-        f"got {p.pipeline_model_parallel_size}; raise tensor_model_parallel_size instead",
+    channels = m.kv_channels or m.hidden_size // m.num_attention_heads
+    require(
+        m.position_embedding_type != "rope" or channels % 2 == 0,
+        f"model.kv_channels: rope rotates pairs of numbers; expected an even number per head, got {channels}",
     )
+    tp = p.tensor_model_parallel_size
+    for name, value in sizes_to_divide(m).items():
+        require(value % tp == 0, f"{name}: expected a multiple of tensor_model_parallel_size ({tp}), got {value}")
+    window = min(s.score_length, d.seq_length)
+    for name, value in (("data.seq_length", d.seq_length), ("selection.score_length", window)):
+        require(
+            not p.sequence_parallel or value % tp == 0,
+            f"{name}: sequence_parallel splits it; expected a multiple of tensor_model_parallel_size ({tp}), got "
+            f"{value}",
+        )
+    check_engine(config)
     positions = m.max_position_embeddings
-    _require(
+    require(
         m.position_embedding_type != "learned_absolute" or positions is None or positions >= d.seq_length,
         f"model.max_position_embeddings: expected at least data.seq_length ({d.seq_length}), got {positions}",
     )
-    _require(
-        t.exit_duration_minutes is None or t.exit_duration_minutes > 0,
-        f"training.exit_duration_minutes: expected more than 0, or null for no limit, got {t.exit_duration_minutes}",
+    require(
+        s.score_windows <= d.seq_length // window,
+        f"selection.score_windows: expected at most {d.seq_length // window} windows of {window} tokens in sequences "
+        f"of {d.seq_length}, got {s.score_windows}; lower selection.score_length or selection.score_windows",
     )
-    _require(
-        p.distributed_timeout_minutes > 0,
-        f"parallel.distributed_timeout_minutes: expected more than 0, got {p.distributed_timeout_minutes}",
-    )
-    _require(0 < s.rho <= 1, f"selection.rho: expected 0 < rho <= 1, got {s.rho}")
     offered = t.global_batch_size / s.rho
-    _require(
+    require(
+        offered <= MOST_CANDIDATES,
+        f"selection.rho: expected training.global_batch_size / rho of at most {MOST_CANDIDATES:,}, got {offered:g}",
+    )
+    require(
         abs(offered - round(offered)) < 1e-6,
         f"selection.rho: expected training.global_batch_size / rho to be whole, got {offered:g}",
     )
-    _require(
-        s.temperature > 0, f"selection.temperature: expected > 0, got {s.temperature}; for argmax use sampling: greedy"
-    )
-    _require(0 <= s.proxy_momentum < 1, f"selection.proxy_momentum: expected 0 <= beta < 1, got {s.proxy_momentum}")
-    validate_estimator(s)
-    _require(s.redundancy.fraction >= 0, f"selection.redundancy.fraction: expected >= 0, got {s.redundancy.fraction}")
-    check_strategy(s, t.global_batch_size)
-    _require(o.lr > 0 and 0 <= o.min_lr <= o.lr, f"optimizer.lr: expected 0 <= min_lr <= lr, got {o.min_lr}, {o.lr}")
-    _require(
-        o.lr_warmup_fraction is None or (o.lr_warmup_steps == 0 and 0 <= o.lr_warmup_fraction < 1),
-        "optimizer.lr_warmup_fraction: expected 0 <= fraction < 1, and lr_warmup_steps 0 beside it, got "
-        f"{o.lr_warmup_fraction} and {o.lr_warmup_steps}",
-    )
-    for name, beta in (
-        ("adam_beta1", o.adam_beta1),
-        ("adam_beta2", o.adam_beta2),
-        ("muon_momentum", o.muon_momentum),
-        ("sgd_momentum", o.sgd_momentum),
-    ):
-        _require(0 <= beta < 1, f"optimizer.{name}: expected 0 <= beta < 1, got {beta}")
-    _require(o.muon_lr > 0, f"optimizer.muon_lr: expected > 0, got {o.muon_lr}")
-    for name, decay in (("weight_decay", o.weight_decay), ("muon_weight_decay", o.muon_weight_decay)):
-        _require(decay >= 0, f"optimizer.{name}: expected >= 0, got {decay}")
-    _require(
+    check_floors(s.floors, t.global_batch_size)
+    require(
         p.offload_optimizer == "none" or p.zero_stage > 0,
         "parallel.offload_optimizer: expected none at zero_stage 0, which keeps no partition that could lie elsewhere, "
         f"got {p.offload_optimizer}; set parallel.zero_stage=1 or higher",
     )
     kind = s.preconditioner.kind
-    _require(
-        kind in ("auto", "sgd", o.name) or (kind == "adamw" and o.name == "muon"),
+    kinds = dict.fromkeys(["auto", "sgd", o.name, *(["adamw"] if o.name == "muon" else [])])
+    require(
+        kind in kinds,
         f"selection.preconditioner.kind: {kind} needs state that optimizer.name {o.name} does not keep; expected "
-        f"{', '.join(dict.fromkeys(['auto', 'sgd', o.name, *(['adamw'] if o.name == 'muon' else [])]))}",
-    )
-    if d.domain_weights is not None:
-        _require(
-            all(w >= 0 for w in d.domain_weights.values()) and sum(d.domain_weights.values()) > 0,
-            f"data.domain_weights: expected non-negative numbers with a positive sum, got {d.domain_weights}",
-        )
-
-
-def validate_estimator(s: SelectionConfig) -> None:
-    """Raise ConfigError for estimators that cannot give what the rest of the selection asks of them."""
-    k = s.sketch
-    direct, features = k.alignment != "features", k.alignment == "features" or s.redundancy.scale != "off"
-    if s.preconditioner.form == "exact":
-        _require(
-            not features or k.operator == "materialise",
-            "selection.sketch.operator: preconditioner.form exact needs materialise (only it forms the full gradient), "
-            f"got {k.operator}; or alignment=direction with redundancy.scale=off",
-        )
-        _require(
-            k.alignment != "one_sided",
-            "selection.sketch.alignment: preconditioner.form exact cannot be applied to a one-sided sketch; expected "
-            "features (with operator materialise) or direction, got one_sided",
-        )
-    _require(
-        k.operator != "two_stage" or k.intermediate_dim >= k.dim,
-        f"selection.sketch.intermediate_dim: expected at least dim ({k.dim}), got {k.intermediate_dim}",
-    )
-    _require(
-        not (s.score_embedding and features) or k.operator in ("two_sided", "two_stage"),
-        "selection.sketch.operator: an embedding's one-hot rows need two_sided or two_stage (the others would form "
-        f"them), got {k.operator}; or set selection.score_embedding=false",
-    )
-    _require(
-        s.proxy_momentum == 0 or not direct,
-        "selection.proxy_momentum: an average needs the proxy in sketch space; expected sketch.alignment=features, got "
-        f"{k.alignment}",
-    )
-    _require(
-        bool(re.fullmatch(r"all|(last|every):[1-9]\d*", s.scored_layers)),
-        f"selection.scored_layers: expected all, last:K or every:K, got {s.scored_layers!r}",
+        f"{', '.join(kinds)}",
     )
 
 
 def validate_world(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError when `world_size` processes cannot be laid out as the recipe asks."""
     p, o, t = config.parallel, config.optimizer, config.training
-    tp = p.tensor_model_parallel_size
-    _require(
-        world_size % tp == 0,
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    require(
+        pp > 1 or world_size % tp == 0,
         f"parallel.tensor_model_parallel_size: {tp} does not divide the {world_size} processes started; "
         f"start a multiple of {tp} (deepspeed --num_gpus {tp}) or set parallel.tensor_model_parallel_size=1",
     )
-    dp = world_size // tp
+    require(
+        world_size % (tp * pp) == 0,
+        f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} does not divide the "
+        f"{world_size} processes started; start a multiple of {tp * pp} (torchrun --nproc-per-node {tp * pp})",
+    )
+    dp = world_size // (tp * pp)
     for name, value, unit in (
         ("training.global_batch_size", t.global_batch_size, dp * t.micro_batch_size),
         ("training.global_batch_size / selection.rho", config.buffer_size, dp),
     ):
         what = f"data-parallel size {dp}" + (f" x micro_batch_size {t.micro_batch_size}" if unit != dp else "")
-        _require(value % unit == 0, f"{name}: expected a multiple of {unit} ({what}), got {value}")
+        require(value % unit == 0, f"{name}: expected a multiple of {unit} ({what}), got {value}")
+    check_stages(config, dp)
     if config.selection.scope == "rank_local":
         check_floors(config.selection.floors, t.global_batch_size // dp)
-
-    _require(
-        o.name != "muon" or tp == 1 or p.zero_stage != 1 or not accumulates_in_fp32(config, dp),
+    require(
+        p.engine == "megatron"
+        or o.name != "muon"
+        or tp == 1
+        or p.zero_stage != 1
+        or not accumulates_in_fp32(config, dp),
         "parallel.zero_stage: 1 with optimizer.name muon, bf16, accumulation steps and tensor parallelism is refused "
         "by DeepSpeed's BF16_Optimizer; set parallel.zero_stage=2, or raise micro_batch_size until one step has one "
         "microbatch",
@@ -202,8 +122,3 @@ def accumulates_in_fp32(config: RunConfig, dp_size: int) -> bool:
     return (
         t.precision == "bf16" and config.parallel.zero_stage > 0 and t.global_batch_size > t.micro_batch_size * dp_size
     )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

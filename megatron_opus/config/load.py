@@ -9,32 +9,38 @@ from typing import Any
 
 import yaml
 
-from megatron_opus.config import checks, schema
+from megatron_opus.config import schema
+from megatron_opus.config.checks import validate
 from megatron_opus.config.recipe import RunConfig
 from megatron_opus.config.schema import ConfigError
+from megatron_opus.config.text import Dumper, parse_value, read_yaml
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, apply `key=value` overrides, check every key and every cross-field constraint.
 
-    Raises ConfigError naming the key, the expected and the found value.
+    `data=NAME` is short for `data.path=NAME`. Raises ConfigError naming the key, the expected and the found value.
     """
-    raw = schema.read_yaml(Path(path))
+    raw = read_yaml(Path(path))
     for override in overrides:
-        key, sep, value = override.partition("=")
+        key, sep, text = override.partition("=")
         if not sep or not key:
             raise ConfigError(f"override {override!r}: expected key=value, for example training.train_steps=100")
+        keys = ["data", "path"] if key == "data" and not text.startswith("{") else key.split(".")
         try:
-            parsed = yaml.load(value, schema.Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from error
-        schema.assign(raw, key.split("."), parsed)
-    return from_dict(raw)
+            value = parse_value(text, schema.hint_at(RunConfig, keys))
+        except ConfigError as error:
+            raise ConfigError(f"override {key}: {error}") from None
+        _assign(raw, keys, value)
+    try:
+        return from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (recipe {path})") from None
 
 
 def from_dict(raw: Mapping[str, Any]) -> RunConfig:
     """RunConfig from nested plain data, as YAML gives it. Raises ConfigError."""
-    config = schema.build(RunConfig, raw)
+    config: RunConfig = schema.build(RunConfig, without_removed(raw))
     validate(config)
     return config
 
@@ -45,14 +51,39 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    """YAML that `load` turns back into an equal configuration."""
+    return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False)
 
 
-def validate(config: RunConfig) -> None:
-    """Raise ConfigError for the first combination of values that cannot run, whatever the machine."""
-    checks.validate(config)
+def without_removed(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Plain data of an earlier version without keys that no longer exist.
+
+    A removed key that stands at the one value still there changes nothing and is left out. Raises ConfigError for
+    another value.
+    """
+    selection = raw.get("selection") if isinstance(raw, Mapping) else None
+    if not isinstance(selection, Mapping):
+        return raw
+    sketch = selection.get("sketch")
+    if isinstance(sketch, Mapping) and sketch.get("operator") == "tensor_sketch":
+        raise ConfigError(
+            "selection.sketch.operator: tensor_sketch was removed; use two_stage, which also hashes to any dim, or "
+            "two_sided, which is faster"
+        )
+    if selection.get("layer_weights", "none") != "none":
+        raise ConfigError(
+            f"selection.layer_weights: {selection['layer_weights']!r} was removed, every layer counts as it is; leave "
+            "the key out and start a new run"
+        )
+    return {**raw, "selection": {key: value for key, value in selection.items() if key != "layer_weights"}}
 
 
-def validate_world(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError when `world_size` processes cannot be laid out as the recipe asks."""
-    checks.validate_world(config, world_size)
+def _assign(raw: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set one dotted key."""
+    node = raw
+    for part in path[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {'.'.join(path)}: {part} is a value ({child!r}), not a section")
+        node = child
+    node[path[-1]] = value

@@ -1,178 +1,316 @@
 """Run configuration: frozen keyword-only dataclasses, YAML in, precise errors out.
 
-A recipe is one YAML file whose sections are the dataclasses below. `include: models/gpt2_xl.yaml` (relative to the
-recipe) is merged first, then the recipe's own keys, then `key=value` overrides with dotted paths. Every key is checked:
-an unknown one is an error that names the nearest valid key, an ill-typed one says what was expected.
+A recipe is one YAML file whose sections are the dataclasses below. What it includes (`include: models/gpt2_xl.yaml`,
+relative to the recipe) is merged first, then the recipe's own keys, then `key=value` overrides with dotted paths. Every
+key is checked: an unknown one is an error that names the nearest valid key, an ill-typed one says what was expected.
+
+The comment beside or above a field is its row in docs/config.md (`python tests/support/config_page.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_opus.config.strategies import AdoConfig, FilterThenWeightConfig, FloorsConfig, Strategy
+from megatron_opus.config.schema import Matches, Section, above, at_least, positive, require, within
+from megatron_opus.config.strategies import (
+    PERPLEXITY,
+    AdoConfig,
+    FilterThenWeightConfig,
+    FloorsConfig,
+    Sequences,
+    Steps,
+    Strategy,
+)
 
 Geometry = Literal["auto", "adamw", "muon", "sgd"]
 
+Heads = Annotated[int, positive(10_000)]
+Width = Annotated[int, positive(10**6)]
+Tokens = Annotated[int, positive(10**7)]
+Interval = Annotated[int, at_least(0, 10**9)]
+Seed = Annotated[int, at_least(0, 2**31 - 1)]
+Minutes = Annotated[float, above(0, 10**6)]  # about two years
+Beta = Annotated[float, within("0 <= beta < 1")]
+Dropout = Annotated[float, within("0 <= probability < 1")]
+Epsilon = Annotated[float, within("0 < epsilon <= 1")]
+Rate = Annotated[float, at_least(0, 1000)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section, at="model"):
     """Shape of the GPT. Names are Megatron's `TransformerConfig` names."""
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int | None = None  # None: as many as attention heads (no grouped-query attention)
-    kv_channels: int | None = None  # None: hidden_size / num_attention_heads
-    ffn_hidden_size: int | None = None  # None: 4 * hidden_size
-    vocab_size: int | None = None  # None: the tokenizer's
-    make_vocab_size_divisible_by: int = 128  # the same at every tensor-parallel degree, so weights are comparable
-    max_position_embeddings: int | None = None  # None: data.seq_length
+    num_layers: Annotated[int, positive(10_000)]  # Transformer blocks.
+    hidden_size: Width  # Numbers per token between blocks.
+    num_attention_heads: Heads  # Query heads per block; tensor parallelism divides them.
+    # Key and value heads per block (grouped-query attention). null: as many as query heads.
+    num_query_groups: Heads | None = None
+    kv_channels: Width | None = None  # Numbers per head. null: hidden_size / num_attention_heads.
+    ffn_hidden_size: Annotated[int, positive(10**7)] | None = None  # Width of the MLP. null: 4 x hidden_size.
+    # Rows of the embedding. null: the tokenizer's ids; set it where released weights have more rows.
+    vocab_size: Annotated[int, positive(10**8)] | None = None
+    # The embedding is filled up to a multiple of this, the same at every tensor-parallel degree, so that weights are
+    # comparable.
+    make_vocab_size_divisible_by: Width = 128
+    # Longest sequence that the position embedding has room for. null: data.seq_length.
+    max_position_embeddings: Tokens | None = None
+    # GPT-2 learns its positions, Qwen3 and Llama rotate by them (rope).
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
-    rotary_base: int = 10000
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    layernorm_epsilon: float = 1e-5
-    swiglu: bool = False
-    add_bias_linear: bool = True
-    add_qkv_bias: bool = True
-    qk_layernorm: bool = False
-    untie_embeddings_and_output_weights: bool = False
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    init_method_std: float = 0.02
+    rotary_base: Annotated[int, positive(10**12)] = 10000  # Base of the rope frequencies; unused by learned_absolute.
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"  # GPT-2 has LayerNorm, Qwen3 and Llama RMSNorm.
+    layernorm_epsilon: Epsilon = 1e-5  # Added to the variance under the root of either normalization.
+    swiglu: bool = False  # The MLP is gated by SiLU, as in Qwen3 and Llama; false: GELU.
+    add_bias_linear: bool = True  # Linear layers have biases.
+    add_qkv_bias: bool = True  # The query, key and value projection has a bias.
+    qk_layernorm: bool = False  # Queries and keys are normalized per head, as in Qwen3.
+    untie_embeddings_and_output_weights: bool = False  # The output layer has a matrix of its own.
+    hidden_dropout: Dropout = 0.0  # Dropout of what each block adds, in training.
+    attention_dropout: Dropout = 0.0  # Dropout of attention weights, in training.
+    # Standard deviation of random initial weights. Lower it for wide models.
+    init_method_std: Annotated[float, within("0 <= std <= 10")] = 0.02
+    # Which attention kernel runs: auto takes Transformer Engine on a GPU that has it, else PyTorch's sdpa.
     attention_backend: Literal["auto", "sdpa", "transformer_engine"] = "auto"
-    init_from: str | None = None  # weights to start from: a Hugging Face, converted or run directory; None: random
+    # Weights to start from: a Hugging Face, converted or run directory. null: random weights.
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section, at="data"):
     """Where tokens come from and how sequences are cut. `data=NAME` on the command line means `data.path=NAME`."""
 
-    path: str = "embedded"  # "embedded", or a directory made by tools/prepare_data.py
-    cache_dir: str = "data"  # where the embedded corpus is prepared
-    seq_length: int = 1024  # tokens per sequence of the update (L_train)
-    domain_weights: dict[str, float] | None = None  # None: proportional to tokens
+    path: str = "embedded"  # A directory made by tools/prepare_data.py, or `embedded` for text that comes with Python.
+    cache_dir: str = "data"  # Where the embedded corpus is prepared, once.
+    seq_length: Tokens = 1024  # Tokens per sequence of the update (L_train).
+    # Share of each candidate domain in the buffer, in any unit. null: proportional to the domains' tokens.
+    domain_weights: dict[str, Annotated[float, at_least(0, 10**15)]] | None = None
+    # What becomes of candidates that were not chosen: lost until the next epoch, or offered again.
     unselected: Literal["discard", "return"] = "discard"
-    reset_attention_mask: bool = False  # True: no attention across document boundaries
-    reset_position_ids: bool = False  # True: positions restart at each document
-    eod_mask_loss: bool = False  # True: no loss on predicting the first token after an end-of-document
+    reset_attention_mask: bool = False  # No attention across document boundaries.
+    reset_position_ids: bool = False  # Positions restart at each document.
+    eod_mask_loss: bool = False  # No loss on predicting the first token after an end of document.
+
+    def check_together(self) -> None:
+        weights = self.domain_weights
+        require(
+            weights is None or sum(weights.values()) > 0,
+            f"data.domain_weights: expected non-negative numbers with a positive sum, got {weights}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+class ParallelConfig(Section, at="parallel"):
+    """How a run is spread over processes. What tensor and pipeline parallelism leave of them is data parallel."""
+
+    # Who owns gradients and optimizer state: DeepSpeed with ZeRO, or Megatron's own data parallelism and optimizers.
+    engine: Literal["deepspeed", "megatron"] = "deepspeed"
+    # Processes that share each matrix. Raise it where one GPU cannot hold a sequence's activations.
+    tensor_model_parallel_size: Annotated[int, positive(1024)] = 1
+    # Stages of layers that follow each other on different processes; more than 1 with engine megatron alone.
+    pipeline_model_parallel_size: Annotated[int, positive(1024)] = 1
+    # Pieces of the model on each pipeline stage (interleaved schedule). null: one piece.
+    virtual_pipeline_model_parallel_size: Annotated[int, positive(1024)] | None = None
+    # Tensor-parallel ranks split the tokens between matrices: less memory for the same result.
     sequence_parallel: bool = False
+    # What ZeRO splits over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too; 0: nothing.
     zero_stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: Literal["none", "cpu"] = "none"  # where ZeRO keeps the optimizer state
-    distributed_timeout_minutes: float = 10.0
+    offload_optimizer: Literal["none", "cpu"] = "none"  # Where ZeRO keeps the optimizer state; cpu: the host's memory.
+    use_distributed_optimizer: bool = True  # Engine megatron: split the optimizer state over the data-parallel ranks.
+    overlap_grad_reduce: bool = False  # Engine megatron: reduce gradients while the backward pass goes on.
+    overlap_param_gather: bool = False  # Engine megatron: gather updated weights during the next forward pass.
+    # Minutes that ranks wait for a lost or slow one before they end. Raise it for slow disks.
+    distributed_timeout_minutes: Minutes = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section, at="optimizer"):
     """Linear warm-up and cosine decay of every rate together; the learning rate of step s (from 0) is always positive.
 
     `muon` is the hybrid of the paper: Muon for the matrices of the transformer blocks, AdamW for everything else.
     """
 
-    name: Literal["adamw", "muon", "sgd"] = "adamw"
-    lr: float = 3e-4
-    muon_lr: float = 1e-2  # of the Muon matrices; follows the same schedule as lr
-    muon_momentum: float = 0.95
-    sgd_momentum: float = 0.0
-    min_lr: float = 0.0
-    lr_warmup_steps: int = 0
-    lr_warmup_fraction: float | None = None  # of the decay steps; instead of lr_warmup_steps
-    lr_decay_steps: int | None = None  # None: training.train_steps
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.1  # AdamW's and SGD's, matrices only; norms and biases are never decayed
-    muon_weight_decay: float = 0.0
+    name: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest.
+    lr: Rate = 3e-4  # Largest learning rate of AdamW or SGD.
+    muon_lr: Annotated[float, above(0, 1000)] = 1e-2  # Largest learning rate of Muon's matrices.
+    muon_momentum: Beta = 0.95  # Momentum of Muon.
+    sgd_momentum: Beta = 0.0  # Momentum of SGD.
+    min_lr: Rate = 0.0  # Where the cosine ends, in the unit of lr; Muon's rate keeps its ratio to lr.
+    lr_warmup_steps: Interval = 0  # Steps over which the rate rises from 0.
+    # The warm-up as a share of the decay steps, instead of lr_warmup_steps. null: lr_warmup_steps says it.
+    lr_warmup_fraction: Annotated[float, within("0 <= fraction < 1")] | None = None
+    # Step at which the cosine ends. null: training.train_steps.
+    lr_decay_steps: Steps | None = None
+    adam_beta1: Beta = 0.9  # Decay of AdamW's mean of gradients per step.
+    adam_beta2: Beta = 0.95  # Decay of AdamW's mean of squared gradients per step.
+    adam_eps: Epsilon = 1e-8  # Added to the root of AdamW's second moment.
+    weight_decay: Rate = 0.1  # Of AdamW's and SGD's matrices; norms and biases are never decayed.
+    muon_weight_decay: Rate = 0.0  # Of Muon's matrices.
+
+    def check_together(self) -> None:
+        require(
+            self.lr > 0 and self.min_lr <= self.lr,
+            f"optimizer.lr: expected 0 <= min_lr <= lr, got {self.min_lr}, {self.lr}",
+        )
+        require(
+            self.lr_warmup_fraction is None or self.lr_warmup_steps == 0,
+            "optimizer.lr_warmup_fraction: expected 0 <= fraction < 1, and lr_warmup_steps 0 beside it, got "
+            f"{self.lr_warmup_fraction} and {self.lr_warmup_steps}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    micro_batch_size: int = 1
-    global_batch_size: int = 16  # sequences per optimizer step: the K of the method
-    train_steps: int = 1000
-    precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: Literal["none", "full"] = (
-        "none"  # full: keep only each layer's input, compute the rest again in backward
-    )
-    gradient_clipping: float = 1.0
-    eval_interval: int = 100  # steps; 0: only at the end
-    eval_sequences: int = 32  # per validation domain
-    checkpoint_interval: int = 500  # steps; 0: only at the end
-    keep_checkpoints: int = 2
-    log_interval: int = 1
-    tensorboard: bool = True
-    exit_duration_minutes: float | None = None  # stop with a checkpoint after so long; None: train to the last step
-    max_nonfinite_steps: int = 3  # consecutive steps with a NaN/Inf loss before the run stops
+class TrainingConfig(Section, at="training"):
+    """Batches, length, precision, and what is written when."""
+
+    micro_batch_size: Sequences = 1  # Sequences per forward pass on one rank. Raise it as far as memory allows.
+    global_batch_size: Sequences = 16  # Sequences per optimizer step, over all ranks: the K of the method.
+    train_steps: Steps = 1000  # Optimizer steps of the whole run.
+    precision: Literal["fp32", "bf16"] = "fp32"  # Of weights and activations; bf16 keeps float32 optimizer state.
+    # full: keep only each layer's input and compute the rest again in backward, a third more work for less memory.
+    recompute: Literal["none", "full"] = "none"
+    gradient_clipping: Annotated[float, at_least(0, 10**9)] = 1.0  # Largest norm of the whole gradient; 0: no limit.
+    eval_interval: Interval = 100  # Steps between validations; 0: only at the end.
+    eval_sequences: Annotated[int, positive(10**9)] = 32  # Validation sequences per domain.
+    checkpoint_interval: Interval = 500  # Steps between checkpoints; 0: only at the end.
+    keep_checkpoints: Annotated[int, positive(10**9)] = 2  # Newest checkpoints kept; older ones are deleted.
+    log_interval: Steps = 1  # Steps between lines on the terminal; metrics.jsonl has every step.
+    tensorboard: bool = True  # Write TensorBoard events beside metrics.jsonl.
+    # Stop with a checkpoint after so many minutes, for queues with a limit. null: train to the last step.
+    exit_duration_minutes: Minutes | None = None
+    max_nonfinite_steps: Steps = 3  # Consecutive steps with a NaN or infinite loss before the run stops.
 
 
 @dataclass(frozen=True, kw_only=True)
-class RedundancyConfig:
+class RedundancyConfig(Section, at="selection.redundancy"):
+    """The term that lowers the utility of candidates like those drawn already."""
+
+    # How the term is weighed: to match the spread of the alignment, by the learning rate (paper), or not at all.
     scale: Literal["matched", "paper", "off"] = "matched"
-    fraction: float = 0.1  # `matched`: mean |redundancy| of a half-filled batch / standard deviation of alignment
+    # matched: mean |redundancy| of a half-filled batch over the standard deviation of the alignment.
+    fraction: Annotated[float, at_least(0, 10**6)] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreconditionerConfig:
-    kind: Geometry = "auto"  # auto: each weight's own optimizer; adamw under Muon keeps a second moment of its own
-    form: Literal["separable", "exact"] = "separable"  # of AdamW's second moment
-    muon_steps: int | None = None  # Newton-Schulz steps of the frozen multiplier; None: the optimizer's; 1: the paper's
-    refresh_every: int = 1  # steps
+class PreconditionerConfig(Section, at="selection.preconditioner"):
+    """The optimizer's geometry, in which gradients are compared."""
+
+    # Whose geometry: auto is each weight's own optimizer; adamw under Muon keeps a second moment of its own.
+    kind: Geometry = "auto"
+    # AdamW's second moment as a product of rows and columns, or exact, which must form every gradient.
+    form: Literal["separable", "exact"] = "separable"
+    # Newton-Schulz steps of Muon's frozen multiplier. null: the optimizer's number; 1: the paper's.
+    muon_steps: Annotated[int, positive(100)] | None = None
+    refresh_every: Steps = 1  # Steps for which one reading of the optimizer state is used.
 
 
 @dataclass(frozen=True, kw_only=True)
-class SketchConfig:
-    operator: Literal["two_sided", "two_stage", "tensor_sketch", "materialise"] = "two_sided"
-    dim: int = 8192
-    intermediate_dim: int = 65536  # two_stage: numbers of the two-sided sketch that is hashed down to `dim`
+class SketchConfig(Section, at="selection.sketch"):
+    """How per-sequence gradients are compressed before they are compared."""
+
+    # How a gradient is hashed: both sides apart, once more (two_stage), or formed whole (materialise, the paper's).
+    operator: Literal["two_sided", "two_stage", "materialise"] = "two_sided"
+    dim: Annotated[int, positive(2**26)] = 8192  # Numbers per sketch (m). More are more exact and take more memory.
+    # Numbers of two_stage's two-sided sketch that is hashed down to dim.
+    intermediate_dim: Annotated[int, positive(2**28)] = 65536
     # Where the alignment comes from. one_sided leaves to the features the redundancy alone, for which one sketch of all
     # layers will do, a fraction of the memory; which ranks better depends on the model (docs/performance.md).
     alignment: Literal["features", "one_sided", "direction"] = "one_sided"
-    one_sided_dim: int = 64  # of the sketched side of each layer
-    seed: int = 42
-    scope: Literal["layer", "model"] = "model"
+    one_sided_dim: Width = 64  # Numbers of the sketched side of each layer (one_sided only).
+    seed: Seed = 42  # Of the hashes.
+    scope: Literal["layer", "model"] = "model"  # One sketch per layer, or one of all layers, which takes less memory.
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    strategy: Strategy = "opus"
-    scope: Literal["global", "rank_local"] = "global"  # rank_local: each data-parallel rank selects among its own
-    rho: float = 0.5  # K / N: each step offers N = global_batch_size / rho candidates
-    sampling: Literal["boltzmann", "greedy"] = "boltzmann"
-    temperature: float = 0.3
-    temperature_unit: Literal["std", "mad", "absolute"] = "std"  # mad: not inflated by outliers
+class SelectionConfig(Section, at="selection"):
+    """How K of N candidates are chosen at every step."""
+
+    strategy: Strategy = "opus"  # Who chooses (docs/strategies.md).
+    # Who is compared with whom: all candidates, or those of each data-parallel rank apart (rank_local).
+    scope: Literal["global", "rank_local"] = "global"
+    # K / N: each step offers N = global_batch_size / rho candidates. Lower: more choice, more scoring.
+    rho: Annotated[float, within("0 < rho <= 1")] = 0.5
+    sampling: Literal["boltzmann", "greedy"] = "boltzmann"  # Draw by utility, or take the largest.
+    # Of the Boltzmann draw: lower is nearer to greedy.
+    temperature: Annotated[float, above(0, 10**9, "; for argmax use sampling: greedy")] = 0.3
+    # What a temperature of 1 is: the utilities' spread (std, or mad, which outliers do not inflate), or 1 itself.
+    temperature_unit: Literal["std", "mad", "absolute"] = "std"
     redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     ado: AdoConfig = field(default_factory=AdoConfig)
     filter_then_weight: FilterThenWeightConfig = field(default_factory=FilterThenWeightConfig)
     floors: FloorsConfig = field(default_factory=FloorsConfig)
     preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
     sketch: SketchConfig = field(default_factory=SketchConfig)
-    layer_weights: Literal["none", "inverse_sqrt"] = "none"
-    scored_layers: str = "all"  # all, last:K blocks, every:K blocks
-    score_output_layer: bool = False  # the output layer's weight is scored too
-    score_embedding: bool = False  # the token embedding's weight is scored too; tied: the same weight as the output's
-    score_length: int = 512  # tokens of each scoring window (L_score)
-    score_window: Literal["first", "random"] = "first"  # random: an offset per step, the same on every rank
-    score_windows: int = 1  # windows per sequence, averaged
-    score_precision: Literal["model", "bf16"] = "model"
-    score_micro_batch_size: int | None = None  # sequences per scoring forward on one rank; None: all at once
-    proxy_batch_size: int = 8  # K_p, over all ranks
-    proxy_refresh_every: int = 1  # steps for which one proxy batch is used
-    proxy_momentum: float = 0.0  # exponential average of the proxy sketch
-    max_fallbacks: int = 10  # steps that may fall back to random selection before the run stops
-    debug_checks: bool = False  # compare the drawn ids across ranks at every step
+    # Which blocks are scored: all, the last K (last:K), or every K-th (every:K).
+    scored_layers: Annotated[str, Matches("all|(last|every):[1-9][0-9]{0,5}", "all, last:K or every:K")] = "all"
+    score_output_layer: bool = False  # The output layer's weight is scored too.
+    score_embedding: bool = False  # The token embedding's weight is scored too; tied: the same weight as the output's.
+    score_length: Tokens = 512  # Tokens of each scoring window (L_score), at most data.seq_length.
+    # Where windows lie: at the start, or at an offset per step that is the same on every rank.
+    score_window: Literal["first", "random"] = "first"
+    score_windows: Tokens = 1  # Windows per sequence, averaged.
+    score_precision: Literal["model", "bf16"] = "model"  # Of the scoring pass; model: training.precision.
+    # Sequences per scoring forward on one rank. null: all at once.
+    score_micro_batch_size: Sequences | None = None
+    proxy_batch_size: Sequences = 8  # Sequences of the target per step, over all ranks (K_p).
+    proxy_refresh_every: Steps = 1  # Steps for which one proxy batch is used.
+    proxy_momentum: Beta = 0.0  # Of an exponential average of the proxy sketch; needs sketch.alignment features.
+    max_fallbacks: Interval = 10  # Steps that may fall back to random selection before the run stops.
+    debug_checks: bool = False  # Compare the drawn ids across ranks at every step.
+
+    def check_together(self) -> None:
+        sketch, exact = self.sketch, self.preconditioner.form == "exact"
+        features = sketch.alignment == "features" or self.redundancy.scale != "off"
+        require(
+            not exact or not features or sketch.operator == "materialise",
+            "selection.sketch.operator: preconditioner.form exact needs materialise (only it forms the full gradient), "
+            f"got {sketch.operator}; or alignment=direction with redundancy.scale=off",
+        )
+        require(
+            not exact or sketch.alignment != "one_sided",
+            "selection.sketch.alignment: preconditioner.form exact cannot be applied to a one-sided sketch; expected "
+            "features (with operator materialise) or direction, got one_sided",
+        )
+        require(
+            sketch.operator != "two_stage" or sketch.intermediate_dim >= sketch.dim,
+            f"selection.sketch.intermediate_dim: expected at least dim ({sketch.dim}), got {sketch.intermediate_dim}",
+        )
+        require(
+            not (self.score_embedding and features) or sketch.operator != "materialise",
+            "selection.sketch.operator: an embedding's one-hot rows need two_sided or two_stage (materialise would "
+            "form them), got materialise; or set selection.score_embedding=false",
+        )
+        require(
+            self.proxy_momentum == 0 or sketch.alignment == "features",
+            "selection.proxy_momentum: an average needs the proxy in sketch space; expected sketch.alignment=features, "
+            f"got {sketch.alignment}",
+        )
+        require(
+            self.strategy != "greats" or self.preconditioner.kind in ("auto", "sgd"),
+            f"selection.preconditioner.kind: greats scores in SGD's geometry (auto or sgd), got "
+            f"{self.preconditioner.kind}; for another geometry use strategy opus with sampling greedy",
+        )
+        require(
+            self.strategy != "filter_then_weight" or self.redundancy.scale != "off",
+            "selection.redundancy.scale: filter_then_weight needs the interaction matrix, which `off` leaves out; set "
+            "matched (the scale itself is not used)",
+        )
+        require(
+            self.strategy not in PERPLEXITY or (self.score_window, self.score_windows) == ("first", 1),
+            f"selection.score_windows: {self.strategy} scores the first window only, got score_window "
+            f"{self.score_window} and score_windows {self.score_windows}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    name: str
-    output_dir: str = "runs"
-    seed: int = 42
+class RunConfig(Section):
+    """A whole recipe."""
+
+    # Of the run and its folder: letters, digits, . _ - with neither . nor - in front.
+    name: Annotated[
+        str, Matches("[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", "letters, digits, . _ - (none of . - in front; at most 200)")
+    ]
+    output_dir: str = "runs"  # Where the run's folder is made, relative to the directory the command is typed in.
+    seed: Seed = 42  # Of initial weights, data order and draws. Another seed is another run of the same experiment.
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -184,12 +322,6 @@ class RunConfig:
     def buffer_size(self) -> int:
         """N, candidates offered per optimizer step."""
         return round(self.training.global_batch_size / self.selection.rho)
-
-
-# --- building from plain data --------------------------------------------------------------------------------------
-
-
-# --- constraints -------------------------------------------------------------------------------------------------
 
 
 def keeps_second_moment(config: RunConfig) -> bool:

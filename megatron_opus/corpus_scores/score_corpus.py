@@ -18,8 +18,8 @@ from tqdm import tqdm
 from megatron_opus.corpus_scores.documents import CorpusDocuments, ScoreError
 from megatron_opus.corpus_scores.score_files import FILE_NAME, read_scores, write_scores
 from megatron_opus.corpus_scores.scorer import DocumentScorer, Say
-from megatron_opus.data.files import PARTIAL, atomic_file, locked, write_json
 from megatron_opus.data.proxy.similarity import DocumentRange
+from megatron_opus.files import PARTIAL, atomic_file, locked, write_json
 
 SETTINGS = "settings.json"
 PIECES = "pieces"

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_opus.corpus_scores.documents import CorpusDocuments, ScoreError
 from megatron_opus.corpus_scores.scorer import array_digest
-from megatron_opus.data.files import atomic_file, write_json
+from megatron_opus.files import atomic_file, write_json
 
 FORMAT = "megatron_opus.scores"
 VERSION = 1

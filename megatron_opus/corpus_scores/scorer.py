@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_opus.corpus_scores.documents import PROXY, Block, CorpusDocuments, ScoreError
-from megatron_opus.data.files import atomic_file
 from megatron_opus.data.prepare.records import file_sha256
+from megatron_opus.files import atomic_file
 
 LEARNED = "learned.npz"
 

@@ -23,7 +23,7 @@ from megatron_opus.data import unlearned_spans
 from megatron_opus.data.excluded_documents import open_entry, open_unlearned
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.permutation import key, permute
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import Tokenizer, reopen_tokenizer
 from megatron_opus.errors import Refusal
 from megatron_opus.types import Batch, TokenDocuments
 
@@ -70,7 +70,7 @@ class Corpus:
         self,
         manifest: Manifest,
         documents: Mapping[tuple[Role, str], TokenDocuments],
-        tokenizer: tokenizers.Tokenizer,
+        tokenizer: Tokenizer,
         config: DataConfig,
         unlearned: Mapping[tuple[Role, str], np.ndarray] | None = None,
     ) -> None:
@@ -124,7 +124,7 @@ class Corpus:
         """
         directory = Path(directory)
         manifest = manifests.read(directory)
-        tokenizer = tokenizers.reopen(directory / manifests.TOKENIZER_DIRECTORY, manifest.tokenizer)
+        tokenizer = reopen_tokenizer(directory / manifests.TOKENIZER_DIRECTORY, manifest.tokenizer)
         documents = {(e.role, e.name): open_entry(directory, e, open_documents) for e in manifest.datasets}
         unlearned = {
             (e.role, e.name): open_unlearned(directory, e, documents[e.role, e.name])

@@ -1,7 +1,10 @@
-"""Streams of another prepared directory without some of its documents, so that a large corpus need not be copied.
+"""Read a prepared corpus without some of its documents, so that a large corpus need not be copied to leave them out.
 
-An entry of the manifest may name a `base` (a prepared directory, relative to its own) and `excluded`, a file that lists
-the documents left out. What is read is one continuous stream, as if the documents had never been there.
+An entry of the manifest may name a `base`, which is another prepared directory, and `excluded`, a file that lists the
+documents left out. A reader sees one continuous stream, as if those documents had never been there.
+
+Example: the base has three documents of 4, 3 and 5 tokens, and the second one is excluded. The stream has 9 tokens;
+its tokens 0 to 3 are the base's 0 to 3, and its tokens 4 to 8 are the base's 7 to 11.
 """
 
 from __future__ import annotations
@@ -15,15 +18,15 @@ import numpy as np
 
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.files import atomic_file
 from megatron_opus.data.manifest import DatasetEntry, ManifestError
+from megatron_opus.files import atomic_file
 from megatron_opus.types import TokenDocuments
 
 
 def open_entry(
     directory: Path, entry: DatasetEntry, open_documents: Callable[[str, Path], TokenDocuments]
 ) -> TokenDocuments:
-    """The stream of one entry of the manifest in `directory`.
+    """Open the token stream of one entry of the manifest in `directory`.
 
     Raises ManifestError where the base is gone or has been prepared anew, or the list of documents has changed; and
     what `open_documents` raises.
@@ -39,9 +42,9 @@ def open_entry(
 
 
 def open_unlearned(directory: Path, entry: DatasetEntry, documents: TokenDocuments) -> np.ndarray:
-    """[spans, 2] int64: the token ranges of `documents` (of `open_entry`) that are not learned; see masks.
+    """Read the token ranges [spans, 2] int64 of `documents` that are not learned (see unlearned_spans.py).
 
-    Raises MaskError.
+    `documents` is what `open_entry` gave. Raises MaskError.
     """
     place = base_directory(directory, entry) / entry.prefix
     if not isinstance(documents, WithoutDocuments):
@@ -75,14 +78,17 @@ def _check_base(directory: Path, base: Path, entry: DatasetEntry) -> None:
 
 
 def write_spans(path: Path, spans: np.ndarray) -> str:
-    """Atomically; spans: [n, 3] int64, see `WithoutDocuments`. Returns the sha256 of the file."""
+    """Write the excluded documents, spans [n, 3] int64 (see `WithoutDocuments`), and return the file's SHA-256."""
     with atomic_file(path) as stream:
         np.save(stream, spans.astype(np.int64))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_spans(path: Path, sha256: str) -> np.ndarray:
-    """[n, 3] int64. Raises ManifestError for a file that is missing or not the one that the manifest means."""
+    """Read the excluded documents, [n, 3] int64.
+
+    Raises ManifestError for a file that is missing or is not the one that the manifest means.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -97,10 +103,11 @@ def read_spans(path: Path, sha256: str) -> np.ndarray:
 
 
 class WithoutDocuments:
-    """`TokenDocuments` that leaves out some documents of another one.
+    """Shows the documents of another `TokenDocuments` without some of them.
 
-    spans: [n, 3] int64, a row per document left out, ascending: its number, its first token, its exclusive end.
-    Memory: 16 bytes per document left out, and 8 per document once `document_ends` is asked for.
+    `spans` [n, 3] int64 has one row per excluded document, in ascending order: its number, its first token, and the
+    token after its last one. It takes 16 bytes per excluded document, and 8 bytes per document once `document_ends` is
+    asked for. Raises ManifestError for spans that do not lie one after the other in the stream.
     """
 
     def __init__(self, base: TokenDocuments, spans: np.ndarray) -> None:
@@ -122,7 +129,7 @@ class WithoutDocuments:
 
     @property
     def document_ends(self) -> np.ndarray:
-        """[documents], int64, ascending, exclusive. Built at the first use."""
+        """The token after the last one of each document, [documents] int64, ascending. Built at the first use."""
         if self._document_ends is None:
             ends = np.delete(self.base.document_ends, self._numbers)
             before = np.searchsorted(self._numbers - np.arange(len(self._numbers)), np.arange(len(ends)), side="right")
@@ -130,7 +137,7 @@ class WithoutDocuments:
         return self._document_ends
 
     def pieces(self, start: int, length: int) -> Iterator[tuple[int, int]]:
-        """(first token in the other stream, tokens) of the pieces that tokens start..start+length-1 are made of."""
+        """Cut `length` tokens from `start` into pieces of the base: (first token in the base, number of tokens)."""
         gap = int(np.searchsorted(self._gaps, start, side="right"))
         while length > 0:
             stop = int(self._gaps[gap]) if gap < len(self._gaps) else start + length
@@ -140,7 +147,10 @@ class WithoutDocuments:
             start, length, gap = start + piece, length - piece, gap + 1
 
     def ranges(self, spans: np.ndarray) -> np.ndarray:
-        """[n, 2] ascending token ranges of the other stream, none across documents, in tokens of this one."""
+        """Translate ascending token ranges [n, 2] of the base into tokens of this stream.
+
+        No range may cross documents. Ranges inside excluded documents are left out.
+        """
         # The gap before a token: starts ascend, and a document's tokens lie between the starts around it.
         starts = self._gaps + self._removed[:-1]
         stops = starts + np.diff(self._removed)
@@ -149,7 +159,7 @@ class WithoutDocuments:
         return (spans - self._removed[before][:, None])[~inside]
 
     def tokens(self, start: int, length: int) -> np.ndarray:
-        """[length], int64, tokens of the stream from `start`. Raises IndexError outside of the stream."""
+        """Read `length` tokens from `start`, [length] int64. Raises IndexError outside of the stream."""
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(
                 f"{self.name}: tokens {start}..{start + length} asked for, the stream has {self.num_tokens}"

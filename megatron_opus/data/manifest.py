@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_opus.data.files import write_json
 from megatron_opus.errors import Refusal
+from megatron_opus.files import write_json
 
 FORMAT = "megatron_opus.data"
 VERSION = 1

@@ -1,4 +1,4 @@
-"""Pseudo-random numbers that are functions of their keys: no state to save, the same on every machine.
+"""Compute pseudo-random numbers as functions of their keys: there is no state to save, and every machine agrees.
 
 `permute` gives any position of a shuffled range without building the shuffle, so that the order of 10^8 sequences
 costs no memory and a resumed run needs a cursor only. NumPy's own generators are not used because their streams may
@@ -16,21 +16,22 @@ _MINIMAL_HALF_BITS = 4  # below 256 values a Feistel network mixes badly; the cy
 
 
 def key(*parts: int | str) -> int:
-    """64 bits that depend on every part and on their order and types."""
+    """Hash the parts to 64 bits. They depend on every part, on the order and on the types: 1 and "1" differ."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def uniform(*parts: int | str) -> float:
-    """A number in [0, 1) with 53 random bits, for the key made of `parts`."""
+    """Compute a number in [0, 1) with 53 random bits from the key made of `parts`."""
     return (key(*parts) >> 11) / float(1 << 53)
 
 
 def permute(positions: np.ndarray, size: int, permutation_key: int) -> np.ndarray:
-    """Where a keyed permutation of 0..size-1 sends `positions`.
+    """Send `positions` through a keyed permutation of 0 .. size - 1.
 
-    positions: [n] int64, each in 0..size-1; returns [n] int64. A balanced Feistel network on the next even power of
-    two, walked until the value falls below `size` (at most 4 turns on average, more for very small ranges).
+    Takes and returns [n] int64. Sending all of 0 .. size - 1 gives each of them once, in a shuffled order. The method
+    is a balanced Feistel network on the next even power of two. It is walked until the value falls below `size`, which
+    takes at most 4 turns on average, and more for very small ranges.
     Raises ValueError for a position outside of the range.
     """
     positions = np.asarray(positions, dtype=np.int64)

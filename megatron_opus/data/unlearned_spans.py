@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_opus.data.files import atomic_file
 from megatron_opus.errors import Refusal
+from megatron_opus.files import atomic_file
 
 SUFFIX = ".mask.npy"
 SCORE_SUFFIX = ".score.npy"

@@ -1,4 +1,4 @@
-"""Before anything is allocated: does the recipe fit this machine, and if not, which layouts would?"""
+"""Check, before anything is allocated, whether the recipe fits this machine, and which layouts would if it does not."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_opus.config import ConfigError, RunConfig, validate, validate_world
+from megatron_opus.config.dimensions import tensor_parallel_degrees
+from megatron_opus.config.strategies import GHOST
 from megatron_opus.errors import Refusal
 from megatron_opus.estimates.memory import GIB, MemoryEstimate, estimate
-from megatron_opus.layout.scored import Layout, layout_of
-from megatron_opus.layout.sharding import tensor_parallel_degrees
+from megatron_opus.estimates.traffic import scoring_traffic
+from megatron_opus.layout.parallel_layout import ParallelLayout, parallel_layout
 
 MAX_RANKS = 1024  # the largest layout that is suggested
 SUGGESTIONS = 5
@@ -24,14 +26,14 @@ STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 
 
 class PreflightError(Refusal, RuntimeError):
-    """The recipe does not fit: bytes needed, bytes found, layouts that would fit. The run ends with a status not 0."""
+    """Says what does not fit: bytes needed, bytes found, layouts that would fit. The run ends with a status not 0."""
 
     of_one_rank = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Memory as found. On a CPU the ranks of one machine share it; each GPU has its own."""
+    """Holds the memory as found. On a CPU the ranks of one machine share it; each GPU has its own."""
 
     device: str  # "cpu" or "cuda"
     bytes_found: float  # free on the machine (cpu) or on this rank's GPU (cuda)
@@ -39,12 +41,12 @@ class Machine:
     source: str  # where the number comes from
 
     def per_rank(self, local_ranks: int | None = None) -> float:
-        """Bytes for each of `local_ranks` processes on one such machine."""
+        """Give the bytes for each of `local_ranks` processes on one such machine."""
         return self.bytes_found / (local_ranks or self.local_ranks) if self.device == "cpu" else self.bytes_found
 
 
 def look_up_machine() -> Machine:
-    """Free memory of this rank's device, the limits of its container respected."""
+    """Look up the free memory of this rank's device, the limits of its container respected."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
@@ -57,7 +59,7 @@ def look_up_machine() -> Machine:
 
 
 def container_headroom(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Bytes left below the cgroup's memory limit (versions 2 and 1); None without a limit.
+    """Read the bytes left below the cgroup's memory limit (versions 2 and 1); None without a limit.
 
     Page cache counts as used there although it is given back on demand: inactive file pages are added again.
     """
@@ -79,7 +81,7 @@ def container_headroom(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def check_memory(config: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
-    """Lines for the start-up report. Raises PreflightError when a rank cannot hold its part; allocates nothing.
+    """Write the line on memory of the start-up report; allocates nothing. Raises PreflightError where it does not fit.
 
     `config.model.vocab_size` must be known. Without `machine` this one is looked up, and all ranks go by the tightest
     (collective): they pass or fail together.
@@ -90,7 +92,7 @@ def check_memory(config: RunConfig, world_size: int, machine: Machine | None = N
             found_everywhere = [machine.bytes_found] * dist.get_world_size()
             dist.all_gather_object(found_everywhere, machine.bytes_found)
             machine = replace(machine, bytes_found=min(found_everywhere))
-    layout = layout_of(config, world_size)
+    layout = parallel_layout(config, world_size)
     need = estimate(config, layout, device=machine.device)
     found = machine.per_rank()
     summary = (
@@ -111,10 +113,23 @@ def check_memory(config: RunConfig, world_size: int, machine: Machine | None = N
     )
 
 
-def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[Layout, MemoryEstimate]]:
-    """Layouts that fit machines like this one, fewest ranks first, then least tensor parallelism, then lowest stage."""
+def start_up_report(config: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
+    """Write the lines on memory (`check_memory`, which raises) and on what a scoring pass sends."""
+    lines = check_memory(config, world_size, machine)
+    sent = scoring_traffic(config, parallel_layout(config, world_size))
+    total = sum(sent.values())
+    if config.selection.strategy in GHOST and total:
+        most = max(sent, key=lambda part: sent[part])
+        lines.append(
+            f"traffic per rank: {total / 1e6:.2f} MB sent by one scoring pass, {sent[most] / 1e6:.2f} MB of it {most}"
+        )
+    return lines
+
+
+def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[ParallelLayout, MemoryEstimate]]:
+    """List layouts that fit machines like this one: fewest ranks first, then the lowest tp, then the lowest stage."""
     found = []
-    seen: set[Layout] = set()
+    seen: set[ParallelLayout] = set()
     micro_sizes = [
         n for n in range(config.training.micro_batch_size, 0, -1) if config.training.micro_batch_size % n == 0
     ]
@@ -123,7 +138,7 @@ def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[Layou
         while tp * dp <= MAX_RANKS:
             for stage in STAGES:
                 for micro in micro_sizes:
-                    layout = Layout(tp=tp, dp=dp, zero_stage=stage, micro_batch_size=micro)
+                    layout = ParallelLayout(tp=tp, dp=dp, zero_stage=stage, micro_batch_size=micro)
                     if layout not in seen and _possible(config, layout):
                         found.append(layout)
                     seen.add(layout)
@@ -137,7 +152,7 @@ def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[Layou
             yield layout, need
 
 
-def _possible(config: RunConfig, layout: Layout) -> bool:
+def _possible(config: RunConfig, layout: ParallelLayout) -> bool:
     asked = replace(
         config,
         parallel=replace(config.parallel, tensor_model_parallel_size=layout.tp, zero_stage=layout.zero_stage),
@@ -151,7 +166,7 @@ def _possible(config: RunConfig, layout: Layout) -> bool:
     return True
 
 
-def _advice(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
+def _advice(config: RunConfig, machine: Machine, layout: ParallelLayout) -> list[str]:
     lines = _gentler_scoring(config, machine, layout)
     layouts: list[str] = []
     shown: set[tuple[int, int]] = set()
@@ -177,8 +192,8 @@ def _with_scoring(config: RunConfig, sequences: int) -> RunConfig:
     return replace(config, selection=replace(config.selection, score_micro_batch_size=sequences))
 
 
-def _gentler_scoring(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
-    """The largest scoring micro-batch with which the recipe fits here, when that is all it takes."""
+def _gentler_scoring(config: RunConfig, machine: Machine, layout: ParallelLayout) -> list[str]:
+    """Find the largest scoring micro-batch with which the recipe fits here, when that is all it takes."""
     size = config.selection.score_micro_batch_size or config.buffer_size + config.selection.proxy_batch_size
     while size > 1:
         size //= 2
@@ -188,8 +203,8 @@ def _gentler_scoring(config: RunConfig, machine: Machine, layout: Layout) -> lis
     return []
 
 
-def _smaller(config: RunConfig, machine: Machine, layout: Layout) -> list[str]:
-    """The largest recipe of the same width that fits the ranks at hand, shortening sequences before dropping layers."""
+def _smaller(config: RunConfig, machine: Machine, layout: ParallelLayout) -> list[str]:
+    """Find the largest recipe of the same width that fits these ranks, shortening sequences before dropping layers."""
     layers = config.model.num_layers
     while layers >= 1:
         length = config.data.seq_length

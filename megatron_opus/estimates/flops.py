@@ -1,4 +1,4 @@
-"""FLOPs of one optimizer step and of the selection in it, counted from shapes. Nothing is run.
+"""Count the FLOPs of one optimizer step and of the selection in it from shapes. Nothing is run.
 
 A multiply-add is two. All ranks together, T tokens in each of B sequences, matrices [O, I], h heads of c channels, V
 rows of the padded vocabulary, s the one-sided dimension, w_O and w_I the widths of the two-sided sketch, F features:
@@ -22,16 +22,12 @@ tests compare the first four with torch's counter on the real model, and the ske
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_opus.config import ModelConfig, RunConfig
-from megatron_opus.layout.scored import Layout, scored_blocks, scored_matrices
-from megatron_opus.layout.shapes import count_parameters, parameter_shapes
-from megatron_opus.layout.sharding import head_channels, padded_vocab_size
+from megatron_opus.config import RunConfig, SelectionConfig, SketchConfig
+from megatron_opus.layout.model_layout import ModelLayout, recipe_layout, scored_blocks
 from megatron_opus.selection.sketch import two_sided_shape
 
 Attention = Literal["causal", "dense"]
@@ -42,19 +38,19 @@ NEWTON_SCHULZ_STEPS = 5  # DeepSpeed's default
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """FLOPs of one optimizer step, all ranks together; `update` and `selection` by part."""
+    """Holds the FLOPs of one optimizer step, all ranks together; `update` and `selection` by part."""
 
     update: Mapping[str, float]
     selection: Mapping[str, float]
 
     @property
     def overhead(self) -> float:
-        """(step with selection - step without) / step without."""
+        """Give (step with selection - step without) / step without."""
         return sum(self.selection.values()) / sum(self.update.values())
 
     @property
     def tax(self) -> float:
-        """Scoring / its forward and backward passes: the sketch tax in FLOPs."""
+        """Give scoring / its forward and backward passes: the sketch tax in FLOPs."""
         passes = self.selection["forward"] + self.selection["backward"]
         return (passes + self.selection["sketch"] + self.selection["preconditioner"]) / passes
 
@@ -62,29 +58,29 @@ class StepFlops:
 def step_flops(
     config: RunConfig, *, attention: Attention = "causal", projections: Projections = "products"
 ) -> StepFlops:
-    """Of a recipe whose vocabulary is known (ConfigError otherwise); selection by a strategy that scores gradients.
+    """Count a recipe whose vocabulary is known (ConfigError otherwise), selected by a strategy that scores gradients.
 
     What is not done at every step (`proxy_refresh_every`, `preconditioner.refresh_every`) counts its share.
     """
-    s, t, m = config.selection, config.training, config.model
+    s, t, m = config.selection, config.training, recipe_layout(config, tp_size=1)
     length, n, k = config.data.seq_length, config.buffer_size, t.global_batch_size
     update = {
         "forward": k * forward(m, length, attention),
         "backward": k * backward(m, length, attention),
         "recompute": k * blocks_forward(m, length, attention) if t.recompute == "full" else 0.0,
-        "optimizer": _update(config),
+        "optimizer": _update(m, config.optimizer.name),
     }
     window = min(s.score_length, length)
     proxies = s.proxy_batch_size / s.proxy_refresh_every
     windows = s.score_windows * (n + proxies)
-    candidate, proxy = sketch_flops(config, window, projections)
+    candidate, proxy = sketch_flops(m, s, window, projections)
     wanted = s.redundancy.scale != "off"
-    features = s.sketch.dim * (1 if s.sketch.scope == "model" else len(_whole_matrices(config)))
+    features = s.sketch.dim * (1 if s.sketch.scope == "model" else len(m.scored(s)))
     selection = {
         "forward": windows * forward(m, window, attention),
-        "backward": windows * scoring_backward(config, window, attention),
+        "backward": windows * scoring_backward(m, s, window, attention),
         "sketch": s.score_windows * (n * candidate + proxies * proxy),
-        "preconditioner": _preconditioner(config) / s.preconditioner.refresh_every,
+        "preconditioner": _preconditioner(config, m) / s.preconditioner.refresh_every,
         "interaction": 2.0 * n * n * features * wanted + 2.0 * n * k,
     }
     return StepFlops(update=update, selection=selection)
@@ -93,72 +89,52 @@ def step_flops(
 # --- passes over one sequence ---------------------------------------------------------------------------------------
 
 
-def forward(model: ModelConfig, length: int, attention: Attention) -> float:
-    """One sequence through blocks and output layer; the embedding is a table look-up."""
-    return blocks_forward(model, length, attention) + _output(model, length)
+def forward(model: ModelLayout, length: int, attention: Attention) -> float:
+    """Count one sequence through blocks and output layer; the embedding is a table look-up."""
+    return blocks_forward(model, length, attention) + 2.0 * length * model.output.size
 
 
-def backward(model: ModelConfig, length: int, attention: Attention) -> float:
-    """Gradients of all weights and activations."""
-    products = sum(2.0 * length * rows * columns for _, rows, columns in _matrices(model)) + _output(model, length)
-    return 2.0 * products + model.num_layers * 2.5 * _attention(model, length, attention)
+def backward(model: ModelLayout, length: int, attention: Attention) -> float:
+    """Count the gradients of all weights and activations."""
+    products = 2.0 * length * (sum(x.size for x in model.linear) + model.output.size)
+    return 2.0 * products + 2.5 * _attention(model, length, attention)
 
 
-def blocks_forward(model: ModelConfig, length: int, attention: Attention) -> float:
-    products = sum(2.0 * length * rows * columns for _, rows, columns in _matrices(model))
-    return products + model.num_layers * _attention(model, length, attention)
+def blocks_forward(model: ModelLayout, length: int, attention: Attention) -> float:
+    """Count one sequence through the blocks."""
+    return 2.0 * length * sum(x.size for x in model.linear) + _attention(model, length, attention)
 
 
-def scoring_backward(config: RunConfig, length: int, attention: Attention) -> float:
-    """Gradients of activations from the loss down to the lowest scored output, of one sequence."""
-    m = config.model
-    lowest = min(scored_blocks(m.num_layers, config.selection.scored_layers))
-    reached = [(n, r, c) for n, r, c in _matrices(m) if _block(n) >= lowest]
-    if config.selection.score_embedding:  # the gradient of the embedding's output lies below everything
-        lowest, reached = -1, _matrices(m)
+def scoring_backward(model: ModelLayout, selection: SelectionConfig, length: int, attention: Attention) -> float:
+    """Count the gradients of activations from the loss down to the lowest scored output, of one sequence."""
+    lowest = min(scored_blocks(model.blocks, selection.scored_layers))
+    if selection.score_embedding:  # the gradient of the embedding's output lies below everything
+        lowest = -1
     first = f"layers.{lowest}.self_attention.linear_qkv"
-    products = sum(2.0 * length * r * c for n, r, c in reached if first not in n)
-    blocks = m.num_layers - max(lowest, 0)
-    return products + _output(m, length) + blocks * 2.5 * _attention(m, length, attention)
+    reached = [x for x in model.linear if x.block is not None and x.block >= lowest]
+    products = 2.0 * length * (sum(x.size for x in reached if first not in x.name) + model.output.size)
+    return products + 2.5 * _attention(model, length, attention, lowest)
 
 
-def _matrices(model: ModelConfig) -> list[tuple[str, int, int]]:
-    """(name, rows, columns) of the blocks' matrices."""
-    shapes = parameter_shapes(_with_positions(model), padded=True)
-    return [(n, x[0], x[1]) for n, x in shapes.items() if n.startswith("decoder.layers.") and len(x) == 2]
-
-
-def _with_positions(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, max_position_embeddings=model.max_position_embeddings or 1)
-
-
-def _block(name: str) -> int:
-    return int(name.split(".")[2])
-
-
-def _output(model: ModelConfig, length: int) -> float:
-    return 2.0 * length * padded_vocab_size(model) * model.hidden_size
-
-
-def _attention(model: ModelConfig, length: int, attention: Attention) -> float:
+def _attention(model: ModelLayout, length: int, attention: Attention, lowest: int = 0) -> float:
+    """Count the forward pass of attention in the blocks from `lowest` on."""
     pairs = length * (length + 1) / 2 if attention == "causal" else float(length) ** 2
-    return 4.0 * pairs * model.num_attention_heads * head_channels(model)
+    heads_and_channels = (x.shape[1] for x in model.linear if "linear_proj" in x.name and (x.block or 0) >= lowest)
+    return 4.0 * pairs * sum(heads_and_channels)
 
 
 # --- what selection and the optimizer add ---------------------------------------------------------------------------
 
 
-def _whole_matrices(config: RunConfig) -> list[tuple[int, int, bool]]:
-    """(rows, columns, columns are cut) of the scored matrices, not divided by tensor parallelism."""
-    return scored_matrices(config, Layout(tp=1, dp=1, zero_stage=0, micro_batch_size=1))
-
-
-def sketch_flops(config: RunConfig, length: int, projections: Projections) -> tuple[float, float]:
-    """Of one candidate and of one proxy sequence of `length` scored tokens: projections, features, dot products."""
-    k, wanted = config.selection.sketch, config.selection.redundancy.scale != "off"
+def sketch_flops(
+    model: ModelLayout, selection: SelectionConfig, length: int, projections: Projections
+) -> tuple[float, float]:
+    """Count projections, features and dot products of one candidate and of one proxy sequence of `length` tokens."""
+    k, wanted = selection.sketch, selection.redundancy.scale != "off"
     candidate = proxy = 0.0
-    for rows, columns, cut in _whole_matrices(config):
-        features = _features(config, rows, columns, length, projections)
+    for x in model.scored(selection):
+        rows, columns = x.shape
+        features = _features(k, rows, columns, length, projections)
         if k.alignment == "features":
             candidate += features
             proxy += features
@@ -168,7 +144,7 @@ def sketch_flops(config: RunConfig, length: int, projections: Projections) -> tu
             candidate += 2.0 * length * (rows * columns + columns)
             proxy += 2.0 * length * rows * columns
             continue
-        sketched, other = (rows, columns) if cut else (columns, rows)
+        sketched, other = (rows, columns) if x.cut == "columns" else (columns, rows)
         s = min(k.one_sided_dim, sketched)
         side = 2.0 * length * sketched * (s if projections == "products" else 1)
         candidate += side + 2.0 * length * (other * s + s)
@@ -176,13 +152,9 @@ def sketch_flops(config: RunConfig, length: int, projections: Projections) -> tu
     return candidate, proxy
 
 
-def _features(config: RunConfig, rows: int, columns: int, length: int, projections: Projections) -> float:
-    k = config.selection.sketch
+def _features(k: SketchConfig, rows: int, columns: int, length: int, projections: Projections) -> float:
     if k.operator == "materialise":  # the gradient, its signs, and the scatter
         return 2.0 * rows * columns * (length + 1)
-    if k.operator == "tensor_sketch":  # signs and scatter; two transforms and a product of spectra for each token
-        transform = 2.5 * k.dim * math.log2(k.dim)
-        return length * (2.0 * (rows + columns) + 2 * transform + 8.0 * (k.dim // 2 + 1)) + transform
     w_o, w_i = two_sided_shape(k.dim if k.operator == "two_sided" else k.intermediate_dim, rows, columns)
     sides = rows * w_o + columns * w_i if projections == "products" else rows + columns
     second = float(w_o * w_i) if k.operator == "two_stage" else 0.0
@@ -194,13 +166,14 @@ def _geometry(config: RunConfig) -> str:
     return config.optimizer.name if kind == "auto" else kind
 
 
-def _preconditioner(config: RunConfig) -> float:
-    """Reading the optimizer state and putting it into the projections, once."""
+def _preconditioner(config: RunConfig, model: ModelLayout) -> float:
+    """Count one reading of the optimizer state, and putting it into the projections."""
     s = config.selection
     geometry, total = _geometry(config), 0.0
     steps = s.preconditioner.muon_steps or NEWTON_SCHULZ_STEPS
     features = s.sketch.alignment == "features" or s.redundancy.scale != "off"
-    for rows, columns, cut in _whole_matrices(config):
+    for x in model.scored(s):
+        rows, columns = x.shape
         if geometry == "adamw" and s.preconditioner.form == "exact":
             times = (s.sketch.alignment == "direction") + (features and s.sketch.operator == "materialise")
             total += 5.0 * rows * columns * times
@@ -213,7 +186,7 @@ def _preconditioner(config: RunConfig) -> float:
                 dim = s.sketch.dim if s.sketch.operator == "two_sided" else s.sketch.intermediate_dim
                 width += two_sided_shape(dim, rows, columns)[1 if rows > columns else 0]
             if s.sketch.alignment == "one_sided":
-                width += min(s.sketch.one_sided_dim, rows if cut else columns)
+                width += min(s.sketch.one_sided_dim, rows if x.cut == "columns" else columns)
             if s.sketch.alignment == "direction":
                 width += large
             total += 2.0 * small**2 * large + _gram_steps(small, steps) + 2.0 * small**2 * width
@@ -221,14 +194,14 @@ def _preconditioner(config: RunConfig) -> float:
 
 
 def _gram_steps(small: int, steps: int) -> float:
-    """Newton-Schulz on the Gram side alone: A^2 in each step, S Z in all but the first, Z A Z in all but the last."""
+    """Count Newton-Schulz on the Gram side: A^2 in each step, S Z in all but the first, Z A Z in all but the last."""
     return 2.0 * small**3 * (steps + (steps - 1) + 2 * (steps - 1))
 
 
-def _update(config: RunConfig) -> float:
-    total = ELEMENTWISE_UPDATE * count_parameters(_with_positions(config.model), padded=True)
-    if config.optimizer.name == "muon":
-        for _, rows, columns in _matrices(config.model):
-            small, large = min(rows, columns), max(rows, columns)
+def _update(model: ModelLayout, optimizer: str) -> float:
+    total = ELEMENTWISE_UPDATE * model.local_size()
+    if optimizer == "muon":
+        for x in model.linear:
+            small, large = min(x.shape), max(x.shape)
             total += 4.0 * small**2 * large + _gram_steps(small, NEWTON_SCHULZ_STEPS)
     return total

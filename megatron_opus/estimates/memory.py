@@ -1,4 +1,4 @@
-"""Bytes that one rank needs, by arithmetic on the recipe. Nothing is allocated.
+"""Estimate the bytes that one rank needs, by arithmetic on the recipe. Nothing is allocated.
 
 P: parameters of this rank, D: data-parallel size, e: bytes of a weight (4, or 2 in bf16), s: numbers that the optimizer
 keeps for each parameter (AdamW 2, Muon 1, SGD 1 with momentum and 0 without; one more where the selector keeps a second
@@ -27,15 +27,10 @@ from dataclasses import dataclass
 
 from megatron_opus.backends.engines.deepspeed.memory import gradient_bucket
 from megatron_opus.config import RunConfig, keeps_second_moment
+from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
 from megatron_opus.config.strategies import GHOST, PERPLEXITY
-from megatron_opus.layout.scored import Layout, _with_positions, scored_matrices
-from megatron_opus.layout.shapes import count_parameters, parameter_shapes
-from megatron_opus.layout.sharding import (
-    ffn_size,
-    head_channels,
-    padded_vocab_size,
-    query_groups,
-)
+from megatron_opus.layout.model_layout import ModelLayout, recipe_layout
+from megatron_opus.layout.parallel_layout import ParallelLayout
 
 GIB = 2**30
 # What a process holds beside tensors once it runs: CUDA context, NCCL buffers and cuBLAS workspaces; on a CPU little,
@@ -48,7 +43,7 @@ SLACK = 1.1
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes per rank. The phases take turns, so the need is what stays plus the largest of them."""
+    """Holds bytes per rank. The phases take turns, so the need is what stays plus the largest of them."""
 
     weights: float
     optimizer: float
@@ -66,21 +61,22 @@ class MemoryEstimate:
         return SLACK * (stays + max(self.startup, self.training, self.step, self.scoring)) + self.overhead
 
     def lines(self) -> list[str]:
-        """One line per part, in GiB."""
+        """Write one line per part, in GiB."""
         return [f"  {f.name:15} {getattr(self, f.name) / GIB:8.2f} GiB" for f in dataclasses.fields(self)] + [
             f"  {'total':15} {self.total / GIB:8.2f} GiB: what stays, the largest of startup to scoring, 10% slack"
         ]
 
 
-def estimate(config: RunConfig, layout: Layout, *, device: str) -> MemoryEstimate:
-    """Bytes per rank of this recipe in this layout on "cpu" or "cuda". `config.model.vocab_size` must be known."""
+def estimate(config: RunConfig, layout: ParallelLayout, *, device: str) -> MemoryEstimate:
+    """Estimate this recipe in this layout on "cpu" or "cuda". `config.model.vocab_size` must be known."""
+    model = recipe_layout(config, layout.tp)
     t, dp = config.training, layout.dp
     bf16 = t.precision == "bf16"
     e = 2 if bf16 else 4
-    p = count_parameters(_with_positions(config).model, padded=True, tp_size=layout.tp)
+    p = model.local_size()
     accumulates = t.global_batch_size > layout.micro_batch_size * dp
     kept, startup, gathered = 0.0, 0.0, 0.0
-    optimizer, temporaries = _optimizer(config, layout, device)
+    optimizer, temporaries = _optimizer(config, model, layout, device)
     if layout.zero_stage == 0:
         gradients = float(e * p)
         step = gradients + (4.0 * p if bf16 else 0.0)
@@ -102,59 +98,56 @@ def estimate(config: RunConfig, layout: Layout, *, device: str) -> MemoryEstimat
         if layout.zero_stage == 3:
             startup = float(e * p)  # the model is built whole and then cut
             gathered = bucket if dp > 1 else 0.0
-    forward = _forward(config, layout, layout.micro_batch_size, config.data.seq_length, frozen=False)
+    forward = _forward(config, model, layout, layout.micro_batch_size, config.data.seq_length, frozen=False)
     return MemoryEstimate(
         weights=float(e * p) / (dp if layout.zero_stage == 3 else 1),
         optimizer=optimizer,
         gradients_kept=kept,
-        sketches=_sketches(config, layout) if config.selection.strategy in GHOST else 0.0,
+        sketches=_sketches(config, model, layout) if config.selection.strategy in GHOST else 0.0,
         overhead=OVERHEAD[device],
         startup=startup,
         training=gathered + gradients + forward,
         step=step + temporaries,
-        scoring=gathered + _scoring(config, layout),
+        scoring=gathered + _scoring(config, model, layout),
     )
 
 
-def _optimizer(config: RunConfig, layout: Layout, device: str) -> tuple[float, float]:
-    """Bytes of masters and state that stay, and of temporaries in the step, on the device."""
-    o, dp = config.optimizer, layout.dp
-    p = count_parameters(_with_positions(config).model, padded=True, tp_size=layout.tp)
-    shapes = parameter_shapes(_with_positions(config).model, padded=True)
-    blocks = [math.prod(s) / layout.tp for n, s in shapes.items() if n.startswith("decoder.layers.") and len(s) == 2]
-    by_muon = sum(blocks) if o.name == "muon" else 0.0
+def _optimizer(config: RunConfig, model: ModelLayout, layout: ParallelLayout, device: str) -> tuple[float, float]:
+    """Count the bytes of masters and state that stay, and of temporaries in the step, on the device."""
+    o, dp, p = config.optimizer, layout.dp, model.local_size()
+    largest = float(max(model.local_size([name]) for name in model.by_muon))
+    by_muon = float(model.local_size(model.by_muon)) if o.name == "muon" else 0.0
     numbers = {"adamw": 2.0, "muon": 2.0, "sgd": float(o.sgd_momentum > 0)}[o.name] * (p - by_muon)
     numbers += by_muon * (2.0 if keeps_second_moment(config) else 1.0)
     offloaded = config.parallel.offload_optimizer == "cpu"
     if by_muon and layout.zero_stage in (1, 2) and not offloaded:
         # whole matrices, also those of which this rank owns a part, and the copy that awaits the end of the step
-        numbers += by_muon + 4 * max(blocks) * dp
+        numbers += by_muon + 4 * largest * dp
     if layout.zero_stage > 0 or config.training.precision == "bf16":
         numbers += p
     stays = 4.0 * numbers / (dp if layout.zero_stage > 0 else 1)
-    temporaries = _step_temporaries(config, layout, device)
+    temporaries = _step_temporaries(model, layout, device)
     if by_muon:
-        temporaries += 16.0 * max(blocks)  # one matrix being orthogonalised
+        temporaries += 16.0 * largest  # one matrix being orthogonalised
         if layout.zero_stage == 3:
             temporaries += 8.0 * min(by_muon, gradient_bucket(p))  # gradients and momenta gathered for it
     return (0.0 if offloaded and device == "cuda" else stays), temporaries
 
 
-def _step_temporaries(config: RunConfig, layout: Layout, device: str) -> float:
-    """PyTorch's optimizers on a CPU make two tensors as large as the one they update; fused kernels make none.
+def _step_temporaries(model: ModelLayout, layout: ParallelLayout, device: str) -> float:
+    """Count what the optimizer's step allocates: PyTorch's on a CPU make two tensors as large as the one they update.
 
-    That is one parameter at stage 0, and the whole flat partition above.
+    That is one parameter at stage 0, and the whole flat partition above. Fused kernels make none.
     """
     if device == "cuda":
         return 0.0
     if layout.zero_stage == 0:
-        shapes = parameter_shapes(_with_positions(config).model, padded=True)
-        return 8.0 * max(math.prod(s) for s in shapes.values()) / layout.tp
-    return 8.0 * count_parameters(_with_positions(config).model, padded=True, tp_size=layout.tp) / layout.dp
+        return 8.0 * max(model.local_size([p.name]) for p in model.parameters)
+    return 8.0 * model.local_size() / layout.dp
 
 
-def _saved_per_layer(config: RunConfig, layout: Layout, *, frozen: bool) -> float:
-    """Elements per token that one layer keeps for its backward pass; `frozen`: no weight gradient is wanted."""
+def _saved_per_layer(config: RunConfig, layout: ParallelLayout, *, frozen: bool) -> float:
+    """Count the elements per token that a layer keeps for its backward pass; `frozen`: without weight gradients."""
     m, tp = config.model, layout.tp
     h, f, c = m.hidden_size, ffn_size(m), head_channels(m)
     heads, groups = m.num_attention_heads, query_groups(m)
@@ -180,8 +173,8 @@ def _saved_per_layer(config: RunConfig, layout: Layout, *, frozen: bool) -> floa
     return replicated + sharded / tp
 
 
-def _saved(config: RunConfig, layout: Layout, tokens: int, *, frozen: bool = True) -> float:
-    """Bytes that all layers keep for a backward pass over so many tokens."""
+def _saved(config: RunConfig, layout: ParallelLayout, tokens: int, *, frozen: bool = True) -> float:
+    """Count the bytes that all layers keep for a backward pass over so many tokens."""
     m, e = config.model, 2 if config.training.precision == "bf16" else 4
     layers, kept = float(m.num_layers), 0.0
     if config.training.recompute == "full" and not frozen:  # each layer's input, and all of one layer at a time
@@ -190,58 +183,60 @@ def _saved(config: RunConfig, layout: Layout, tokens: int, *, frozen: bool = Tru
     return (kept + layers * _saved_per_layer(config, layout, frozen=frozen)) * tokens * e
 
 
-def _forward(config: RunConfig, layout: Layout, batch: int, length: int, *, frozen: bool) -> float:
-    """Bytes of saved activations and of logits with their gradient for one forward and backward pass."""
+def _forward(
+    config: RunConfig, model: ModelLayout, layout: ParallelLayout, batch: int, length: int, *, frozen: bool
+) -> float:
+    """Count the bytes of saved activations and of logits with their gradient for one forward and backward pass."""
     m = config.model
     e = 2 if config.training.precision == "bf16" else 4
     tokens = batch * length
     saved = _saved(config, layout, tokens, frozen=frozen)
-    vocabulary = padded_vocab_size(m) / layout.tp
+    vocabulary, _ = model.local_shape(model.output.name)
     logits = tokens * vocabulary * (8.0 if e == 4 else 10.0)  # as computed, and the float32 softmax that is kept
     head_gradient = 0.0 if frozen else e * vocabulary * m.hidden_size  # of a tied weight, before it is added up
     widest = e * tokens * 4 * max(m.hidden_size, ffn_size(m) / layout.tp)  # in flight inside one layer
     return saved + max(logits + head_gradient, widest)
 
 
-def _sketches(config: RunConfig, layout: Layout) -> float:
-    """Projections of the scored matrices, and the proxy's gradient in the form that the alignment needs.
+def _sketches(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> float:
+    """Count the bytes of the scored matrices' projections, and of the proxy's gradient as the alignment needs it.
 
     A CPU keeps a bucket and a sign of each row and column, an accelerator matrices as wide as the sketched side; a
     composed copy of either is made when the preconditioner is read.
     """
     k = config.selection.sketch
-    matrices = scored_matrices(config, layout)
+    matrices = [model.local_shape(x.name) for x in model.scored(config.selection)]
     total = 0.0
     if k.operator in ("two_sided", "two_stage"):
         side = math.sqrt(k.dim if k.operator == "two_sided" else k.intermediate_dim)
-        total += sum(8.0 * side * (rows + columns) for rows, columns, _ in matrices)
+        total += sum(8.0 * side * (rows + columns) for rows, columns in matrices)
     else:
-        total += sum(24.0 * (rows + columns) for rows, columns, _ in matrices)
+        total += sum(24.0 * (rows + columns) for rows, columns in matrices)
     if k.alignment == "one_sided":
         # the sketched side; then the gradient with the other side, before and after its preconditioner
-        total += sum(4.0 * k.one_sided_dim * (2 * rows + 2 * columns) for rows, columns, _ in matrices)
+        total += sum(4.0 * k.one_sided_dim * (2 * rows + 2 * columns) for rows, columns in matrices)
     if k.alignment == "direction":
-        total += sum(8.0 * rows * columns for rows, columns, _ in matrices)
+        total += sum(8.0 * rows * columns for rows, columns in matrices)
     if config.selection.preconditioner.form == "exact":
-        total += max((12.0 * rows * columns for rows, columns, _ in matrices), default=0.0)
+        total += max((12.0 * rows * columns for rows, columns in matrices), default=0.0)
     if config.optimizer.name == "muon" and config.selection.preconditioner.kind in ("auto", "muon"):
         # the frozen multipliers of the matrices that this rank owns, and the temporaries of one
-        total += sum(4.0 * min(r, c) ** 2 for r, c, _ in matrices) / layout.dp
-        total += max((16.0 * min(r, c) ** 2 + 8.0 * r * c for r, c, _ in matrices), default=0.0)
+        total += sum(4.0 * min(r, c) ** 2 for r, c in matrices) / layout.dp
+        total += max((16.0 * min(r, c) ** 2 + 8.0 * r * c for r, c in matrices), default=0.0)
     return total
 
 
-def _scoring(config: RunConfig, layout: Layout) -> float:
-    """Bytes of one scoring micro-batch and of the features of all candidates."""
+def _scoring(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> float:
+    """Count the bytes of one scoring micro-batch and of the features of all candidates."""
     s, k = config.selection, config.selection.sketch
     length = min(s.score_length, config.data.seq_length)
     share = -(-config.buffer_size // layout.dp)
     if s.strategy not in GHOST:  # at most losses: one layer's activations and the logits
         batch = min(s.score_micro_batch_size or share, share) if s.strategy in PERPLEXITY else 0
-        return _forward(config, layout, batch, length, frozen=True) - _saved(config, layout, batch * length)
+        return _forward(config, model, layout, batch, length, frozen=True) - _saved(config, layout, batch * length)
     largest = max(share, -(-s.proxy_batch_size // layout.dp))
     batch = min(s.score_micro_batch_size or largest, largest)
-    matrices = scored_matrices(config, layout)
+    matrices = [model.local_shape(x.name) for x in model.scored(s)]
     e = 2 if config.training.precision == "bf16" else 4
     with_features = k.alignment == "features" or s.redundancy.scale != "off"
     held = factors = 0.0
@@ -255,9 +250,9 @@ def _scoring(config: RunConfig, layout: Layout) -> float:
             factors += e * batch * length * len(matrices) * side
         else:
             # the inputs themselves are kept until their gradient comes
-            factors += e * batch * length * sum(columns for _, columns, _ in matrices) + 2 * 64 * 2**20
+            factors += e * batch * length * sum(columns for _, columns in matrices) + 2 * 64 * 2**20
     if k.alignment == "one_sided":
         factors += e * batch * length * len(matrices) * k.one_sided_dim
     if k.alignment == "direction":
-        factors += e * batch * length * sum(columns for _, columns, _ in matrices)
-    return held + factors + _forward(config, layout, batch, length, frozen=True)
+        factors += e * batch * length * sum(columns for _, columns in matrices)
+    return held + factors + _forward(config, model, layout, batch, length, frozen=True)

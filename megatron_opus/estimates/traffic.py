@@ -1,4 +1,4 @@
-"""What scoring sends in one step, by arithmetic on the recipe: the payload that one rank hands to collectives.
+"""Estimate what scoring sends in one step, by arithmetic on the recipe: the payload one rank hands to collectives.
 
 N candidates, n = N / DP and p = K_p / DP on a rank, R scored matrices [O_r, I_r], O_r and I_r cut by TP where tensor
 parallelism cuts them, m the sketch dimension, F = R m features (scope `model`: m), s the one-sided dimension, T scored
@@ -25,42 +25,49 @@ from __future__ import annotations
 import math
 
 from megatron_opus.config import RunConfig
-from megatron_opus.layout.scored import Layout, scored_matrices
+from megatron_opus.layout.model_layout import ParameterLayout, recipe_layout
+from megatron_opus.layout.parallel_layout import ParallelLayout
 from megatron_opus.selection.sketch import two_sided_shape
 
 
-def scoring_traffic(config: RunConfig, layout: Layout) -> dict[str, float]:
-    """Bytes per step and rank of each line above, at the step after a refresh. Groups of one process send nothing."""
+def scoring_traffic(config: RunConfig, layout: ParallelLayout) -> dict[str, float]:
+    """Give the bytes per step and rank of each line above, at the step after a refresh.
+
+    Groups of one process send nothing.
+    """
     s, k = config.selection, config.selection.sketch
     tp, dp = layout.tp, layout.dp
     over_tp, over_dp = (1.0 if size > 1 else 0.0 for size in (tp, dp))
     together = 1.0 if s.scope == "global" else 0.0
-    matrices = scored_matrices(config, layout)
+    model = recipe_layout(config, tp)
+    scored = model.scored(s)
+    # whole matrix, and the rows and columns that this rank holds of it
+    local = [model.local_shape(x.name) for x in scored]
+    matrices = [(x, rows, columns) for x, (rows, columns) in zip(scored, local, strict=True)]
     n, p = config.buffer_size / dp, math.ceil(s.proxy_batch_size / dp)
     sharded = over_dp if layout.zero_stage > 0 else 0.0
-    features = k.dim if k.scope == "model" else sum(_dim(config, tp, x) for x in matrices)
+    features = k.dim if k.scope == "model" else sum(_dim(config, x) for x in scored)
     wanted = k.alignment == "features" or s.redundancy.scale != "off"
     redundancy = 1.0 if s.redundancy.scale != "off" else 0.0
-    total = sum(rows * columns for rows, columns, _ in matrices)
+    total = sum(rows * columns for _, rows, columns in matrices)
     sent = dict.fromkeys(("second moments", "Muon", "proxy", "candidates", "scores", "agreement", "tokens"), 0.0)
     geometry = config.optimizer.name if s.preconditioner.kind == "auto" else s.preconditioner.kind
     if geometry == "adamw" and s.preconditioner.form == "exact":
         times = (k.alignment == "direction") + (wanted and k.operator == "materialise")
         sent["second moments"] = 4.0 * total * sharded * times
     elif geometry == "adamw":
-        whole = sum(r * (1 if cut else tp) + c * (tp if cut else 1) for r, c, cut in matrices)
-        sent["second moments"] = 8.0 * whole * (over_tp + sharded)
+        sent["second moments"] = 8.0 * sum(sum(x.shape) for x in scored) * (over_tp + sharded)
     elif geometry == "muon":
-        for rows, columns, cut in matrices:
-            side = "cols" if rows > columns else "rows"
-            width = _multiplied(config, tp, (rows, columns, cut), side, wanted)
+        for x, rows, columns in matrices:
+            width = _multiplied(config, x, rows, columns, wanted)
             sent["Muon"] += (8.0 + 4.0 * min(rows, columns) * width) * over_dp
             sent["Muon"] += 4.0 * rows * columns * (over_dp if layout.zero_stage == 3 else 0.0)
     if k.alignment == "features":
         sent["proxy"] = 4.0 * features * (over_tp + over_dp)
     elif k.alignment == "one_sided":
-        sent["proxy"] = sum(4.0 * min(k.one_sided_dim, r if cut else c) * (c if cut else r) for r, c, cut in matrices)
-        sent["proxy"] *= over_dp
+        for x, rows, columns in matrices:
+            whole, cut = (rows, columns) if x.cut == "columns" else (columns, rows)
+            sent["proxy"] += 4.0 * min(k.one_sided_dim, whole) * cut * over_dp
     else:
         sent["proxy"] = 4.0 * total * over_dp
     sent["proxy"] += 4.0 * over_dp
@@ -72,56 +79,50 @@ def scoring_traffic(config: RunConfig, layout: Layout) -> dict[str, float]:
     if config.parallel.sequence_parallel and tp > 1:
         e = 2 if config.training.precision == "bf16" else 4
         tokens = min(s.score_length, config.data.seq_length) * s.score_windows
-        for x in matrices:
-            candidate, proxy = _gathered_widths(config, tp, x, wanted, geometry)
+        for x, rows, columns in matrices:
+            candidate, proxy = _gathered_widths(config, x, rows, columns, wanted, geometry)
             sent["tokens"] += e * tokens / tp * (n * candidate + p * proxy)
     return sent
 
 
-def _whole(tp: int, matrix: tuple[int, int, bool]) -> tuple[int, int]:
-    rows, columns, cut = matrix
-    return rows * (1 if cut else tp), columns * (tp if cut else 1)
-
-
-def _dim(config: RunConfig, tp: int, matrix: tuple[int, int, bool]) -> int:
+def _dim(config: RunConfig, matrix: ParameterLayout) -> int:
     k = config.selection.sketch
-    return math.prod(two_sided_shape(k.dim, *_whole(tp, matrix))) if k.operator == "two_sided" else k.dim
+    return math.prod(two_sided_shape(k.dim, *matrix.shape)) if k.operator == "two_sided" else k.dim
 
 
-def _widths(config: RunConfig, tp: int, matrix: tuple[int, int, bool]) -> tuple[int, int]:
-    """Columns of the projected b and a of the feature operator; 0: the raw factor."""
+def _widths(config: RunConfig, matrix: ParameterLayout) -> tuple[int, int]:
+    """Give the columns of the projected b and a of the feature operator; 0: the raw factor."""
     k = config.selection.sketch
     if k.operator not in ("two_sided", "two_stage"):
         return 0, 0
-    return two_sided_shape(k.dim if k.operator == "two_sided" else k.intermediate_dim, *_whole(tp, matrix))
+    return two_sided_shape(k.dim if k.operator == "two_sided" else k.intermediate_dim, *matrix.shape)
 
 
-def _multiplied(config: RunConfig, tp: int, matrix: tuple[int, int, bool], side: str, wanted: bool) -> int:
-    """Columns of everything that Muon's multiplier of one matrix is applied to."""
-    rows, columns, cut = matrix
-    k, size = config.selection.sketch, rows if side == "rows" else columns
+def _multiplied(config: RunConfig, matrix: ParameterLayout, rows: int, columns: int, wanted: bool) -> int:
+    """Count the columns of everything that Muon's multiplier of one matrix is applied to, on its smaller local side."""
+    k, side = config.selection.sketch, 1 if rows > columns else 0
     width = 0
     if wanted:
-        width += _widths(config, tp, matrix)[0 if side == "rows" else 1] or size
+        width += _widths(config, matrix)[side] or min(rows, columns)
     if k.alignment == "one_sided":
-        width += min(k.one_sided_dim, _whole(tp, matrix)[0 if cut else 1])
+        width += min(k.one_sided_dim, matrix.shape[0 if matrix.cut == "columns" else 1])
     if k.alignment == "direction":
-        width += columns if side == "rows" else rows
+        width += max(rows, columns)
     return width
 
 
 def _gathered_widths(
-    config: RunConfig, tp: int, matrix: tuple[int, int, bool], wanted: bool, geometry: str
+    config: RunConfig, matrix: ParameterLayout, rows: int, columns: int, wanted: bool, geometry: str
 ) -> tuple[int, int]:
-    """Columns per token that are gathered of the scattered factor, for a candidate and for a proxy sequence.
+    """Count the columns per token that are gathered of the scattered factor, for a candidate and a proxy sequence.
 
     The scattered side is the one that tensor parallelism leaves whole: a of a column-parallel matrix.
     """
-    rows, columns, cut = matrix
-    k, whole = config.selection.sketch, rows if cut else columns
-    operator = _widths(config, tp, matrix)[0 if cut else 1] or whole
+    side = 0 if matrix.cut == "columns" else 1
+    k, whole = config.selection.sketch, (rows, columns)[side]
+    operator = _widths(config, matrix)[side] or whole
     # the multiplier stands on this side, and is the rank's own: the factor itself is gathered, for every part
-    raw = geometry == "muon" and ("cols" if rows > columns else "rows") == ("rows" if cut else "cols")
+    raw = geometry == "muon" and side == (1 if rows > columns else 0)
     one_sided = min(k.one_sided_dim, whole)
     candidate = (whole if raw else operator) if wanted else 0
     if k.alignment == "one_sided":

@@ -17,11 +17,11 @@ from megatron_opus.backends.formats import indexed
 from megatron_opus.config import DataConfig, RunConfig
 from megatron_opus.data.benchmarks.items import PAPER, canonical_name, digest, load_benchmark
 from megatron_opus.data.corpus import Corpus
-from megatron_opus.data.files import write_json
 from megatron_opus.evaluation import harness
 from megatron_opus.evaluation.exports import Exported, export
 from megatron_opus.evaluation.perplexity import domain_perplexity
 from megatron_opus.evaluation.prompts import EvaluationError, Question, questions
+from megatron_opus.files import write_json
 from megatron_opus.runs.data import open_corpus
 from megatron_opus.runs.metrics import read_metrics
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.config import RunConfig
-from megatron_opus.data.files import locked
 from megatron_opus.data.tokenizers.hf_export import TOKENIZER_FILE
 from megatron_opus.evaluation.prompts import EvaluationError
+from megatron_opus.files import locked
 from megatron_opus.runs import checkpoints
 from megatron_opus.weights.convert import ORIGIN, opus_to_hf
 from megatron_opus.weights.sources import checkpoint_config

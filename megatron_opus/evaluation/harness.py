@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opus.data.files import atomic_file
 from megatron_opus.evaluation.prompts import EvaluationError, Question
+from megatron_opus.files import atomic_file, write_text
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
 FEWSHOT_SEED = 1234  # lm-eval's own
@@ -156,8 +156,7 @@ def write_task(
                 raise EvaluationError(f"{name}: {num_fewshot} examples asked for, {len(shown)} in the --fewshot file")
             files["fewshot"] = _write_docs(directory / f"{task}.fewshot.jsonl", shown)
             config["fewshot_split"] = "fewshot"
-        with atomic_file(directory / f"{task}.yaml") as stream:
-            stream.write(yaml.safe_dump(config, sort_keys=False).encode())
+        write_text(directory / f"{task}.yaml", yaml.safe_dump(config, sort_keys=False))
         tasks.append(config)
     return tasks
 

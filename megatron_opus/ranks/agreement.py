@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_opus import __version__
 from megatron_opus.errors import CheckpointError, Refusal
+from megatron_opus.nested import flatten
 
 T = TypeVar("T")
 ABSENT = "absent"
@@ -51,7 +52,7 @@ def check_agreement(facts: Mapping[str, Any], *, peers: str = "") -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    mine = dict(_flat("", facts))
+    mine = flatten(facts)
     digest = hashlib.sha256(repr(sorted((k, repr(v)) for k, v in mine.items())).encode()).hexdigest()
     digests = _gather((peers, digest))
     reference: dict[str, int] = {}
@@ -175,14 +176,16 @@ def environment() -> dict[str, Any]:
     return facts
 
 
-def weight_digests(model: torch.nn.Module, sharded: Callable[[str], bool]) -> tuple[dict[str, str], dict[str, str]]:
+def weight_digests(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], sharded: Callable[[str], bool]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Parameter name -> digest of its bytes: those that every rank holds alike, and those for which `sharded(name)`.
 
     About a second for each GB: every byte counts, since a sum would not see two numbers that have changed places.
     """
     alike: dict[str, str] = {}
     cut: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         values = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         (cut if sharded(name) else alike)[name] = hashlib.blake2b(values.data, digest_size=8).hexdigest()
     return alike, cut
@@ -192,13 +195,6 @@ def _gather(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
-
-
-def _flat(prefix: str, node: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    leaves = []
-    for key, value in node.items():
-        leaves += _flat(f"{prefix}{key}.", value) if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return leaves
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -132,7 +132,7 @@ def scan(directory: Path, bins: int = BINS, most_sequences: int = MAX_SEQUENCES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
+class _LedgerRows:
     step: np.ndarray
     ids: np.ndarray
     domain: np.ndarray  # int32, numbers of names
@@ -140,14 +140,14 @@ class _Rows:
     selected: np.ndarray
     excluded: np.ndarray  # int32, numbers of reasons; -1: it could be drawn
 
-    def slice(self, start: int, stop: int | None = None) -> _Rows:
-        return _Rows(**{name: getattr(self, name)[start:stop] for name in self.__dataclass_fields__})
+    def slice(self, start: int, stop: int | None = None) -> _LedgerRows:
+        return _LedgerRows(**{name: getattr(self, name)[start:stop] for name in self.__dataclass_fields__})
 
-    def after(self, step: int) -> _Rows:
+    def after(self, step: int) -> _LedgerRows:
         return self.slice(int(np.searchsorted(self.step, step, side="right")))
 
 
-def _whole_steps(path: Path, names: dict[str, int], reasons: dict[str, int]) -> Iterator[_Rows]:
+def _whole_steps(path: Path, names: dict[str, int], reasons: dict[str, int]) -> Iterator[_LedgerRows]:
     """Rows in batches that never cut a step; words are numbered in the order in which they are met.
 
     Raises ValueError for a part without a column that is needed.
@@ -157,7 +157,7 @@ def _whole_steps(path: Path, names: dict[str, int], reasons: dict[str, int]) -> 
     if missing := [name for name in NEEDED if name not in there]:
         raise ValueError(f"expected the columns {', '.join(NEEDED)}, it lacks {', '.join(missing)}")
     columns = [*NEEDED, *(["excluded"] if "excluded" in there else [])]
-    carried: list[_Rows] = []
+    carried: list[_LedgerRows] = []
     for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
         rows = _rows(batch, names, reasons)
         if (np.diff(rows.step) < 0).any():
@@ -171,14 +171,14 @@ def _whole_steps(path: Path, names: dict[str, int], reasons: dict[str, int]) -> 
         yield _joined(carried)
 
 
-def _rows(batch: pa.RecordBatch, names: dict[str, int], reasons: dict[str, int]) -> _Rows:
+def _rows(batch: pa.RecordBatch, names: dict[str, int], reasons: dict[str, int]) -> _LedgerRows:
     def numbered(column: str, known: dict[str, int]) -> np.ndarray:
         values = batch[column]
         table = [known.setdefault(word, len(known)) for word in values.dictionary.to_pylist()]
         codes = values.indices.fill_null(len(table)).to_numpy(zero_copy_only=False)
         return np.array([*table, -1], dtype=np.int32)[codes]
 
-    return _Rows(
+    return _LedgerRows(
         step=batch["step"].to_numpy(),
         ids=batch["sample_id"].to_numpy(),
         domain=numbered("domain", names),
@@ -190,8 +190,8 @@ def _rows(batch: pa.RecordBatch, names: dict[str, int], reasons: dict[str, int])
     )
 
 
-def _joined(pieces: Sequence[_Rows]) -> _Rows:
-    return _Rows(**{n: np.concatenate([getattr(p, n) for p in pieces]) for n in _Rows.__dataclass_fields__})
+def _joined(pieces: Sequence[_LedgerRows]) -> _LedgerRows:
+    return _LedgerRows(**{n: np.concatenate([getattr(p, n) for p in pieces]) for n in _LedgerRows.__dataclass_fields__})
 
 
 def standardise(step: np.ndarray, utility: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ class _Scan:
         self._values = [_Values(), _Values()]  # not chosen, chosen
         self._thinned = False
 
-    def add(self, rows: _Rows) -> None:
+    def add(self, rows: _LedgerRows) -> None:
         if not len(rows.step):
             return
         self.rows += len(rows.step)

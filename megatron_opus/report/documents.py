@@ -117,7 +117,7 @@ def _open(record: RunRecord, directory: Path) -> Corpus:
         warnings.simplefilter("ignore")  # megatron.core warns of GPU libraries that token files do not need
         from megatron_opus.backends.formats import indexed
         from megatron_opus.data.corpus import Corpus
-    config: DataConfig = schema.build(DataConfig, record.setting("data"), "data")
+    config: DataConfig = schema.build(DataConfig, record.setting("data"))
     return Corpus.open(directory, config, indexed.open_documents)
 
 

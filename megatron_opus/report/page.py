@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_opus.data.files import atomic_file
+from megatron_opus.files import write_text
 from megatron_opus.report import documents, tables
 from megatron_opus.report.decisions import scan
 from megatron_opus.report.record import LEDGER, ReportError, RunRecord, read_records
-from megatron_opus.report.sections import Section, compose
+from megatron_opus.report.sections import PageSection, compose
 from megatron_opus.style import COLOURS
 
 GENERATOR = "megatron_opus report"
@@ -32,21 +32,20 @@ def write_report(runs: Sequence[Path], output: Path, *, data: Path | None = None
     _check_output(output)
     records, sections = collect(runs, data=data, command=command)
     content = render(records, sections)
-    with atomic_file(output) as stream:
-        stream.write(content.encode("utf-8", errors="replace"))
+    write_text(output, content)
     return notes(sections)
 
 
 def collect(
     runs: Sequence[Path], *, data: Path | None = None, command: str = ""
-) -> tuple[list[RunRecord], list[Section]]:
+) -> tuple[list[RunRecord], list[PageSection]]:
     """Everything that `write_report` shows, nothing drawn yet. Raises ReportError."""
     records = read_records(runs)
     decisions = [scan(r.directory / LEDGER) for r in records]
     return records, compose(records, decisions, [documents.find(r, data) for r in records], command)
 
 
-def notes(sections: Sequence[Section]) -> list[str]:
+def notes(sections: Sequence[PageSection]) -> list[str]:
     return [f"{run}: {line}" for section in sections for run, lines in section.notes for line in lines]
 
 
@@ -65,7 +64,7 @@ def _check_output(output: Path) -> None:
 # --- rendering ------------------------------------------------------------------------------------------------------
 
 
-def render(records: Sequence[RunRecord], sections: Sequence[Section]) -> str:
+def render(records: Sequence[RunRecord], sections: Sequence[PageSection]) -> str:
     """The whole file. The same input gives the same text. Raises ReportError without jinja2."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opus.config import schema
+from megatron_opus.config import ConfigError, read_yaml
 from megatron_opus.errors import Refusal
+from megatron_opus.nested import flatten, lookup
 from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
 from megatron_opus.style import MOST_LINES
 
@@ -51,12 +52,7 @@ class RunRecord:
 
     def setting(self, key: str, default: Any = None) -> Any:
         """The value at a dotted key, or `default` where config.yaml has none."""
-        node: Any = self.settings
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return default
-            node = node[part]
-        return node
+        return lookup(self.settings, key, default)
 
     @property
     def strategy(self) -> str:
@@ -181,7 +177,7 @@ class _Rows:
         self.geometries[self._geometry[-1]] += 1
         if isinstance(row.get("validation_loss"), Mapping) and row["validation_loss"]:
             self.evaluated.append(len(self.steps) - 1)
-        for name, value in _numbers(row, ""):
+        for name, value in _numbers(row):
             column = self.columns.setdefault(name, array("d"))
             column.extend([math.nan] * (len(self.steps) - 1 - len(column)))
             column.append(value)
@@ -198,22 +194,20 @@ class _Rows:
         self.superseded += 1
 
 
-def _numbers(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    found = []
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{key}/")
-        elif value is None or isinstance(value, int | float):
-            found.append((f"{prefix}{key}", math.nan if value is None else float(value)))
-    return found
+def _numbers(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return [
+        (name, math.nan if value is None else float(value))
+        for name, value in flatten(row, "/").items()
+        if value is None or isinstance(value, int | float)
+    ]
 
 
 def _settings(directory: Path, notes: list[str]) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).exists():
         return {}
     try:
-        return schema.read_yaml(directory / CONFIG_FILE)
-    except (schema.ConfigError, OSError, UnicodeDecodeError) as error:
+        return read_yaml(directory / CONFIG_FILE)
+    except ConfigError as error:
         notes.append(f"{CONFIG_FILE} cannot be read, so no settings are shown: {error}")
         return {}
 

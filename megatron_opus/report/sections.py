@@ -41,7 +41,7 @@ class Documents:
 
 
 @dataclass(kw_only=True)
-class Section:
+class PageSection:
     id: str
     title: str
     text: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ def compose(
     decisions: Sequence[Decisions | None],
     sources: Sequence[Source],
     command: str,
-) -> list[Section]:
+) -> list[PageSection]:
     """All sections of the page, in order; those without content say why or are left out."""
     counts = [tables.degradations(r, d) for r, d in zip(records, decisions, strict=True)]
     goal = tables.goal(records, sources)
@@ -72,7 +72,7 @@ def compose(
         _overhead(records),
         _documents(records, decisions, sources),
         _benchmarks(records),
-        Section(
+        PageSection(
             id="degraded",
             title="What degraded",
             text=[] if any(sum(c.values()) for c in counts) else ["Nothing: every count is zero."],
@@ -89,8 +89,8 @@ def _summary(
     sources: Sequence[Source],
     goal: tables.Goal | None,
     counts: Sequence[dict[str, int]],
-) -> Section:
-    section = Section(id="summary", title="Summary")
+) -> PageSection:
+    section = PageSection(id="summary", title="Summary")
     for record, found, source in zip(records, decisions, sources, strict=True):
         lines = [*record.notes, *source.notes, *_ledger_notes(record, found)]
         if lines:
@@ -124,16 +124,16 @@ def _ledger_notes(record: RunRecord, found: Decisions | None) -> list[str]:
     return lines
 
 
-def _settings(records: Sequence[RunRecord]) -> Section | None:
+def _settings(records: Sequence[RunRecord]) -> PageSection | None:
     if len(records) < 2:
         return None
     table = tables.differing_settings(records)
     text = [] if table.rows else ["None: the runs have the same settings."]
-    return Section(id="settings", title="Settings that differ", text=text, tables=[table] if table.rows else [])
+    return PageSection(id="settings", title="Settings that differ", text=text, tables=[table] if table.rows else [])
 
 
-def _losses(records: Sequence[RunRecord], targets: Sequence[str]) -> Section:
-    section = Section(id="loss", title="Loss")
+def _losses(records: Sequence[RunRecord], targets: Sequence[str]) -> PageSection:
+    section = PageSection(id="loss", title="Loss")
     clock = "Seconds of the steps, scoring included; evaluation, checkpoints and pauses are left out."
     section.groups = [
         Group(title="Validation, at equal update tokens", panels=panels.validation(records, targets, by_clock=False)),
@@ -151,8 +151,8 @@ def _losses(records: Sequence[RunRecord], targets: Sequence[str]) -> Section:
     return _with_panels(section, "No losses have been recorded.")
 
 
-def _domains(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> Section:
-    section = Section(id="domains", title="Domain mix")
+def _domains(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> PageSection:
+    section = PageSection(id="domains", title="Domain mix")
     mix = panels.domain_mix(records, decisions)
     text = (
         "Line: share of the sequences that were chosen; dotted: of those that were offered. Means over bins of steps."
@@ -163,8 +163,8 @@ def _domains(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]
     return _with_panels(section, "No shares of domains have been recorded.")
 
 
-def _utility(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> Section:
-    section = Section(id="utility", title="Utility")
+def _utility(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]) -> PageSection:
+    section = PageSection(id="utility", title="Utility")
     without = [r.label for r, d in zip(records, decisions, strict=True) if d is not None and not d.has_utility]
     if without:
         section.text.append(f"No utilities, by the strategy: {', '.join(without)}.")
@@ -179,8 +179,8 @@ def _utility(records: Sequence[RunRecord], decisions: Sequence[Decisions | None]
     return _with_panels(section, "" if without else "No utilities have been recorded.")
 
 
-def _draw(records: Sequence[RunRecord]) -> Section:
-    section = Section(id="draw", title="Draw and redundancy")
+def _draw(records: Sequence[RunRecord]) -> PageSection:
+    section = PageSection(id="draw", title="Draw and redundancy")
     section.groups = [
         Group(
             text="Entropy 1: the first draw of a step is uniform; 0: one candidate takes all. Lines are means over "
@@ -191,8 +191,8 @@ def _draw(records: Sequence[RunRecord]) -> Section:
     return _with_panels(section, "These strategies do not draw by utility.")
 
 
-def _overhead(records: Sequence[RunRecord]) -> Section:
-    section = Section(id="overhead", title="Overhead")
+def _overhead(records: Sequence[RunRecord]) -> PageSection:
+    section = PageSection(id="overhead", title="Overhead")
     measured = any(r.column("choose_seconds") is not None for r in records)
     parts = "strong colour: scoring; grey: everything else"
     if measured:
@@ -222,8 +222,8 @@ def _without_zeros(records: Sequence[RunRecord]) -> Sequence[RunRecord]:
 
 def _documents(
     records: Sequence[RunRecord], decisions: Sequence[Decisions | None], sources: Sequence[Source]
-) -> Section:
-    section = Section(
+) -> PageSection:
+    section = PageSection(
         id="documents",
         title="Most and least chosen",
         text=[
@@ -266,8 +266,8 @@ def _ends(run: int, record: RunRecord, found: Decisions, source: Source) -> Docu
     )
 
 
-def _benchmarks(records: Sequence[RunRecord]) -> Section:
-    section = Section(id="benchmarks", title="Benchmarks", tables=tables.benchmarks(records))
+def _benchmarks(records: Sequence[RunRecord]) -> PageSection:
+    section = PageSection(id="benchmarks", title="Benchmarks", tables=tables.benchmarks(records))
     without = [r.label for r in records if r.evaluation is None]
     if without:
         section.text.append(f"No {EVALUATION_FILE}: {', '.join(without)}.")
@@ -276,10 +276,10 @@ def _benchmarks(records: Sequence[RunRecord]) -> Section:
     return section
 
 
-def _environment(records: Sequence[RunRecord], command: str) -> Section:
+def _environment(records: Sequence[RunRecord], command: str) -> PageSection:
     markers = [documents.newest_marker(r.directory) for r in records]
     table = tables.environment(records, markers)
-    section = Section(id="environment", title="Settings and environment", tables=[table] if table.rows else [])
+    section = PageSection(id="environment", title="Settings and environment", tables=[table] if table.rows else [])
     without = [r.label for r, marker in zip(records, markers, strict=True) if marker is None]
     if without:
         section.text.append(f"No checkpoint that says which versions wrote it: {', '.join(without)}.")
@@ -293,7 +293,7 @@ def _environment(records: Sequence[RunRecord], command: str) -> Section:
     return section
 
 
-def _with_panels(section: Section, otherwise: str) -> Section:
+def _with_panels(section: PageSection, otherwise: str) -> PageSection:
     section.groups = [group for group in section.groups if group.panels]
     if not section.groups and otherwise:
         section.text.append(otherwise)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_opus.nested import flatten
 from megatron_opus.report.decisions import Decisions
 from megatron_opus.report.documents import Source
 from megatron_opus.report.panels import buffer_size, validation_domains
@@ -184,15 +185,9 @@ def _final_of(record: RunRecord, domain: str) -> float | None:
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted key -> value as text."""
-    found: dict[str, str] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = _plain(value)
-    return found
+def flat(node: Mapping[str, Any]) -> dict[str, str]:
+    """Return dotted key -> value as text."""
+    return {key: _plain(value) for key, value in flatten(node).items()}
 
 
 def _plain(value: Any) -> str:

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_opus.config import RunConfig, to_dict
+from megatron_opus.config import RunConfig, to_dict, without_removed
 from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.errors import CheckpointError
+from megatron_opus.nested import flatten
 
 MARKER = "complete.json"
 DELETING = "deleting.json"  # a marker withdrawn: what is left of the directory may go
@@ -167,16 +168,7 @@ def _versions() -> dict[str, str]:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys that must be equal; an open schedule length is that of the run."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Mapping[str, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                walk(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    walk("", config)
+    flat = flatten(without_removed(config))
     if flat["optimizer.lr_decay_steps"] is None:
         flat["optimizer.lr_decay_steps"] = flat["training.train_steps"]
     # a checkpoint makes the next step read the preconditioner anew: with a longer refresh, when matters

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_opus.data.files import PARTIAL, atomic_file
 from megatron_opus.errors import Refusal
+from megatron_opus.files import PARTIAL, atomic_file
 from megatron_opus.types import Candidates, Selection, Signals
 
 SCHEMA = pa.schema(

@@ -49,10 +49,13 @@ class Sums:
     one sketch, with independent hashes). Three matrices of 8192 give F = 24576 or 8192.
     """
 
-    def __init__(self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True) -> None:
+    def __init__(
+        self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True, width: int = 0
+    ) -> None:
+        """`width` is at least the F of scope `model`: other pipeline stages may have larger matrices."""
         self.offsets = [sum(dims[:i]) if scope == "layer" else 0 for i in range(len(dims))]
         self.dims = list(dims)
-        total = (sum(dims) if scope == "layer" else max(dims)) if features else 0
+        total = (sum(dims) if scope == "layer" else max([width, *dims])) if features else 0
         self.phi = torch.zeros(n, total, dtype=torch.float32, device=device)
         self.psi = torch.zeros(total, dtype=torch.float32, device=device)
         self.align = torch.zeros(n, dtype=torch.float64, device=device)
@@ -60,6 +63,9 @@ class Sums:
 
     def columns(self, matrix: int) -> slice:
         return slice(self.offsets[matrix], self.offsets[matrix] + self.dims[matrix])
+
+    def all_columns(self) -> list[slice]:
+        return [self.columns(i) for i in range(len(self.dims))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +87,12 @@ class Capture:
         reading: Reading,
         preconditioners: Preconditioners,
         sums: Sums,
-        layer_weights: Sequence[float],
         groups: Groups,
         traffic: Traffic,
     ) -> None:
         self.leaves: list[Tensor] = []
         self._layers, self._matrix_of, self._reading = layers, matrix_of, reading
-        self._preconditioners, self._sums, self._layer_weights = preconditioners, sums, layer_weights
+        self._preconditioners, self._sums = preconditioners, sums
         self._groups, self._traffic = groups, traffic
         self._forward_calls = [0] * len(layers)
         self._backward_calls = [0] * len(layers)
@@ -208,7 +213,6 @@ class Capture:
 
     def _reduce(self, index: int, part: Part, kept: Tensor, projected: Tensor) -> None:
         matrix, sums = self._matrix_of[index], self._sums
-        weight = self._layer_weights[matrix]
         if part.gradient:
             # a sum over all tokens, in whatever order they lie: transposed back, nothing is copied
             order = (1, 0) if self._layers[index].sequence_first else (0, 1)
@@ -219,7 +223,7 @@ class Capture:
             # the proxy gradient is a sum over sequences: one long sequence of all their tokens
             assert part.operator is not None
             one = (x.reshape(1, -1, x.shape[-1]) for x in (kept, projected))
-            sums.psi[sums.columns(matrix)].add_(part.operator.features(*one)[0], alpha=weight**0.5)
+            sums.psi[sums.columns(matrix)].add_(part.operator.features(*one)[0])
             return
         rows = slice(self._reading.first, self._reading.first + len(kept))
         kappa = self._preconditioners.kappa(matrix)
@@ -227,11 +231,11 @@ class Capture:
         if part.operator is not None:
             multiplier = self._preconditioners.multiplier(matrix)
             phi = part.operator.features(kept[..., :a], projected[..., :b], multiplier)
-            sums.phi[rows, sums.columns(matrix)].add_(phi, alpha=kappa * weight**0.5)
+            sums.phi[rows, sums.columns(matrix)].add_(phi, alpha=kappa)
         if part.aligned:
             # sum over tokens and columns in float32, over layers in float64
             dots = torch.linalg.vecdot(kept[..., a:].float(), projected[..., b:].float()).sum(1)
-            sums.align[rows].add_(dots, alpha=kappa * weight)
+            sums.align[rows].add_(dots, alpha=kappa)
 
     def _add_gradient(self, index: int, value: Tensor) -> None:
         matrix = self._matrix_of[index]

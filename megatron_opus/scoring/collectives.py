@@ -65,9 +65,9 @@ def all_gather(tensor: Tensor, group: ProcessGroup | None, traffic: Traffic, dim
     return torch.cat(parts, dim)
 
 
-def broadcast(tensor: Tensor, group: ProcessGroup | None, traffic: Traffic) -> Tensor:
-    """In-place copy of the group's first rank."""
+def broadcast(tensor: Tensor, group: ProcessGroup | None, traffic: Traffic, source: int = 0) -> Tensor:
+    """In-place copy of what rank `source` of the group has."""
     if group is not None:
-        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+        dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
         traffic.count(tensor)
     return tensor

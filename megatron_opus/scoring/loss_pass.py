@@ -43,17 +43,16 @@ class LossPass:
             candidates.rows(first, min(first + size, len(candidates))).to(self._device)
             for first in range(0, len(candidates), size)
         ]
-        parts = []
         with undisturbed(self._runner.chunks):
             token_losses = self._runner.losses(micros)
-        assert token_losses is not None
-        for micro, losses in zip(micros, token_losses, strict=True):
-            counts = micro.loss_mask != 0
-            total = torch.where(counts, losses * micro.loss_mask, 0.0).sum(1)
-            parts.append(total / micro.loss_mask.sum(1))  # no token that counts: NaN
+        own = torch.zeros(len(candidates), dtype=torch.float32, device=self._device)
+        for i, (micro, losses) in enumerate(zip(micros, token_losses or (), strict=token_losses is not None)):
+            total = torch.where(micro.loss_mask != 0, losses * micro.loss_mask, 0.0).sum(1)
+            own[i * size : (i + 1) * size] = total / micro.loss_mask.sum(1)  # no token that counts: NaN
         groups, traffic = self._groups, self.traffic
+        broadcast(own, groups.pp, traffic, source=groups.pp_size - 1)  # the other pipeline stages compute no loss
         over = groups.dp if self._config.scope == "global" else None
-        gathered = all_gather(torch.cat(parts), over, traffic)
+        gathered = all_gather(own, over, traffic)
         broadcast(broadcast(gathered, over, traffic), groups.tp, traffic)
         loss = gathered.double().cpu()
         return Signals(

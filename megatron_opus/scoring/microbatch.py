@@ -53,7 +53,7 @@ class CapturedMicrobatch:
                 f"{list(token_losses.shape)}; the loss function must not average"
             )
         means = (token_losses * mask).sum(1) / self._tokens
-        if not self.leaves:
+        if not token_losses.requires_grad:  # a later stage has no leaf of its own, but an input that is one
             raise CaptureError(
                 "the forward pass reached no scored layer; hooks do not fire inside compiled modules: score the "
                 "uncompiled model"

@@ -47,10 +47,10 @@ class _Muon:
 
 
 class Preconditioners:
-    """Keep the preconditioners of all matrices for the coming step.
+    """Read the optimizer state that the ranks of `groups.state` hold between them, and apply P with it.
 
-    All ranks of the tensor- and data-parallel groups must call `refresh` together, and all ranks of the data-parallel
-    group `compose` and `multiplier`.
+    All ranks of the tensor-parallel and the state group must call `refresh` together, and all ranks of the state group
+    `compose` and `multiplier`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Preconditioners:
     def compose(self, requests: Sequence[tuple[int, Side, Projection]]) -> list[Projection]:
         """Return for each (matrix, side, sketch) the projection that applies this shard's side of P, then the sketch.
 
-        Under Muon one all-reduce over the data-parallel group serves all requests (in pieces when large).
+        Under Muon one all-reduce over the state group serves all requests (in pieces when large).
         """
         results: list[Projection] = []
         sent: list[Tensor] = []
@@ -138,7 +138,7 @@ class Preconditioners:
                 results.append(value)
             else:
                 results.append(sketch)
-        all_reduce_many(sent, self._groups.dp, self._traffic)
+        all_reduce_many(sent, self._groups.state, self._traffic)
         return results
 
     def multiplier(self, index: int) -> Tensor | None:
@@ -148,7 +148,7 @@ class Preconditioners:
             return None
         shard = self._assemble(index, self._state.second_moment(self._matrices[index].weight))
         if self._state.sharded_over_dp:
-            all_reduce(shard, self._groups.dp, self._traffic)
+            all_reduce(shard, self._groups.state, self._traffic)
         return exact_multiplier(shard, hyper)
 
     def invalidate(self) -> None:
@@ -180,7 +180,7 @@ class Preconditioners:
                 view[: x.d_out].index_add_(0, rows, row_sum.to(self._device))
                 view[x.d_out :].index_add_(0, cols, col_sum.to(self._device))
         if self._state.sharded_over_dp:
-            all_reduce(sums, self._groups.dp, self._traffic)
+            all_reduce(sums, self._groups.state, self._traffic)
         all_reduce(sums, self._groups.tp, self._traffic)
         for (i, x, hyper), view in zip(adam, views, strict=True):
             r, c = separable_factors(view[: x.d_out], view[x.d_out :], hyper)
@@ -192,7 +192,7 @@ class Preconditioners:
             return
         fragments = [self._state.momentum(self._matrices[i].weight) for i in chosen]
         held = torch.tensor([sum(f.values.numel() for f in found) for found in fragments], device=self._device)
-        everywhere = all_gather(held[None], self._groups.dp, self._traffic).tolist()  # [dp][matrices]
+        everywhere = all_gather(held[None], self._groups.state, self._traffic).tolist()  # [dp][matrices]
         load = [0] * len(everywhere)
         for place, (i, found) in enumerate(zip(chosen, fragments, strict=True)):
             rows, cols = len(self._rows[i]), len(self._cols[i])
@@ -201,7 +201,7 @@ class Preconditioners:
             holders = [rank for rank, sizes in enumerate(everywhere) if sizes[place] == rows * cols]
             owner = min(holders or range(len(load)), key=lambda rank: load[rank])
             load[owner] += min(rows, cols) ** 2 * max(rows, cols)
-            muon = _Muon(side=muon_side(rows, cols), owner=owner == self._groups.dp_rank)
+            muon = _Muon(side=muon_side(rows, cols), owner=owner == self._groups.state_rank)
             momentum = self._assemble(i, found) if muon.owner or not holders else None
             if not holders:
                 if sum(sizes[place] for sizes in everywhere) != rows * cols:
@@ -210,8 +210,8 @@ class Preconditioners:
                         f"{rows * cols} numbers between them, found {[sizes[place] for sizes in everywhere]}"
                     )
                 assert momentum is not None
-                assert self._groups.dp is not None
-                dist.reduce(momentum, dist.get_global_rank(self._groups.dp, owner), group=self._groups.dp)
+                assert self._groups.state is not None
+                dist.reduce(momentum, dist.get_global_rank(self._groups.state, owner), group=self._groups.state)
                 self._traffic.count(momentum)
             if muon.owner:
                 assert momentum is not None

@@ -6,6 +6,7 @@ Under data parallelism every rank scores its own share of the candidates and of 
                 or, when the alignment is one_sided or direct, the gradients themselves: all-reduce over dp
     candidates  phi [n, F]: one all-reduce over tp
     align [n]   from phi and psi, or one all-reduce over tp; gathered over dp
+    stages      what lies on other pipeline stages is added up: stages.py
     inter       Gram of gather over dp (phi), n F numbers a rank; only when redundancy is on
 
 The proxy is read before the candidates, in micro-batches of its own.
@@ -29,6 +30,7 @@ from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, a
 from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
+from megatron_opus.scoring.stages import StageSums
 from megatron_opus.scoring.windows import window_starts
 from megatron_opus.selection import utility
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, OptimizerState, ScoredLayer, Signals
@@ -48,11 +50,6 @@ class ScoringPass:
         device: torch.device,
     ) -> None:
         """`runner` runs the model forward and backward; the pass itself does not know how the model is cut."""
-        if not layers:
-            raise ConfigError(
-                "no layer to score: expected tensor-parallel linear layers or nn.Linear with trainable weights in the "
-                "model, found none"
-            )
         self.traffic = Traffic()
         self.layers = list(layers)
         self._runner, self._config = runner, config
@@ -60,10 +57,11 @@ class ScoringPass:
         slots: dict[str, int] = {}
         self._matrix_of = [slots.setdefault(x.name, len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
-        power = {"none": 0.0, "inverse_sqrt": -0.5}[config.layer_weights]
-        self._layer_weights = [float(x.d_out * x.d_in) ** power for x in matrices]
         self._plan = Plan(matrices, config.sketch, device)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
+        self._dims = [operator.dim for operator in self._plan.operators]
+        shapes = [self._plan.gradient_shape(i) for i in range(len(matrices))]
+        self._stages = StageSums(list(slots), self._dims, shapes, config.sketch.scope, groups, self.traffic, device)
         self._psi: Tensor | None = None  # of the last proxy batch, averaged over it
         self._gradients: list[Tensor] | None = None
         self._proxy_age = 0
@@ -110,17 +108,19 @@ class ScoringPass:
         features = interaction or not direct
         if refreshed or self._parts is None or self._parts[0] != features:
             self._parts = (features, self._plan.candidates(self.preconditioners, self._gradients, features))
-        sums = self._sums(len(candidates), features)
-        losses = self._read(windows, self._parts[1], sums, candidate=True)
-        phi = all_reduce(sums.phi, groups.tp, traffic)
+        losses, sums = self._read(windows, self._parts[1], features, candidate=True)
+        phi = self._stages.features(all_reduce(sums.phi, groups.tp, traffic), sums.all_columns())
         if direct:
-            align = all_reduce(sums.align, groups.tp, traffic)
+            align = self._stages.total(all_reduce(sums.align, groups.tp, traffic))
         else:
             assert self._psi is not None
-            align = utility.alignment(phi, self._psi)
+            align = self._stages.from_features(utility.alignment(phi, self._psi))
+        losses = self._stages.of_last(losses)
         over = groups.dp if self._config.scope == "global" else None
         align, losses = (all_gather(x, over, traffic) for x in (align, losses))
-        inter = utility.interaction(all_gather(phi, over, traffic)) if interaction else None
+        inter = None
+        if interaction:
+            inter = self._stages.from_features(utility.interaction(all_gather(phi, over, traffic)))
         # ranks must draw from the same numbers to the last bit, whatever their kernels: the first rank's count
         for value in (align, losses, inter):
             if value is not None:
@@ -135,7 +135,7 @@ class ScoringPass:
             finite=finite.cpu(),
             seconds=time.perf_counter() - started,
             bytes_sent=traffic.bytes_sent - sent,
-            geometry=self.preconditioners.geometry,
+            geometry=self._stages.spoken(self.preconditioners.geometry),
             proxy_read=due,
         )
 
@@ -145,40 +145,35 @@ class ScoringPass:
         self._psi, self._gradients, self._parts = None, None, None
 
     def state_dict(self) -> dict[str, Any]:
-        """The proxy average, the only thing that outlives `invalidate`. Identical on every rank."""
+        """The proxy average of every pipeline stage, the only thing that outlives `invalidate`. Collective."""
         average = None if self._psi_average is None else self._psi_average.cpu()
-        return {"psi_average": average, "psi_updates": self._psi_updates}
+        return {"psi_average": self._stages.gathered(average), "psi_updates": self._psi_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        average = state["psi_average"]
+        average = state["psi_average"][self._groups.pp_rank]
         self._psi_average = None if average is None else average.to(self._device)
         self._psi_updates = state["psi_updates"]
 
     def _average(self, psi: Tensor) -> Tensor:
         """Proxy momentum: hashes never change, so an average of sketches is the sketch of the average."""
         beta = self._config.proxy_momentum
-        if beta == 0 or not torch.isfinite(psi).all():
+        if beta == 0 or not self._stages.all_agree(bool(torch.isfinite(psi).all())):
             return psi  # a non-finite proxy makes this step fall back; it must not enter the average
         previous = torch.zeros_like(psi) if self._psi_average is None else self._psi_average
         self._psi_average = beta * previous + (1 - beta) * psi
         self._psi_updates += 1
         return self._psi_average / (1 - beta**self._psi_updates)
 
-    def _sums(self, n: int, features: bool) -> Sums:
-        dims = [operator.dim for operator in self._plan.operators]
-        return Sums(dims, n, self._config.sketch.scope, self._device, features)
-
     def _read_proxy(self, proxies: Sequence[Batch], counted: int) -> None:
         """psi, or the proxy's (half sketched) gradient of each matrix: the mean over all ranks' proxy sequences."""
         _check_proxy(proxies)
         self._proxy_age = 0
         groups, traffic, plan = self._groups, self.traffic, self._plan
-        sums = self._sums(0, features=not plan.direct)
-        self._read(proxies, plan.proxy(), sums, candidate=False, counted=counted)
+        _, sums = self._read(proxies, plan.proxy(), not plan.direct, candidate=False, counted=counted)
         total = all_reduce(torch.tensor([float(counted)], device=self._device), groups.dp, traffic)
         if not plan.direct:
             psi = all_reduce(all_reduce(sums.psi, groups.tp, traffic), groups.dp, traffic)
-            self._psi = self._average(psi / total)
+            self._psi = self._average(self._stages.features(psi / total, sums.all_columns()))
             return
         # None: a matrix that another tensor-parallel rank counts
         gradients = [
@@ -186,39 +181,49 @@ class ScoringPass:
             for i, found in enumerate(sums.gradients)
         ]
         all_reduce_many(gradients, groups.dp, traffic)
+        self._stages.gradients(gradients)
         self._gradients = [x / total for x in gradients]
 
     def _read(
         self,
         windows: Sequence[Batch],
         parts: Sequence[Sequence[Part]],
-        sums: Sums,
+        features: bool,
         *,
         candidate: bool,
         counted: int | None = None,
-    ) -> Tensor:
-        """Add up this rank's sums over its sequences in micro-batches; their mean losses [B].
+    ) -> tuple[Tensor, Sums]:
+        """Read this rank's sequences in micro-batches: their mean losses [B] (on the last stage), and the sums.
 
         The mean of a sequence runs over the counted tokens of all its windows, of which each window gives its part.
-        Sequences from `counted` on are read with weight 0.
+        Sequences from `counted` on are read with weight 0, as are those that fill the micro-batches up.
         """
-        tokens = torch.stack([x.loss_mask.sum(1) for x in windows]).sum(0).to(self._device)
         total = len(windows[0])
-        size = self._config.score_micro_batch_size or total
-        weights = torch.ones(total, device=self._device)
-        weights[counted:] = 0.0 if counted is not None else 1.0
-        losses = torch.zeros(total, dtype=torch.float32, device=self._device)
+        size = min(self._config.score_micro_batch_size or total, total)
+        filled = self._runner.padded(total, size, len(windows))
+        windows = [Batch.cat([x, *[x.rows(0, 1)] * (filled - total)]) for x in windows] if filled > total else windows
+        sums = Sums(
+            self._dims,
+            filled if candidate else 0,
+            self._config.sketch.scope,
+            self._device,
+            features,
+            self._stages.width,
+        )
+        tokens = torch.stack([x.loss_mask.sum(1) for x in windows]).sum(0).to(self._device)
+        weights = torch.ones(filled, device=self._device)
+        weights[total if counted is None else counted :] = 0.0
+        losses = torch.zeros(filled, dtype=torch.float32, device=self._device)
         micros = []
         for window in windows:
-            for first in range(0, total, size):
-                rows = slice(first, min(first + size, total))
+            for first in range(0, filled, size):
+                rows = slice(first, min(first + size, filled))
                 capture = Capture(
                     self.layers,
                     self._matrix_of,
                     Reading(parts=parts, candidate=candidate, first=first),
                     self.preconditioners,
                     sums,
-                    self._layer_weights,
                     self._groups,
                     self.traffic,
                 )
@@ -232,7 +237,8 @@ class ScoringPass:
             self._runner.backward(micros)
         for micro in micros:
             micro.capture.check()
-        return losses
+        sums.phi, sums.align = sums.phi[:total], sums.align[:total]
+        return losses[:total], sums
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ G(z) = sum_t b_t a_t^T is the [d_out, d_in] weight gradient of one sequence. All
                    Var <u, v> about (|u|^2 |v|^2 + <u, v>^2) / m.
     two_sided      bucket (h_row(i), h_col(j)) of m = m1 m2: B1^T A2 with B1 = b S1^T [T, m1], A2 = a S2^T [T, m2].
                    Costs T (d_out m1 + d_in m2 + m1 m2). Larger variance on matrices of low rank.
-    two_stage      two_sided to a wider w1 w2, of which every cell is then hashed to m like tensor_sketch does.
-    tensor_sketch  bucket h_row(i) + h_col(j) mod m (Pham and Pagh 2013): a product of spectra, T (d_out + d_in + two
-                   FFTs of m) and no matrix product.
+    two_stage      two_sided to a wider w1 w2, of which cell (i', j') then goes to bucket h(i') + h(j') mod m (Pham and
+                   Pagh 2013).
 
 An operator asks for both factors projected (`rows` [O, w], `cols` [I, w]; None: as they are) and turns the projected
 factors into features. The preconditioner is composed into the projections (precondition.py).
@@ -82,8 +81,6 @@ def build_sketch(
     """
     if config.operator == "materialise":
         return Materialise(config, name, rows, cols, device)
-    if config.operator == "tensor_sketch":
-        return TensorSketch(config, name, rows, cols, device)
     if config.operator == "two_stage":
         return TwoStage(config, name, d_out, d_in, rows, cols, device)
     return TwoSided(config.seed, config.dim, name, d_out, d_in, rows, cols, device)
@@ -175,37 +172,6 @@ class TwoStage:
         bucket = (self._row_bucket[:, None] + self._col_bucket[None, :]).flatten() % self.dim
         out = torch.zeros(len(wide), self.dim, dtype=torch.float32, device=wide.device)
         return out.index_add_(1, bucket, wide)
-
-
-class TensorSketch:
-    """Convolve the count sketches of a and b: their spectra are multiplied and summed over tokens."""
-
-    rows: Projection = None
-    cols: Projection = None
-
-    def __init__(
-        self, config: SketchConfig, name: str, rows: Ranges, cols: Ranges, device: torch.device | str = "cpu"
-    ) -> None:
-        self.dim = config.dim
-        self._sides = []
-        for side, ranges in (("col", cols), ("row", rows)):
-            index = indices(ranges, device)
-            sign = hashing.signs(hashing.mix(hashing.layer_key(config.seed, name, side + "-sign"), index))
-            self._sides.append((_buckets(config, name, side, index), sign))
-
-    def features(self, kept: Tensor, projected: Tensor, multiplier: Tensor | None = None) -> Tensor:
-        _no_multiplier(multiplier, "tensor_sketch")
-        size, tokens = kept.shape[:2]
-        spectrum = torch.zeros(size, self.dim // 2 + 1, dtype=torch.complex64, device=kept.device)
-        chunk = max(1, CHUNK_BYTES // (8 * size * self.dim))
-        for start in range(0, tokens, chunk):
-            spectra = []
-            for x, (bucket, sign) in zip((kept, projected), self._sides, strict=True):
-                piece = x[:, start : start + chunk].float() * sign
-                sketch = torch.zeros(*piece.shape[:2], self.dim, dtype=torch.float32, device=kept.device)
-                spectra.append(torch.fft.rfft(sketch.index_add_(2, bucket, piece)))
-            spectrum += (spectra[0] * spectra[1]).sum(1)
-        return torch.fft.irfft(spectrum, n=self.dim)
 
 
 def two_sided_shape(dim: int, d_out: int, d_in: int) -> tuple[int, int]:

@@ -15,7 +15,6 @@ see one file system.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -32,6 +31,7 @@ from megatron_opus.backends.formats.torch_files import load_plain, pickles_below
 from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
 from megatron_opus.errors import CheckpointError
+from megatron_opus.files import write_json
 from megatron_opus.ranks.agreement import environment, gathered, on_all_ranks, on_rank_0
 from megatron_opus.runs.checkpoints import (
     DELETING,
@@ -100,7 +100,7 @@ def save(
             "files": {name: (path / name).stat().st_size for name in names},
             "sha256": {name: digest for of_rank in digests for name, digest in of_rank.items()},
         }
-        _replace(path / MARKER, json.dumps(marker, indent=1, sort_keys=True))
+        write_json(path / MARKER, marker)
         _prune(directory, keep)
         return path
 
@@ -216,20 +216,6 @@ def _synced(path: Path, names: Sequence[str]) -> dict[str, str]:
         with (path / name).open("rb") as handle:
             os.fsync(handle.fileno())
     return sha256_of(path, seen)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(directory: Path, keep: int) -> None:

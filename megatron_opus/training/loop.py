@@ -47,7 +47,7 @@ class TrainingLoop:
         self._config, self._run_dir, self._groups = config, run_dir, groups
         self._engine, self._corpus = engine, corpus
         self._driver, self._iterator, self._save_checkpoint = driver, iterator, save
-        self._writes = groups.tp_rank == 0 and groups.dp_rank == 0
+        self._writes = groups.tp_rank == groups.dp_rank == groups.pp_rank == 0
         self._nonfinite = 0
         self._validation = {
             name: corpus.batch(corpus.validation_ids(name, config.training.eval_sequences))

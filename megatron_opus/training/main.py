@@ -67,7 +67,20 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
     from megatron_opus.ranks.agreement import software
     from megatron_opus.ranks.lost_ranks import Watch, failure_message, prepare_nccl
     from megatron_opus.ranks.stopping import STOPPED, SignalWatch
+    from megatron_opus.runs.lock import RunLock
+    from megatron_opus.runs.record import compare_record
     from megatron_opus.training.session import Session
+
+    lock = RunLock(Path(recipe.output_dir) / recipe.name)
+
+    def claim(run_dir: Path) -> str:
+        try:
+            lock.acquire()
+            for line in compare_record(run_dir) if arguments.resume else ():
+                print(line, file=sys.stderr, flush=True)
+        except Refusal as error:
+            return str(error)
+        return ""
 
     watch, signals, timeout = Watch(), SignalWatch(), recipe.parallel.distributed_timeout_minutes
     signals.install()
@@ -84,6 +97,7 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
             say=_say(rank),
             stop_requested=lambda: signals.received,
             watch=watch,
+            claim=claim,
         )
         completed = session.train()
         signals.ignore()  # a launcher ends the others when the first rank ends: they shall end by themselves, too
@@ -97,6 +111,8 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
         traceback.print_exc()
         print(f"error: rank {rank}: {failure_message(error, watch.doing, timeout)}", file=sys.stderr, flush=True)
         return 1
+    finally:
+        lock.release()
     dist.destroy_process_group()
     return 0 if completed else STOPPED
 

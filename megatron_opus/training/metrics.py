@@ -17,6 +17,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_opus.data.corpus import Corpus
+from megatron_opus.files import write_text
+from megatron_opus.nested import flatten
 from megatron_opus.runs.metrics import METRICS_FILE, read_metrics
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.types import Candidates, Selection, Signals
@@ -58,12 +60,7 @@ class MetricsWriter:
 
 def _truncate(path: Path, first_step: int) -> None:
     rows = [row for row in read_metrics(path.parent) if row["step"] < first_step]
-    replacement = path.with_suffix(".tmp")
-    with replacement.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(replacement, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _plain(value: Any) -> Any:
@@ -75,12 +72,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
-            yield f"{prefix}{key}", value
+def _scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    for tag, value in flatten(row, "/").items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and tag != "step":
+            yield tag, value
 
 
 class ProgressLine:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +16,14 @@ from megatron_opus.backends.model import extras
 from megatron_opus.backends.model.build import build_model, resolve
 from megatron_opus.backends.model.parallel import init_parallel
 from megatron_opus.backends.model.scored_layers import megatron_layers
+from megatron_opus.backends.model.stages import named_parameters
 from megatron_opus.config import RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.errors import Refusal
 from megatron_opus.estimates import fit
-from megatron_opus.layout.shapes import count_parameters
-from megatron_opus.layout.sharding import is_sharded, weight_shard
+from megatron_opus.files import write_text
+from megatron_opus.layout.model_layout import ModelLayout, recipe_layout
 from megatron_opus.ranks.agreement import check_agreement, environment, together, weight_digests
 from megatron_opus.ranks.lost_ranks import Watch, set_timeouts
 from megatron_opus.ranks.stopping import StopAgreement
@@ -61,13 +60,15 @@ class Session:
         watch: Watch | None = None,
         verify: bool = True,
         trust_checkpoint: bool = False,
+        claim: Callable[[Path], str] = lambda run_dir: "",
     ) -> None:
         """Build everything.
 
         `stop_requested` gives the number of the signal by which this process was asked to stop, 0 for none. `watch` is
         told what this rank is doing. `verify` and `trust_checkpoint` say how a checkpoint is read at resume
-        (`checkpoint.load`).
+        (`checkpoint.load`). `claim` takes the run folder for this process, on rank 0, or says why it cannot be had.
         """
+        self._claim = claim
         self._say = say
         minutes = recipe.training.exit_duration_minutes
         until = None if minutes is None else time.monotonic() + 60 * minutes
@@ -92,9 +93,10 @@ class Session:
         model = build_model(config)
         if config.model.init_from and not (resume and checkpoint.shared_latest(self.run_dir / "checkpoints")):
             say(load_initial_weights(model, config, groups))
-        _check_weights(model, groups)
+        layout = recipe_layout(config)
+        _check_weights(model, layout, groups)
         engine = build_engine(model, config, groups)
-        say(f"model: {count_parameters(config.model) / 1e6:.1f}M parameters; {engine.description}, on {device}")
+        say(f"model: {layout.published_size() / 1e6:.1f}M parameters; {engine.description}, on {device}")
         buffer = CandidateBuffer(
             corpus, config.buffer_size, config.seed, config.data.domain_weights, config.data.unselected
         )
@@ -107,12 +109,9 @@ class Session:
         if strategy.needs == {"loss"}:
             loss_pass = LossPass(engine.runner(), config.selection, groups=groups, device=device)
         elif strategy.needs:
-            shards = functools.partial(
-                weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size
-            )
             scorer = ScoringPass(
                 engine.runner(),
-                megatron_layers(engine.module, shards, config.selection),
+                megatron_layers(engine.module, layout, config.selection),
                 engine.optimizer_state(),
                 scoring_config(config.selection),
                 groups=groups,
@@ -190,7 +189,7 @@ class Session:
     def _check_run_dir(self, config: RunConfig, resume: bool) -> None:
         """Refuse to write over another run. Rank 0 looks, all ranks agree."""
         problem = [""]
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not (problem := [self._claim(self.run_dir)])[0]:
             exists = (self.run_dir / CONFIG_FILE).exists()
             if exists and not resume:
                 problem[0] = (
@@ -223,18 +222,19 @@ class Session:
         """The resolved configuration, once everything is built: a refused start leaves no folder behind."""
         if dist.get_rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            partial = self.run_dir / f"{CONFIG_FILE}.partial"
-            partial.write_text(configs.dump(self.config), encoding="utf-8")
-            os.replace(partial, self.run_dir / CONFIG_FILE)
+            write_text(self.run_dir / CONFIG_FILE, configs.dump(self.config))
 
 
-def _check_weights(model: nn.Module, groups: Groups) -> None:
+def _check_weights(model: nn.Module, layout: ModelLayout, groups: Groups) -> None:
     """Replicated weights are the same on every rank, shards on the data-parallel ranks that hold the same one."""
-    alike, cut = weight_digests(model, lambda name: groups.tp_size > 1 and is_sharded(name))
-    check_agreement({"initial weight": alike})
-    check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank}")
+    alike, cut = weight_digests(
+        named_parameters(model), lambda name: layout.tp_size > 1 and layout[name].cut is not None
+    )
+    stage = f"pipeline stage {groups.pp_rank}" if groups.pp_size > 1 else ""
+    check_agreement({"initial weight": alike}, peers=stage)
+    check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank} {stage}".strip())
 
 
 def _check_memory(config: RunConfig, say: Say) -> None:
-    for line in fit.check_memory(config, dist.get_world_size()):
+    for line in fit.start_up_report(config, dist.get_world_size()):
         say(line)

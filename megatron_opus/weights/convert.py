@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints to sharded weights of ours, and weights or training checkpoints of ours to Hugging Face.
+"""Convert Hugging Face checkpoints to sharded weights of ours, and weights or checkpoints of ours to Hugging Face.
 
 Tensor by tensor: memory stays near one whole parameter. The output is written beside its place, under a name that ends
 in `.partial`, and renamed when it is whole: a conversion that is killed leaves no directory that looks like a model.
@@ -7,7 +7,6 @@ in `.partial`, and renamed when it is whole: a conversion that is killed leaves 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,12 +21,12 @@ from megatron_opus.backends.formats import hf_layout
 from megatron_opus.backends.formats.safetensors_files import INDEX, SINGLE, SafetensorsWriter, tensor_bytes
 from megatron_opus.config import ConfigError, ModelConfig
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.files import PARTIAL
 from megatron_opus.data.manifest import TOKENIZER_DIRECTORY
 from megatron_opus.data.prepare.embedded import embedded_directory
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import TokenizerError, reopen_tokenizer
 from megatron_opus.data.tokenizers.hf_export import hf_files
-from megatron_opus.layout.sharding import check_tensor_parallel
+from megatron_opus.files import PARTIAL, write_json
+from megatron_opus.layout.model_layout import model_layout
 from megatron_opus.runs import checkpoints
 from megatron_opus.weights.sources import (
     FORMAT,
@@ -35,8 +34,6 @@ from megatron_opus.weights.sources import (
     HfWeights,
     WeightSource,
     checkpoint_config,
-    local_ranges,
-    local_shape,
     open_weights,
     shard_file,
 )
@@ -62,7 +59,7 @@ COMPANIONS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote."""
+    """Says what a conversion wrote."""
 
     output: Path
     tensors: int
@@ -88,25 +85,23 @@ def hf_to_opus(
     _refuse_existing(output, overwrite)
     raw = hf_layout.read_config(source)
     model = hf_layout.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    check_tensor_parallel(model, tp_size)
+    layout = model_layout(model, tp_size=tp_size)
     weights = HfWeights(source, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     total, count = 0, 0
     with _new_directory(output, overwrite) as partial:
         for rank in range(tp_size):
             tensors = {
-                name: (_dtype(weights, name, precision), local_shape(name, model, shape, rank, tp_size))
-                for name, shape in weights.shapes.items()
+                p.name: (_dtype(weights, p.name, precision), layout.local_shape(p.name)) for p in layout.parameters
             }
             with SafetensorsWriter(partial / shard_file(rank, tp_size), tensors) as out:
                 for name, (dtype, _) in tensors.items():
-                    rows, columns = local_ranges(name, model, weights.shapes[name], rank, tp_size)
-                    out.write(name, weights.read(name, rows, columns).to(dtype))
+                    out.write(name, weights.read(name, *layout.shard(name, rank)).to(dtype))
             total += sum(tensor_bytes(*t) for t in tensors.values())
             count += len(tensors)
         shutil.copyfile(source / hf_layout.CONFIG_FILE, partial / SOURCE_CONFIG)
         copied = _copy_companions(source, partial)
         marker = {"format": FORMAT, "tensor_model_parallel_size": tp_size, "model": dataclasses.asdict(model)}
-        _write_json(partial / WEIGHTS_FILE, marker)
+        write_json(partial / WEIGHTS_FILE, marker)
     return Converted(output=output, tensors=count, bytes=total, companions=copied)
 
 
@@ -132,8 +127,8 @@ def opus_to_hf(
         raise ConfigError(f"{tokenizer}: expected tokenizer files, found none of {', '.join(COMPANIONS)}")
     weights = open_weights(source)
     model = weights.model
-    placed = hf_layout.layouts(model, weights.shapes)
-    published = hf_layout.published_shapes(placed, weights.shapes)
+    placed = hf_layout.layouts(model, weights.layout)
+    published = hf_layout.published_shapes(placed, weights.layout)
     sources = _rows_of_tensors(placed)
     tensors = {name: (_dtype(weights, sources[name][0][0], precision), shape) for name, (shape, _) in published.items()}
     files = _plan_files(tensors, max_shard_bytes)
@@ -147,7 +142,7 @@ def opus_to_hf(
                     out.write(name, _assemble(weights, sources[name], shape, transposed).to(tensors[name][0]))
         if list(files) != [SINGLE]:
             where = {name: file for file, names in files.items() for name in names}
-            _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         origins = _origins(weights)
         dtypes = {dtype for dtype, _ in tensors.values()}
         dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
@@ -166,9 +161,9 @@ def opus_to_hf(
                 break
         if base is None and beside.eod is not None:  # it stands before every document, and after it
             config |= {"bos_token_id": beside.eod, "eos_token_id": beside.eod}
-        _write_json(partial / hf_layout.CONFIG_FILE, config)
+        write_json(partial / hf_layout.CONFIG_FILE, config)
         if origin is not None:
-            _write_json(partial / ORIGIN, origin)
+            write_json(partial / ORIGIN, origin)
     return Converted(output=output, tensors=len(tensors), bytes=total, companions=beside.names, notice=beside.notice)
 
 
@@ -180,11 +175,11 @@ def _dtype(weights: WeightSource, name: str, precision: Precision) -> torch.dtyp
 
 
 # published tensor -> (parameter of ours, its first row, first row in the published tensor, rows), in order
-_Rows = list[tuple[str, int, int, int]]
+_RowMap = list[tuple[str, int, int, int]]
 
 
-def _rows_of_tensors(placed: Mapping[str, hf_layout.Layout]) -> dict[str, _Rows]:
-    found: dict[str, _Rows] = {}
+def _rows_of_tensors(placed: Mapping[str, hf_layout.HfLayout]) -> dict[str, _RowMap]:
+    found: dict[str, _RowMap] = {}
     for name, layout in placed.items():
         at = 0
         for piece in layout.pieces:
@@ -193,8 +188,8 @@ def _rows_of_tensors(placed: Mapping[str, hf_layout.Layout]) -> dict[str, _Rows]
     return found
 
 
-def _assemble(weights: WeightSource, rows: _Rows, shape: tuple[int, ...], transposed: bool) -> Tensor:
-    """One published tensor. All of its rows lie in one parameter of ours, which is read once."""
+def _assemble(weights: WeightSource, rows: _RowMap, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """Read one published tensor. All of its rows lie in one parameter of ours, which is read once."""
     (name,) = {source for source, *_ in rows}
     if len(rows) == 1:
         _, start, _, length = rows[0]
@@ -208,7 +203,7 @@ def _assemble(weights: WeightSource, rows: _Rows, shape: tuple[int, ...], transp
 
 
 def _plan_files(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> dict[str, list[str]]:
-    """File name -> tensors, none larger than `limit` bytes unless a single tensor is."""
+    """Share the tensors among files, none larger than `limit` bytes unless a single tensor is."""
     groups: list[list[str]] = [[]]
     held = 0
     for name, tensor in tensors.items():
@@ -247,7 +242,7 @@ def _refuse_full_disk(output: Path, needed: int) -> None:
 
 @contextmanager
 def _new_directory(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill; it becomes `output` when the block ends without an exception, else it is removed."""
+    """Give a directory to fill; it becomes `output` when the block ends without an exception, else it is removed."""
     partial = output.with_name(output.name + PARTIAL)
     if partial.exists():
         shutil.rmtree(partial)  # of a conversion that was killed
@@ -263,14 +258,6 @@ def _new_directory(output: Path, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=2)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _copy_companions(source: Path, target: Path) -> tuple[str, ...]:
@@ -292,8 +279,8 @@ def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
     if source.name != TOKENIZER_DIRECTORY or not (source.parent / manifests.FILE_NAME).is_file():
         return _Companions(_copy_companions(source, target))
     try:
-        tokenizer = tokenizers.reopen(source, manifests.read(source.parent).tokenizer)
-    except (tokenizers.TokenizerError, manifests.ManifestError) as error:
+        tokenizer = reopen_tokenizer(source, manifests.read(source.parent).tokenizer)
+    except (TokenizerError, manifests.ManifestError) as error:
         raise ConfigError(str(error)) from error
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
@@ -302,7 +289,7 @@ def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
         )
     try:
         files = hf_files(tokenizer, model.max_position_embeddings)
-    except tokenizers.TokenizerError as error:
+    except TokenizerError as error:
         return _Companions(_copy_companions(source, target), tokenizer.eod, str(error))
     for name, content in files.items():
         (target / name).write_bytes(content)
@@ -310,7 +297,7 @@ def _companions(source: Path, target: Path, model: ModelConfig) -> _Companions:
 
 
 def _origins(weights: WeightSource) -> list[Path]:
-    """Directories that may hold tokenizer files and the config.json that a model came from, best first."""
+    """List directories that may hold tokenizer files and the config.json that a model came from, best first."""
     found = [weights.where]
     if (weights.where / checkpoints.MARKER).is_file():
         config, _ = checkpoint_config(weights.where)

@@ -1,4 +1,4 @@
-"""Starting a run from weights in files: each rank reads its own part, and all of them make sure of it."""
+"""Start a run from weights in files: each rank reads its own part, and all ranks compare what they have read."""
 
 from __future__ import annotations
 
@@ -9,41 +9,40 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_opus.backends.model.stages import named_parameters
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig
+from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
 from megatron_opus.errors import CheckpointError
-from megatron_opus.layout.shapes import parameter_shapes
-from megatron_opus.layout.sharding import ffn_size, head_channels, is_sharded, query_groups
+from megatron_opus.layout.model_layout import ModelLayout, recipe_layout
 from megatron_opus.ranks.agreement import RankMismatch
 from megatron_opus.types import Groups
 from megatron_opus.weights.sources import (
     WeightsError,
     WeightSource,
-    local_ranges,
-    local_shape,
     open_weights,
     refuse_unless_equal,
 )
 
 
 def load_initial_weights(model: nn.Module, config: RunConfig, groups: Groups) -> str:
-    """Fill this rank's shards of `model` from `config.model.init_from`; a line that says from what. Collective.
+    """Fill this rank's shards of `model` from `config.model.init_from`, and say from what. Collective.
 
     Call before the engine is made: it copies the weights (masters) or cuts them (ZeRO 3). Raises WeightsError on every
     rank when one rank cannot read its part, when the files are of another model, when a parameter would keep its random
     values, or when a value is NaN or Inf; RankMismatch when ranks that hold the same weights have read different ones.
     """
-    said, error = "", ""
+    said, error, layout = "", "", recipe_layout(config, groups.tp_size)
     digests: dict[str, int] = {}
     try:
         assert config.model.init_from is not None
         source = open_weights(config.model.init_from)
         refuse_other_model(source, config.model)
-        digests = _fill(model, source, config.model, groups)
-        kinds = {str(source.dtype(name)).removeprefix("torch.") for name in source.shapes}
+        digests = _fill(model, source, layout, groups)
+        kinds = {str(source.dtype(name)).removeprefix("torch.") for name in digests}
         said = f"initial weights: {source.where} ({', '.join(sorted(kinds))}), {len(digests)} tensors on this rank"
     except (ConfigError, CheckpointError, OSError) as exception:
         error = str(exception)
-    _compare(digests, error, groups)
+    _compare(digests, error, layout, groups)
     return said
 
 
@@ -79,16 +78,15 @@ def refuse_other_model(source: WeightSource, model: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, source: WeightSource, config: ModelConfig, groups: Groups) -> dict[str, int]:
-    """Parameter -> checksum of what this rank has read of it."""
-    shapes = parameter_shapes(config, padded=True)
-    parameters = dict(model.named_parameters())
-    expected = {n: local_shape(n, config, s, groups.tp_rank, groups.tp_size) for n, s in shapes.items()}
+def _fill(model: nn.Module, source: WeightSource, layout: ModelLayout, groups: Groups) -> dict[str, int]:
+    """Copy the weights that this rank and stage hold, and give a checksum of what was read of every parameter."""
+    parameters = dict(named_parameters(model))
+    whole = groups.pp_size == 1  # a stage has its own layers alone
+    expected = {p.name: layout.local_shape(p.name) for p in layout.parameters if whole or p.name in parameters}
     refuse_unless_equal(expected, {n: tuple(p.shape) for n, p in parameters.items()}, "the model as it was built")
     digests = {}
     for name, parameter in parameters.items():
-        rows, columns = local_ranges(name, config, shapes[name], groups.tp_rank, groups.tp_size)
-        value = source.read(name, rows, columns).contiguous()
+        value = source.read(name, *layout.shard(name, groups.tp_rank)).contiguous()
         if not torch.isfinite(value).all():
             raise WeightsError(f"{source.where}: {name} holds NaN or Inf")
         parameter.copy_(value)
@@ -96,7 +94,7 @@ def _fill(model: nn.Module, source: WeightSource, config: ModelConfig, groups: G
     return digests
 
 
-def _compare(digests: dict[str, int], error: str, groups: Groups) -> None:
+def _compare(digests: dict[str, int], error: str, layout: ModelLayout, groups: Groups) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (groups.tp_rank, error, digests))
     errors = dict.fromkeys(e for _, e, _ in everyone if e)
@@ -105,7 +103,7 @@ def _compare(digests: dict[str, int], error: str, groups: Groups) -> None:
     first: dict[tuple[str, int], tuple[int, int]] = {}
     for rank, (tp_rank, _, theirs) in enumerate(everyone):
         for name, digest in theirs.items():
-            same = first.setdefault((name, tp_rank if is_sharded(name) else 0), (rank, digest))
+            same = first.setdefault((name, tp_rank if layout[name].cut else 0), (rank, digest))
             if same[1] != digest:
                 raise RankMismatch(
                     f"initial weights: rank {rank} has read another {name} than rank {same[0]}; every process must see "

@@ -1,4 +1,4 @@
-"""Weights that lie in files, read as any rectangle of any whole parameter, whatever way the files cut them.
+"""Weights in files, of which any rectangle of any whole parameter can be read, however the files cut them.
 
     source                                  cut by
     HfWeights       Hugging Face directory  published tensors (hf_layout.py)
@@ -24,8 +24,7 @@ from megatron_opus.backends.formats.deepspeed_shards import DeepSpeedShards
 from megatron_opus.backends.formats.safetensors_files import SafetensorsFiles
 from megatron_opus.backends.model.build import DTYPES
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig, from_dict
-from megatron_opus.layout.shapes import parameter_shapes
-from megatron_opus.layout.sharding import is_sharded, weight_shard
+from megatron_opus.layout.model_layout import model_layout
 from megatron_opus.runs import checkpoints
 from megatron_opus.types import Ranges
 
@@ -36,25 +35,26 @@ LISTED = 20  # faults of one kind that an error lists
 
 
 class WeightsError(ConfigError):
-    """Weights that do not fit the model: lists the tensors with what was expected and what was found."""
+    """Lists the tensors that do not fit the model, with what was expected and what was found."""
 
 
 class WeightSource(ABC):
-    """Whole parameters of a model, of which any part can be read. `model` has its vocabulary size filled in."""
+    """Reads any part of the whole parameters of a model, whose vocabulary size is filled in."""
 
     def __init__(self, model: ModelConfig, where: Path) -> None:
         self.model, self.where = model, where
-        self.shapes = parameter_shapes(model, padded=True)
+        self.layout = model_layout(model)
 
-    def read(self, name: str, rows: Ranges, columns: Ranges | None) -> Tensor:
-        """[sum of rows, sum of columns] of the whole parameter, a copy; columns None: all of them, or a vector.
+    def read(self, name: str, rows: Ranges, columns: Ranges | None = None) -> Tensor:
+        """Copy [sum of rows, sum of columns] out of the whole parameter; columns None: all of them, or a vector.
 
         Rows of the vocabulary beyond `model.vocab_size` are zeros: no token has them, whatever a file holds there.
         """
-        size = self.model.vocab_size if name in hf_layout.VOCABULARY else None
-        if size is None or all(start + n <= size for start, n in rows):
+        shape = self.layout[name].shape
+        size = shape[0] - self.layout[name].padding
+        if all(start + n <= size for start, n in rows):
             return self._read(name, rows, columns)
-        width = self.shapes[name][1] if columns is None else sum(n for _, n in columns)
+        width = shape[1] if columns is None else sum(n for _, n in columns)
         out = torch.zeros(sum(n for _, n in rows), width, dtype=self.dtype(name))
         at = 0
         for start, n in rows:
@@ -65,7 +65,7 @@ class WeightSource(ABC):
         return out
 
     def whole(self, name: str) -> Tensor:
-        return self.read(name, ((0, self.shapes[name][0]),), None)
+        return self.read(name, ((0, self.layout[name].shape[0]),))
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype: ...
@@ -75,18 +75,18 @@ class WeightSource(ABC):
 
 
 class HfWeights(WeightSource):
-    """A Hugging Face directory. Raises WeightsError listing missing, unexpected and ill-shaped tensors."""
+    """Reads a Hugging Face directory. Raises WeightsError listing missing, unexpected and ill-shaped tensors."""
 
     def __init__(self, directory: Path, *, make_vocab_size_divisible_by: int = 128) -> None:
         raw = hf_layout.read_config(directory)
         model = hf_layout.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
         super().__init__(model, directory)
-        self.layouts = hf_layout.layouts(self.model, self.shapes)
+        self.layouts = hf_layout.layouts(self.model, self.layout)
         self._files = SafetensorsFiles(directory)
         self._prefix = hf_layout.PREFIX[hf_layout.family(self.model)]
         if not any(name.startswith(self._prefix) for name in self._files.names):
             self._prefix = ""  # saved from the model without its head, as the published GPT-2 files are
-        self._check(hf_layout.published_shapes(self.layouts, self.shapes))
+        self._check(hf_layout.published_shapes(self.layouts, self.layout))
 
     def dtype(self, name: str) -> torch.dtype:
         found = {self._files.dtype(self._stored(p.tensor)) for p in self.layouts[name].pieces}
@@ -108,8 +108,8 @@ class HfWeights(WeightSource):
             self._check_tied(head)
 
     def _check_tied(self, head: tuple[int, ...]) -> None:
-        """Some tied checkpoints store the shared matrix twice; two different ones would be another model."""
-        table = self._stored(self.layouts[hf_layout.VOCABULARY[0]].pieces[0].tensor)
+        """Compare the two copies that some tied checkpoints store; different ones would be another model."""
+        table = self._stored(self.layouts[self.layout.output.name].pieces[0].tensor)
         same = head == self._files.shape(table)
         step = 4096
         for start in range(0, head[0] if same else 0, step):
@@ -145,7 +145,7 @@ class HfWeights(WeightSource):
 
 
 class Shards(Protocol):
-    """Local shards of every tensor-parallel rank."""
+    """Reads local shards of every tensor-parallel rank."""
 
     def shapes(self, rank: int) -> Mapping[str, tuple[int, ...]]: ...
 
@@ -155,7 +155,7 @@ class Shards(Protocol):
 
 
 class ConvertedShards:
-    """tp_RR_of_TT.safetensors, as hf-to-opus writes them."""
+    """Reads tp_RR_of_TT.safetensors, as hf-to-opus writes them."""
 
     def __init__(self, directory: Path, tp_size: int) -> None:
         self._files = [SafetensorsFiles(directory, [shard_file(rank, tp_size)]) for rank in range(tp_size)]
@@ -171,35 +171,35 @@ class ConvertedShards:
 
 
 class ShardedWeights(WeightSource):
-    """Parameters out of the local shards of `tp_size` ranks. Raises WeightsError when a rank's shards do not fit."""
+    """Puts parameters together from the shards of `tp_size` ranks. Raises WeightsError when a rank's do not fit."""
 
     def __init__(self, model: ModelConfig, where: Path, shards: Shards, tp_size: int) -> None:
         super().__init__(model, where)
-        self._shards, self._tp = shards, tp_size
+        self._shards, self._sharded = shards, model_layout(model, tp_size=tp_size)
+        expected = {p.name: self._sharded.local_shape(p.name) for p in self.layout.parameters}
         for rank in range(tp_size):
-            expected = {name: local_shape(name, model, self.shapes[name], rank, tp_size) for name in self.shapes}
             refuse_unless_equal(expected, shards.shapes(rank), f"{where}: tensor-parallel rank {rank} of {tp_size}")
 
     def dtype(self, name: str) -> torch.dtype:
         return self._shards.dtype(name)
 
     def _read(self, name: str, rows: Ranges, columns: Ranges | None) -> Tensor:
-        if not is_sharded(name):
+        if self.layout[name].cut is None:
             return self._replicated(name, rows, columns)
-        vector = len(self.shapes[name]) == 1
-        wanted = ((0, 1),) if vector else columns or ((0, self.shapes[name][1]),)
+        vector = len(self.layout[name].shape) == 1
+        wanted = columns or (*self.layout.shard(name, 0), ((0, 1),))[1]
         out = torch.empty(sum(n for _, n in rows), sum(n for _, n in wanted), dtype=self.dtype(name))
-        for rank in range(self._tp):
-            held_rows, held_columns = local_ranges(name, self.model, self.shapes[name], rank, self._tp)
+        for rank in range(self._sharded.tp_size):
+            held_rows, held_columns, *_ = (*self._sharded.shard(name, rank), ((0, 1),))  # a vector is one column
             for to, at, n in intersections(rows, held_rows):
-                for to_column, at_column, width in intersections(wanted, held_columns or ((0, 1),)):
+                for to_column, at_column, width in intersections(wanted, held_columns):
                     ranges = ((at, n),) if vector else ((at, n), (at_column, width))
                     piece = self._shards.read(rank, name, *ranges)
                     out[to : to + n, to_column : to_column + width] = piece.view(n, width)
         return out[:, 0] if vector else out
 
     def _replicated(self, name: str, rows: Ranges, columns: Ranges | None) -> Tensor:
-        copies = [self._shards.read(rank, name) for rank in range(self._tp)]
+        copies = [self._shards.read(rank, name) for rank in range(self._sharded.tp_size)]
         for rank, copy in enumerate(copies):
             if not torch.equal(copy, copies[0]):
                 raise WeightsError(
@@ -214,26 +214,12 @@ class ShardedWeights(WeightSource):
 
 
 def shard_file(rank: int, tp_size: int) -> str:
+    """Name the file of one rank's shards, `tp_01_of_04.safetensors`."""
     return f"tp_{rank:02d}_of_{tp_size:02d}.safetensors"
 
 
-def local_ranges(
-    name: str, model: ModelConfig, whole: tuple[int, ...], rank: int, tp_size: int
-) -> tuple[Ranges, Ranges | None]:
-    """Rows and columns (None: a vector) of a whole parameter that tensor-parallel rank `rank` holds."""
-    if not is_sharded(name):
-        return ((0, whole[0]),), (((0, whole[1]),) if len(whole) == 2 else None)
-    _, rows, columns = weight_shard(name, model, rank, tp_size)
-    return rows, (columns if len(whole) == 2 else None)
-
-
-def local_shape(name: str, model: ModelConfig, whole: tuple[int, ...], rank: int, tp_size: int) -> tuple[int, ...]:
-    rows, columns = local_ranges(name, model, whole, rank, tp_size)
-    return tuple(sum(n for _, n in ranges) for ranges in (rows, columns) if ranges is not None)
-
-
 def intersections(wanted: Ranges, held: Ranges) -> list[tuple[int, int, int]]:
-    """(place in the wanted ranges laid end to end, place in the held ones, length) of all that is in both."""
+    """List (place in the wanted ranges laid end to end, place in the held ones, length) of all that is in both."""
     found, to = [], 0
     for start, length in wanted:
         at = 0
@@ -264,7 +250,7 @@ def refuse_unless_equal(
 
 
 def open_weights(path: str | Path) -> WeightSource:
-    """Weights of a Hugging Face directory, a converted one, a run folder or one checkpoint of it. Reads headers only.
+    """Open the weights of a Hugging Face directory, a converted one, a run folder or a checkpoint; reads headers only.
 
     A run folder stands for its newest complete checkpoint. Raises WeightsError and its parents.
     """
@@ -315,6 +301,6 @@ def _open_checkpoint(path: Path) -> ShardedWeights:
 
 
 def checkpoint_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Configuration and marker of one complete checkpoint."""
+    """Read the configuration and the marker of one complete checkpoint."""
     marker = checkpoints.read_marker(path)
     return from_dict(marker["config"]), marker

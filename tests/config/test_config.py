@@ -12,11 +12,23 @@ import pytest
 import yaml
 
 from megatron_opus import config as config_module
-from megatron_opus.config import ConfigError, RunConfig, SelectionConfig, dump, from_dict, load, to_dict, validate_world
+from megatron_opus.config import (
+    ConfigError,
+    RunConfig,
+    SelectionConfig,
+    dump,
+    from_dict,
+    load,
+    read_yaml,
+    to_dict,
+    validate_world,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+assert RECIPES
+assert MODELS
 SMALL: dict[str, Any] = {"name": "x", "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}}
 
 
@@ -76,7 +88,7 @@ def test_an_ill_typed_value_says_what_was_expected(recipe: Path, override: str, 
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["training.train_steps", "=3", "data.path=[", ""])
+@pytest.mark.parametrize("override", ["training.train_steps", "=3", "model.vocab_size=[", "model.vocab_size=", ""])
 def test_a_malformed_override_is_refused(recipe: Path, override: str) -> None:
     """Guards against an override that is dropped, or dies with a YAML traceback, because it has no key or value."""
     with pytest.raises(ConfigError, match="override"):
@@ -194,7 +206,7 @@ def test_every_recipe_loads_and_says_every_value(path: Path) -> None:
     """Guards against a recipe that no longer loads, and against values that matter but stand only in the code."""
     c = load(path)
     assert c.name == path.stem
-    raw = yaml.safe_load(path.read_text())
+    raw = read_yaml(path)
     for section in ("data", "parallel", "optimizer", "training", "selection"):
         unsaid = {f.name for f in dataclasses.fields(getattr(c, section))} - set(raw[section]) - {"cache_dir"}
         assert not unsaid, f"{path.name} leaves {section}.{unsaid} to the defaults"
@@ -277,7 +289,7 @@ def test_every_recipe_draws_as_was_measured_to_be_best(path: Path) -> None:
         (["model.hidden_size=66"], "model.hidden_size: expected a multiple of num_attention_heads (4), got 66"),
         (["model.num_query_groups=3"], "model.num_query_groups: expected a divisor of num_attention_heads (4), got 3"),
         (["parallel.tensor_model_parallel_size=3"], "expected a multiple of tensor_model_parallel_size (3)"),
-        (["parallel.pipeline_model_parallel_size=2"], "only 1 is supported by this version, got 2"),
+        (["parallel.pipeline_model_parallel_size=2"], "expected 1 with parallel.engine deepspeed, got 2"),
         (["model.max_position_embeddings=64", "data.seq_length=65"], "expected at least data.seq_length (65), got 64"),
         (["selection.rho=0"], "selection.rho: expected 0 < rho <= 1, got 0.0"),
         (["selection.rho=1.5"], "selection.rho: expected 0 < rho <= 1, got 1.5"),
@@ -290,7 +302,7 @@ def test_every_recipe_draws_as_was_measured_to_be_best(path: Path) -> None:
         (["optimizer.min_lr=1"], "optimizer.lr: expected 0 <= min_lr <= lr, got 1.0, 0.0003"),
         (["optimizer.adam_beta2=1"], "optimizer.adam_beta2: expected 0 <= beta < 1, got 1.0"),
         (["data.domain_weights={a: 0}"], "data.domain_weights: expected non-negative numbers with a positive sum"),
-        (["data.domain_weights={a: 1, b: -1}"], "data.domain_weights: expected non-negative numbers"),
+        (["data.domain_weights={a: 1, b: -1}"], "data.domain_weights.b: expected >= 0, got -1.0"),
     ],
 )
 def test_values_that_cannot_run_together_are_refused(recipe: Path, overrides: list[str], expected: str) -> None:

@@ -151,7 +151,7 @@ def test_masks_do_not_depend_on_workers_and_belong_to_the_fingerprint(
 @pytest.mark.parametrize("kind", ["gpt2", "hf", "sentencepiece"])
 def test_a_token_that_overlaps_a_span_is_masked(kind: str, shared_data: Path) -> None:
     """Guards against offsets in bytes taken for characters, and tokens across the border that are learned."""
-    tokenizer = tokenizers.load(
+    tokenizer = tokenizers.load_tokenizer(
         {
             "gpt2": f"gpt2:{shared_data / 'tokenizer_gpt2'}",
             "hf": f"hf:{shared_data / 'tokenizer_olmo' / 'allenai_gpt-neox-olmo-dolma-v1_5.json'}",

@@ -17,9 +17,10 @@ from megatron_opus.estimates.fit import (
     check_memory,
     container_headroom,
     fitting_layouts,
+    start_up_report,
 )
 from megatron_opus.estimates.memory import GIB, estimate
-from megatron_opus.layout.scored import Layout, layout_of
+from megatron_opus.layout.parallel_layout import ParallelLayout, parallel_layout
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(device="cpu", bytes_found=16 * GIB, local_ranks=2, source="available memory")
@@ -60,6 +61,15 @@ def test_scoring_that_is_too_wide() -> None:
     check_memory(model("small", **{"selection.score_length": 1024, found[1]: int(found[2])}), 2, LAPTOP)
 
 
+def test_the_start_up_report_says_what_scoring_sends() -> None:
+    """Guards against traffic that is known by formula and shown to nobody, or shown where nothing is scored or sent."""
+    memory, traffic = start_up_report(model("xl"), 8, H100)
+    assert [memory] == check_memory(model("xl"), 8, H100)
+    assert traffic == "traffic per rank: 245.90 MB sent by one scoring pass, 235.93 MB of it proxy"
+    assert len(start_up_report(model("xl"), 1, replace(H100, bytes_found=1000 * GIB))) == 1
+    assert len(start_up_report(model("xl", **{"selection.strategy": "random"}), 8, H100)) == 1
+
+
 def test_suggested_layouts_fit_and_can_run() -> None:
     """A suggestion that fails in its turn: 25 heads cannot be halved, 16 sequences are not shared by 32 ranks."""
     config = model("large", **{"training.micro_batch_size": 4})
@@ -84,10 +94,10 @@ def test_nothing_fits() -> None:
 def test_every_setting_moves_the_estimate() -> None:
     """A part of the sum that ignores its setting advises changes that change nothing."""
     base = model("medium", **{"training.micro_batch_size": 4})
-    one = Layout(tp=1, dp=2, zero_stage=1, micro_batch_size=4)
+    one = ParallelLayout(tp=1, dp=2, zero_stage=1, micro_batch_size=4)
     need = estimate(base, one, device="cuda")
 
-    def part(name: str, layout: Layout = one, **overrides: object) -> float:
+    def part(name: str, layout: ParallelLayout = one, **overrides: object) -> float:
         config = model("medium", **{"training.micro_batch_size": 4, **overrides})
         return getattr(estimate(config, layout, device="cuda"), name)
 
@@ -102,7 +112,7 @@ def test_every_setting_moves_the_estimate() -> None:
     assert part("scoring", **{"selection.score_micro_batch_size": 4}) < need.scoring
     assert part("scoring", **{"selection.strategy": "random"}) == 0
     assert part("weights", **{"training.precision": "fp32"}) == 2 * need.weights
-    assert layout_of(model("xl"), 8) == Layout(tp=1, dp=8, zero_stage=1, micro_batch_size=1)
+    assert parallel_layout(model("xl"), 8) == ParallelLayout(tp=1, dp=8, zero_stage=1, micro_batch_size=1)
 
 
 def test_container_limits(tmp_path: Path) -> None:
@@ -129,6 +139,7 @@ sys.path[:0] = sys.argv[1:3]
 import psutil, torch
 from gpt_runs import recipe, start, steps
 from test_fit import measured_config
+from megatron_opus.backends.engines import build  # what importing takes is not the run's
 from megatron_opus.types import Batch
 
 config = measured_config(*sys.argv[3:])
@@ -173,7 +184,7 @@ def test_estimate_against_a_real_run(zero: str, optimizer: str) -> None:
 
     Peak resident memory of two steps; the estimate may be above it by half, and below it by a twentieth.
     """
-    arguments = [sys.executable, "-c", MEASURE, str(ROOT), str(ROOT / "tests"), zero, optimizer]
+    arguments = [sys.executable, "-c", MEASURE, str(ROOT), str(ROOT / "tests" / "support"), zero, optimizer]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "2"}
     import os
 
@@ -183,5 +194,5 @@ def test_estimate_against_a_real_run(zero: str, optimizer: str) -> None:
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     config = measured_config(zero, optimizer)
-    need = estimate(config, layout_of(config, 1), device="cpu").total
+    need = estimate(config, parallel_layout(config, 1), device="cpu").total
     assert 0.65 <= measured / need <= 1.05, f"measured {measured / GIB:.2f} GiB, estimated {need / GIB:.2f} GiB"

@@ -23,6 +23,7 @@ from megatron_opus.config import (
     TrainingConfig,
 )
 from megatron_opus.estimates import flops
+from megatron_opus.layout.model_layout import recipe_layout
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LENGTH, BATCH = 16, 3
@@ -62,7 +63,7 @@ def passes(model_config: ModelConfig, selections: dict[str, SelectionConfig]) ->
     """Counted FLOPs of one pass each over BATCH sequences."""
     from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
-    from megatron_opus.backends.model.scored_layers import megatron_layers, standard_shard_map
+    from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.studies.bench.workbench import plain_pass
 
     init_parallel(ParallelConfig())
@@ -75,7 +76,7 @@ def passes(model_config: ModelConfig, selections: dict[str, SelectionConfig]) ->
         loss.backward()
     found["forward"], found["backward"] = forward.get_total_flops(), backward.get_total_flops()
     for name, selection in selections.items():
-        layers = megatron_layers(model, standard_shard_map(model), selection)
+        layers = megatron_layers(model, selection=selection)
         with counter() as scoring:
             plain_pass(model, layers, batch)
         found[name] = scoring.get_total_flops() - found["forward"]
@@ -93,10 +94,11 @@ def test_passes_are_counted_as_torch_counts_them(world2: Any, name: str) -> None
         "embedding": SelectionConfig(score_embedding=True, score_output_layer=True),
     }
     counted = world2.run(passes, model, selections)[0]
-    assert counted["forward"] == BATCH * flops.forward(model, LENGTH, "dense")
-    assert counted["backward"] == BATCH * flops.backward(model, LENGTH, "dense")
+    layout = recipe_layout(run_config(model))
+    assert counted["forward"] == BATCH * flops.forward(layout, LENGTH, "dense")
+    assert counted["backward"] == BATCH * flops.backward(layout, LENGTH, "dense")
     for key, selection in selections.items():
-        assert counted[key] == BATCH * flops.scoring_backward(run_config(model, selection), LENGTH, "dense"), key
+        assert counted[key] == BATCH * flops.scoring_backward(layout, selection, LENGTH, "dense"), key
     assert counted["last:1"] < counted["all"] < counted["embedding"]
 
 
@@ -132,8 +134,9 @@ def test_the_sketch_is_counted_as_the_pass_does_it(world2: Any, name: str, align
     products of the alignment) is in the formula and not in the counter: below one percent of a pass."""
     sketch = SketchConfig(alignment=alignment, dim=256, one_sided_dim=12, scope="layer")
     config = run_config(MODELS[name], SelectionConfig(sketch=sketch, score_length=LENGTH))
-    candidate, proxy = flops.sketch_flops(config, LENGTH, "products")
-    passed = 2 * (flops.forward(config.model, LENGTH, "dense") + flops.scoring_backward(config, LENGTH, "dense"))
+    layout, chosen = recipe_layout(config), config.selection
+    candidate, proxy = flops.sketch_flops(layout, chosen, LENGTH, "products")
+    passed = 2 * (flops.forward(layout, LENGTH, "dense") + flops.scoring_backward(layout, chosen, LENGTH, "dense"))
     interaction = 2 * BATCH * 8 * 256
     counted = world2.run(sketched, config.model, config.selection)[0]
     assert counted == pytest.approx(BATCH * (passed + candidate + proxy + interaction), rel=0.01)
@@ -153,10 +156,13 @@ def test_muons_multiplier_is_counted_as_it_is_formed() -> None:
     config = run_config(selection=SelectionConfig(), name="muon")
     found = flops.step_flops(config).selection["preconditioner"]
     formed, width = 0.0, 0.0
-    for rows, columns, cut in flops._whole_matrices(config):
+    for matrix in recipe_layout(config).scored(config.selection):
+        rows, columns = matrix.shape
         small = min(rows, columns)
         formed += newton_schulz(rows, columns)
-        width += 2.0 * small**2 * (small + min(64, rows if cut else columns))  # dim 8192: no collision on this side
+        width += (
+            2.0 * small**2 * (small + min(64, rows if matrix.cut == "columns" else columns))
+        )  # dim 8192: no collision on this side
     assert found == pytest.approx(formed + width, rel=1e-6)
 
 

@@ -49,6 +49,9 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "launch", root / "launch")
     (root / "megatron_opus/training").mkdir(parents=True)
     (root / "megatron_opus/training/main.py").write_text(STAND_IN)
+    for used in ("ranks/launchers.py", "runs/processes.py"):
+        (root / "megatron_opus" / used).parent.mkdir()
+        shutil.copy(ROOT / "megatron_opus" / used, root / "megatron_opus" / used)
     (root / "bin").mkdir()
     fake = root / "bin/deepspeed"
     fake.write_text('#!/bin/sh\nfor a in deepspeed "$@"; do printf "<%s>" "$a"; done\nexit 9\n')

@@ -7,13 +7,8 @@ import torch
 from gpt_runs import GPT2, QWEN3
 
 from megatron_opus.config import ConfigError, ModelConfig
-from megatron_opus.layout.sharding import (
-    check_tensor_parallel,
-    is_sharded,
-    padded_vocab_size,
-    tensor_parallel_degrees,
-    weight_shard,
-)
+from megatron_opus.config.dimensions import check_tensor_parallel, padded_vocab_size, tensor_parallel_degrees
+from megatron_opus.layout.model_layout import model_layout
 
 LAYER = "decoder.layers.0."
 MATRICES = [
@@ -24,40 +19,42 @@ MATRICES = [
     "embedding.word_embeddings.weight",
     "output_layer.weight",
 ]
+UNTIED = dataclasses.replace(GPT2, untie_embeddings_and_output_weights=True)
 XL = ModelConfig(num_layers=48, hidden_size=1600, num_attention_heads=25, vocab_size=50257)
 
 
-@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
+@pytest.mark.parametrize("config", [UNTIED, QWEN3], ids=["gpt2", "qwen3"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", MATRICES)
 def test_pieces_tile_the_matrix(config: ModelConfig, tp: int, name: str) -> None:
     """A row counted twice or not at all biases every sketch, and no shape check sees it."""
-    seen = None
+    layout = model_layout(config, tp_size=tp, positions=16)
+    seen = torch.zeros(layout[name].shape, dtype=torch.int)
     for rank in range(tp):
-        whole, rows, columns = weight_shard(name, config, rank, tp)
-        seen = torch.zeros(whole, dtype=torch.int) if seen is None else seen
+        rows, columns = layout.shard(name, rank)
         for r, n in rows:
             for c, m in columns:
                 seen[r : r + n, c : c + m] += 1
-    assert seen is not None
     assert (seen == 1).all()
 
 
 def test_swiglu_cuts_gate_and_up() -> None:
     """One contiguous range would give rank 0 all gates and rank 1 all ups."""
-    whole, rows, _ = weight_shard(f"{LAYER}mlp.linear_fc1.weight", QWEN3, 1, 2)
-    assert whole == (96, 32)
+    layout = model_layout(QWEN3, tp_size=2)
+    rows, _ = layout.shard(f"{LAYER}mlp.linear_fc1.weight", 1)
+    assert layout[f"{LAYER}mlp.linear_fc1.weight"].shape == (96, 32)
     assert rows == ((24, 24), (72, 24))
 
 
 def test_names() -> None:
     """A bias of a row-parallel layer is replicated; counted as a shard it enters the gradient norm tp times."""
-    assert is_sharded(f"{LAYER}mlp.linear_fc1.bias")
-    assert is_sharded(f"{LAYER}mlp.linear_fc2.weight")
-    assert not is_sharded(f"{LAYER}mlp.linear_fc2.bias")
-    assert not is_sharded("embedding.position_embeddings.weight")
+    layout = model_layout(GPT2, positions=16)
+    assert layout[f"{LAYER}mlp.linear_fc1.bias"].cut
+    assert layout[f"{LAYER}mlp.linear_fc2.weight"].cut
+    assert not layout[f"{LAYER}mlp.linear_fc2.bias"].cut
+    assert not layout["embedding.position_embeddings.weight"].cut
     with pytest.raises(KeyError, match="position_embeddings"):
-        weight_shard("embedding.position_embeddings.weight", GPT2, 0, 1)
+        model_layout(QWEN3).shard("embedding.position_embeddings.weight", 0)
 
 
 def test_possible_degrees_are_named() -> None:
@@ -72,6 +69,6 @@ def test_possible_degrees_are_named() -> None:
 def test_vocabulary_is_padded_alike_for_every_degree() -> None:
     """Padding to a multiple of tp, as is usual, gives another softmax for every degree."""
     assert padded_vocab_size(XL) == 50304
-    assert weight_shard("embedding.word_embeddings.weight", XL, 0, 1)[0] == (50304, 1600)
+    assert model_layout(XL, positions=16)["embedding.word_embeddings.weight"].shape == (50304, 1600)
     with pytest.raises(ConfigError, match=r"model\.vocab_size"):
         padded_vocab_size(dataclasses.replace(XL, vocab_size=None))

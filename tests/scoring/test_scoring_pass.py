@@ -131,25 +131,6 @@ def test_scopes_estimate_the_same_numbers(scope):
     assert ((stacked.mean(0) - align).abs() < 4 * error).all()
 
 
-def test_layer_weights_scale_each_layer():
-    """Fault: the weight applied squared to the interaction or once per factor."""
-    model, opt, candidates, proxy = setup("sgd", 1)
-    weights = {layer.name: layer.weight for layer in plain_layers(model)}
-    gradients = [
-        reference.per_sequence_gradients(lambda b: token_losses(model, b), batch, weights)
-        for batch in (candidates, proxy)
-    ]
-    w = {n: p.numel() ** -0.5 for n, p in weights.items()}
-    lr = opt.param_groups[0]["lr"]
-    root = [[{n: g * w[n] ** 0.5 for n, g in one.items()} for one in side] for side in gradients]
-    align, inter = reference.scores(*root, reference.sgd_preconditioner(lr))
-    signals = megatron_opus.score(
-        model, candidates, proxy, opt, config=wide("two_sided", "separable", layer_weights="inverse_sqrt")
-    )
-    assert relative(signals.alignment, align) < 1e-5
-    assert relative(signals.interaction, inter) < 1e-5
-
-
 def test_nothing_is_disturbed():
     """Fault: a scoring pass that leaves gradients, modes, requires_grad flags or RNG changed alters the training run.
 

@@ -24,7 +24,8 @@ from megatron_opus.config import (
     TrainingConfig,
 )
 from megatron_opus.estimates.traffic import scoring_traffic
-from megatron_opus.layout.scored import Layout
+from megatron_opus.layout.model_layout import model_layout
+from megatron_opus.layout.parallel_layout import ParallelLayout
 from megatron_opus.types import Batch
 
 N, K_P, LENGTH = 8, 4, 16
@@ -45,7 +46,6 @@ def selection(
 ESTIMATORS = {
     "two_sided": selection(),
     "two_stage": selection("two_stage"),
-    "tensor_sketch": selection("tensor_sketch"),
     "materialise": selection("materialise"),
     "materialise, exact": selection("materialise", "exact"),
     "one_sided": selection(alignment="one_sided"),
@@ -70,7 +70,7 @@ def scores_of_rank(
     """Build, train four steps on the same data everywhere, score; the data-parallel ranks share the candidates."""
     from megatron_opus.backends.engines.base import WholeModelRunner
     from megatron_opus.backends.engines.optimizer_state import optimizer_state
-    from megatron_opus.backends.model.gpt import build_gpt, forward_loss, weight_shard
+    from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.scoring.scoring_pass import ScoringPass
@@ -90,8 +90,8 @@ def scores_of_rank(
     optimizer.zero_grad()
     candidates = cut(random_batch(N, LENGTH, seed=1, masked=True))
     proxy = cut(random_batch(K_P, LENGTH, seed=2))
-    shard = functools.partial(weight_shard, config=model_config, tp_rank=groups.tp_rank, tp_size=tp)
-    layers = megatron_layers(model, shard, config)
+    layout = model_layout(model_config, tp_size=tp, positions=LENGTH)
+    layers = megatron_layers(model, layout, config)
     state = optimizer_state(optimizer)
     runner, cpu = WholeModelRunner(model, forward_loss, torch.device("cpu")), torch.device("cpu")
     scorer = ScoringPass(runner, layers, state, config, groups=groups, device=cpu)
@@ -199,7 +199,7 @@ def bytes_by_formula(model: ModelConfig, config: SelectionConfig, tp: int, dp: i
         training=TrainingConfig(global_batch_size=N // 2),
         selection=dataclasses.replace(config, proxy_batch_size=K_P),
     )
-    layout = Layout(tp=tp, dp=dp, zero_stage=0, micro_batch_size=1)
+    layout = ParallelLayout(tp=tp, dp=dp, zero_stage=0, micro_batch_size=1)
     return sum(scoring_traffic(run, layout).values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from gpt_runs import GPT2, LENGTH, QWEN3, batch_of_step, recipe, share_of_rank, 
 from small_models import random_batch
 
 from megatron_opus.config import SelectionConfig
+from megatron_opus.layout.model_layout import recipe_layout
 from megatron_opus.types import Batch
 
 STEPS = 3
@@ -21,12 +21,10 @@ NORMS = dataclasses.replace(QWEN3, hidden_dropout=0.1)
 
 
 def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
-    from megatron_opus.backends.model.gpt import weight_shard
     from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.scoring.scoring_pass import ScoringPass
 
-    shard = functools.partial(weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    layers, state = megatron_layers(engine.module, shard), engine.optimizer_state()
+    layers, state = megatron_layers(engine.module, recipe_layout(config)), engine.optimizer_state()
     selection = dataclasses.replace(SelectionConfig(), score_length=LENGTH // 2)
     scorer = ScoringPass(engine.runner(), layers, state, selection, groups=groups, device=torch.device(engine.device))
     mine = [random_batch(4, LENGTH, seed=i).rows(2 * groups.dp_rank, 2 * groups.dp_rank + 2) for i in (1, 2)]
@@ -41,7 +39,11 @@ def everything(engine: Any) -> dict[str, torch.Tensor]:
     found = {
         f"weight {name}": getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.module.named_parameters()
     }
-    for i, state in enumerate(Partition(engine.deepspeed).optimizer.state.values()):
+    if hasattr(engine, "deepspeed"):
+        states = Partition(engine.deepspeed).optimizer.state.values()
+    else:
+        states = [v for part in engine._optimizer.chained_optimizers for v in part.optimizer.state.values()]
+    for i, state in enumerate(states):
         found |= {f"state {i} {k}": torch.as_tensor(v).clone() for k, v in state.items()}
     found["random"] = torch.get_rng_state()
     return found | {f"random {k}": v for k, v in rng_tracker().get_states().items()}
@@ -96,3 +98,29 @@ def test_scoring_disturbs_no_offloaded_optimizer(world2: Any, zero: int) -> None
 def test_scoring_disturbs_nothing_under_tensor_parallelism(world4: Any, zero: int, optimizer: str) -> None:
     """Fault: sums of partial gradients (query/key norms, sequence parallelism) run by the pass, or left out after."""
     compare(world4, {"optimizer": optimizer, "zero": zero, "tp": 2, "sp": True, "model": NORMS})
+
+
+MEGATRON = {
+    "replicated": {"engine": "megatron", "use_distributed_optimizer": False},
+    "distributed": {"engine": "megatron"},
+    "overlaps": {"engine": "megatron", "overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", MEGATRON)
+def test_scoring_disturbs_nothing_of_megatrons_engine(world2: Any, kind: str, precision: str) -> None:
+    """Fault: a gradient buffer, a bucket's counter or a gathered weight that the pass leaves changed, between steps or
+    inside an accumulation."""
+    compare(world2, {"parallel": MEGATRON[kind], "precision": precision, "model": DROPOUT})
+
+
+@pytest.mark.parametrize("kind", MEGATRON)
+def test_scoring_disturbs_nothing_of_megatrons_engine_under_tensor_parallelism(world4: Any, kind: str) -> None:
+    """Fault: gradients of norms that Megatron adds up at the end of a step, added up by the pass as well."""
+    compare(world4, {"parallel": MEGATRON[kind], "tp": 2, "sp": True, "model": NORMS})
+
+
+def test_scoring_disturbs_nothing_of_megatrons_sgd(world2: Any) -> None:
+    """Fault: a momentum that the pass reads as its own."""
+    compare(world2, {"parallel": MEGATRON["replicated"], "optimizer": "sgd", "model": DROPOUT})

@@ -23,7 +23,8 @@ from megatron_opus.config import (
     TrainingConfig,
 )
 from megatron_opus.estimates.traffic import scoring_traffic
-from megatron_opus.layout.scored import Layout
+from megatron_opus.layout.model_layout import model_layout
+from megatron_opus.layout.parallel_layout import ParallelLayout
 
 
 def engine_scores(
@@ -44,7 +45,7 @@ def engine_scores(
     from megatron_opus.backends.engines.build import build_engine
     from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.build import DTYPES
-    from megatron_opus.backends.model.gpt import build_gpt, forward_loss, weight_shard
+    from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
     from megatron_opus.backends.model.scored_layers import megatron_layers
     from megatron_opus.data.iterator import SelectedBatchIterator
@@ -73,8 +74,8 @@ def engine_scores(
     engine = build_engine(model, run, groups)
     iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
     share = 4 // groups.dp_size
-    shard = functools.partial(weight_shard, config=model_config, tp_rank=groups.tp_rank, tp_size=tp)
-    layers = megatron_layers(engine.module, shard)
+    layout = model_layout(model_config, tp_size=tp, positions=LENGTH)
+    layers = megatron_layers(engine.module, layout)
     scorer = ScoringPass(engine.runner(), layers, engine.optimizer_state(), config, groups=groups, device=device)
     candidates, proxy = random_batch(N, LENGTH, seed=1), random_batch(K_P, LENGTH, seed=2)
     n, p, r = N // groups.dp_size, K_P // groups.dp_size, groups.dp_rank
@@ -333,6 +334,6 @@ def test_muon_gathers_full_width_only_where_its_multiplier_stands(world4, model,
         own, wide = result["own"], result["wide"]
         assert relative(own["align"], wide["align"]) < 1e-5
         assert relative(own["inter"], wide["inter"]) < 1e-5
-        layout = Layout(tp=2, dp=2, zero_stage=stage, micro_batch_size=1)
+        layout = ParallelLayout(tp=2, dp=2, zero_stage=stage, micro_batch_size=1)
         run = dataclasses.replace(own["run"], selection=config)
         assert own["bytes"] == sum(scoring_traffic(run, layout).values()) < wide["bytes"]

@@ -88,7 +88,6 @@ def test_the_fallback_keeps_the_floors():
     [
         (FloorsConfig(minimum={"a": 0.6, "b": 0.5}), "asks for 7 of 6 sequences"),
         (FloorsConfig(minimum={"a": 0.34, "b": 0.34, "c": 0.34}), "asks for 9 of 6"),
-        (FloorsConfig(minimum={"a": 1.2}), "selection.floors.minimum.a: expected a share between 0 and 1, got 1.2"),
         (FloorsConfig(minimum={"a": 0.5}, maximum={"a": 0.4}), "at least 3 and at most 2 of 6"),
         (FloorsConfig(maximum={"a": 0.3, "b": 0.3, "c": 0.3}), "leaves room for 3 of 6"),
         (FloorsConfig(minimum={"prosa": 0.1}), "no candidate domain 'prosa'"),
@@ -100,6 +99,12 @@ def test_infeasible_floors_are_refused(floors, expected):
         check_floors(floors, 6, NAMES)
     with pytest.raises(ConfigError):
         build_strategy(SelectionConfig(floors=floors), NAMES, k=6)
+
+
+def test_a_floor_is_a_share():
+    """Fault: 1.2 of the batch is asked for, which no selection can keep."""
+    with pytest.raises(ConfigError, match=r"selection\.floors\.minimum\.a: expected 0 <= share <= 1, got 1\.2"):
+        FloorsConfig(minimum={"a": 1.2})
 
 
 def test_settings_with_floors_can_be_hashed():

@@ -95,7 +95,7 @@ def run(output: Path, *datasets: DatasetSpec, log: Callable[[str], None] = lambd
 def texts_of(output: Path, role: str, name: str) -> list[str]:
     """The documents of a prepared dataset, decoded."""
     manifest = manifests.read(output)
-    tokenizer = tokenizers.reopen(output / "tokenizer", manifest.tokenizer)
+    tokenizer = tokenizers.reopen_tokenizer(output / "tokenizer", manifest.tokenizer)
     documents = indexed.open_documents(name, output / role / name)
     ends = documents.document_ends
     starts = np.concatenate([[0], ends[:-1]])

@@ -52,6 +52,7 @@ def recipe(
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw",
     offload: Literal["none", "cpu"] = "none",
     kind: Geometry = "auto",
+    parallel: dict[str, Any] | None = None,
     **training: Any,
 ) -> RunConfig:
     return RunConfig(
@@ -60,7 +61,11 @@ def recipe(
         model=model,
         data=DataConfig(seq_length=LENGTH),
         parallel=ParallelConfig(
-            tensor_model_parallel_size=tp, zero_stage=zero, sequence_parallel=sp, offload_optimizer=offload
+            tensor_model_parallel_size=tp,
+            zero_stage=zero,
+            sequence_parallel=sp,
+            offload_optimizer=offload,
+            **(parallel or {}),
         ),
         optimizer=OptimizerConfig(
             name=optimizer, lr=1e-2, muon_lr=2e-2, min_lr=1e-3, lr_warmup_steps=2, weight_decay=0.1, sgd_momentum=0.9

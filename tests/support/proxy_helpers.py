@@ -69,7 +69,7 @@ def corpus_texts(directory: Path, role: str, manifest: Manifest) -> list[str]:
     from megatron_opus.data.excluded_documents import open_entry
     from megatron_opus.data.tokenizers import base as tokenizers
 
-    tokenizer = tokenizers.reopen(directory / "tokenizer", manifest.tokenizer)
+    tokenizer = tokenizers.reopen_tokenizer(directory / "tokenizer", manifest.tokenizer)
     found = []
     for entry in manifest.of_role(role):  # type: ignore[arg-type]
         documents = open_entry(directory, entry, indexed.open_documents)

@@ -36,5 +36,5 @@ def test_errors_are_one_line_with_status_1(tmp_path: Path, capsys: pytest.Captur
     assert "mistyped: no such run folder" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
     with pytest.raises(SystemExit):
-        evaluate.parse([str(tmp_path), "--benchmarks", "arc_easy"])
+        evaluate.main([str(tmp_path), "--benchmarks", "arc_easy"])
     assert "expected NAME=FILE, got 'arc_easy'" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def save_again(directory: str) -> str:
 def leave_incomplete(path: Path) -> None:
     (path / "engine").mkdir(parents=True)
     (path / "engine" / "mp_rank_00_model_states.pt").write_bytes(b"half")
-    (path / "complete.tmp").write_text("{")
+    (path / "complete.json.1.partial").write_text("{")
 
 
 def test_incomplete_checkpoint_is_ignored(world2: Any, tmp_path: Path) -> None:

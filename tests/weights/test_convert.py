@@ -21,7 +21,7 @@ from megatron_opus import config as configs
 from megatron_opus.backends.formats.hf_layout import family, layouts, model_config, published_config, published_shapes
 from megatron_opus.backends.formats.safetensors_files import SafetensorsFiles
 from megatron_opus.config import ConfigError
-from megatron_opus.layout.shapes import count_parameters, parameter_shapes
+from megatron_opus.layout.model_layout import model_layout
 from megatron_opus.weights.convert import hf_to_opus, opus_to_hf
 from megatron_opus.weights.sources import intersections, open_weights
 
@@ -47,7 +47,7 @@ def test_presets_are_the_published_models(name: str) -> None:
     """Fault: a preset with one number of another size, which no checkpoint of that name fits."""
     parameters, (layers, hidden, heads, ffn, tied) = PUBLISHED[name]
     preset = configs.load(ROOT / f"configs/models/{name}.yaml", ["name=preset"]).model
-    assert count_parameters(preset) == parameters
+    assert model_layout(preset).published_size() == parameters
     raw = {
         "model_type": "qwen3",
         "attention_bias": False,
@@ -75,13 +75,13 @@ def test_presets_are_the_published_models(name: str) -> None:
 def test_every_row_has_one_place(kind: str) -> None:
     """Fault: two parameters read from the same rows, or rows that nobody reads."""
     model = model_config(hf_models.config(kind, False).to_dict())
-    shapes = parameter_shapes(model, padded=True)
-    placed = layouts(model, shapes)
+    ours = model_layout(model)
+    placed = layouts(model, ours)
     taken: dict[str, list[tuple[int, int]]] = {}
     for layout in placed.values():
         for piece in layout.pieces:
             taken.setdefault(piece.tensor, []).append((piece.start, piece.length))
-    for tensor, (shape, transposed) in published_shapes(placed, shapes).items():
+    for tensor, (shape, transposed) in published_shapes(placed, ours).items():
         at = 0
         for start, length in sorted(taken[tensor]):
             assert start == at
@@ -339,7 +339,7 @@ MEASURE = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
-from megatron_opus.training.convert import hf_to_opus, opus_to_hf
+from megatron_opus.weights.convert import hf_to_opus, opus_to_hf
 
 def status(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_opus.types import Batch, Groups, ScoringMicrobatch
+from megatron_opus.config import ConfigError, RunConfig
+from megatron_opus.types import Batch, Groups, MicrobatchRunner, ScoringMicrobatch
 
 
 class WholeModelRunner:
@@ -22,6 +23,9 @@ class WholeModelRunner:
         """`token_losses(model, batch)` gives the unreduced float32 losses [b, T]; `device` is where batches go."""
         self.chunks: Sequence[nn.Module] = (model,)
         self._model, self._token_losses, self._device = model, token_losses, device
+
+    def padded(self, sequences: int, size: int, windows: int = 1) -> int:
+        return sequences
 
     def losses(self, batches: Sequence[Batch]) -> list[Tensor] | None:
         with torch.no_grad():
@@ -42,9 +46,23 @@ class WholeModelRunner:
                 torch.autograd.grad(objective, micro.leaves)
 
 
+def accumulation_steps(config: RunConfig, dp_size: int) -> int:
+    """Return the micro-batches of one data-parallel rank in one optimizer step.
+
+    Raises ConfigError unless K = micro_batch_size x accumulation steps x data-parallel size.
+    """
+    t = config.training
+    steps, rest = divmod(t.global_batch_size, t.micro_batch_size * dp_size)
+    if rest or not steps:
+        raise ConfigError(
+            f"training.global_batch_size: expected a multiple of micro_batch_size x data-parallel size "
+            f"({t.micro_batch_size} x {dp_size}), got {t.global_batch_size}"
+        )
+    return steps
+
+
 def evaluate(
-    token_losses: Callable[[Batch], Tensor],
-    model: nn.Module,
+    runner: MicrobatchRunner,
     batches: Mapping[str, Batch],
     groups: Groups,
     micro_batch_size: int,
@@ -52,42 +70,44 @@ def evaluate(
     *,
     equally_often: bool,
 ) -> dict[str, float]:
-    """Compute the mean loss per counted token of each domain, identical on every rank. Collective over `groups.dp`.
+    """Compute the mean loss per counted token of each domain, identical on every rank. Collective.
 
     `batches` holds the same sequences on every rank, of which each data-parallel rank evaluates its share. Dropout is
     off and the model's mode is restored. `equally_often` makes every rank run as many forward passes as the others:
     ZeRO 3 gathers weights in each of them. A domain without any counted token is NaN.
     """
     sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)  # loss, tokens
-    with evaluation(model):
+    with evaluation(runner.chunks):
         for row, batch in enumerate(batches.values()):
             first, last = (len(batch) * (groups.dp_rank + i) // groups.dp_size for i in (0, 1))
             largest = -(-len(batch) // groups.dp_size)
-            for start in range(first, first + largest, micro_batch_size):
-                piece = batch.rows(start, min(start + micro_batch_size, last)).to(device)
-                if start >= last:
-                    if equally_often:
-                        token_losses(batch.rows(0, 1).to(device))
-                    continue
-                counted = piece.loss_mask != 0
-                sums[row, 0] += token_losses(piece)[counted].double().sum()
+            starts = range(first, first + largest, micro_batch_size)
+            pieces = [batch.rows(start, min(start + micro_batch_size, last)) for start in starts if start < last]
+            idle = [batch.rows(0, 1)] * (len(starts) - len(pieces)) if equally_often else []
+            found = runner.losses([*pieces, *idle]) or ()
+            for piece, losses in zip(pieces, found, strict=False):  # the idle ones do not count
+                counted = piece.loss_mask.to(device) != 0
+                sums[row, 0] += losses[counted].double().sum()
                 sums[row, 1] += counted.sum()
-    if groups.dp is not None:
-        dist.all_reduce(sums, group=groups.dp)
+    for group in (groups.pp, groups.dp):  # of the stages, the last one alone has counted
+        if group is not None:
+            dist.all_reduce(sums, group=group)
     values = sums.tolist()
     return {name: (loss / n if n else math.nan) for name, (loss, n) in zip(batches, values, strict=True)}
 
 
 @contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Turn dropout and graphs off inside the block; the mode that was there comes back after it."""
-    training = model.training
-    model.eval()
+def evaluation(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Turn dropout and graphs off inside the block; the modes that were there come back after it."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
 
 
 def of_all_ranks(own: Tensor, groups: Groups) -> Tensor:

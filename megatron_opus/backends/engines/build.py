@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.train_engine import DeepSpeedEngine
+from megatron_opus.backends.engines.megatron.ddp import MegatronEngine
 from megatron_opus.config import RunConfig
 from megatron_opus.types import Groups, TrainEngine
 
@@ -14,4 +15,5 @@ def build_engine(model: nn.Module, config: RunConfig, groups: Groups) -> TrainEn
 
     Raises ConfigError for batch sizes or a schedule that do not fit.
     """
-    return DeepSpeedEngine(model, config, groups)
+    engine = MegatronEngine if config.parallel.engine == "megatron" else DeepSpeedEngine
+    return engine(model, config, groups)

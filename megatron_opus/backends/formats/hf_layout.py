@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opus.config import ConfigError, ModelConfig
-from megatron_opus.layout.sharding import ffn_size, head_channels, query_groups
+from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
+from megatron_opus.layout.model_layout import ModelLayout, ParameterLayout
 
 Family = Literal["gpt2", "qwen3"]
 CONFIG_FILE = "config.json"
 PREFIX: dict[Family, str] = {"gpt2": "transformer.", "qwen3": "model."}
 ARCHITECTURE: dict[Family, str] = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}
 HEAD = "lm_head.weight"
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Causal masks that old GPT-2 files carry as if they were weights.
 _BUFFERS = re.compile(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$")
 
@@ -68,8 +68,8 @@ _SHARED: dict[Family, dict[str, str]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Rows start ... start + length - 1 of one published tensor, seen as [d_out, d_in]."""
+class PublishedRows:
+    """Names rows start ... start + length - 1 of one published tensor, seen as [d_out, d_in]."""
 
     tensor: str
     start: int
@@ -77,10 +77,10 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A parameter of ours as published rows, one piece below the other; a rest of zeros is not listed."""
+class HfLayout:
+    """Says of which published rows a parameter of ours consists, one piece below the other; zeros are not listed."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PublishedRows, ...]
     transposed: bool = False
 
 
@@ -245,37 +245,31 @@ def published_config(model: ModelConfig, dtype: str, base: Mapping[str, Any] | N
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def layouts(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
-    """Parameter of ours -> where its rows are published. `shapes`: whole, padded shapes of all parameters of ours."""
+def layouts(model: ModelConfig, layout: ModelLayout) -> dict[str, HfLayout]:
+    """Find out where the rows of every parameter of ours are published."""
     kind = family(model)
-    prefix = PREFIX[kind]
-    return {name: _layout(kind, prefix, name, shape[0], model) for name, shape in shapes.items()}
+    return {entry.name: _layout(kind, PREFIX[kind], entry, model) for entry in layout.parameters}
 
 
-def _layout(kind: Family, prefix: str, name: str, rows: int, model: ModelConfig) -> Layout:
-    if name in VOCABULARY:
-        assert model.vocab_size is not None
-        tensor = HEAD if name == VOCABULARY[1] else prefix + _SHARED[kind][name]
-        return Layout(pieces=(Piece(tensor=tensor, start=0, length=model.vocab_size),))
-    if name in _SHARED[kind]:
-        return Layout(pieces=(Piece(tensor=prefix + _SHARED[kind][name], start=0, length=rows),))
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    assert match is not None, name
-    index, module, leaf = match.groups()
-    layer = f"{prefix}{'h' if kind == 'gpt2' else 'layers'}.{index}"
-    transposed = kind == "gpt2" and leaf == "weight" and ".linear_" in name
+def _layout(kind: Family, prefix: str, entry: ParameterLayout, model: ModelConfig) -> HfLayout:
+    name, rows = entry.name, entry.shape[0] - entry.padding
+    if entry.block is None:
+        tensor = HEAD if entry.kind == "output" else prefix + _SHARED[kind][name]
+        return HfLayout(pieces=(PublishedRows(tensor=tensor, start=0, length=rows),))
+    module, _, leaf = name.removeprefix(f"decoder.layers.{entry.block}.").rpartition(".")
+    layer = f"{prefix}{'h' if kind == 'gpt2' else 'layers'}.{entry.block}"
+    transposed = kind == "gpt2" and entry.kind == "linear"
     if module == "self_attention.linear_qkv":
-        return Layout(pieces=_qkv(kind, layer, leaf, model), transposed=transposed)
-    if module == "mlp.linear_fc1" and kind == "qwen3":
-        f = ffn_size(model)
+        return HfLayout(pieces=_qkv(kind, layer, leaf, model), transposed=transposed)
+    if entry.halves:
         halves = (f"{layer}.mlp.{part}_proj.{leaf}" for part in ("gate", "up"))
-        return Layout(pieces=tuple(Piece(tensor=half, start=0, length=f) for half in halves))
+        return HfLayout(pieces=tuple(PublishedRows(tensor=half, start=0, length=rows // 2) for half in halves))
     tensor = f"{layer}.{_NAMES[kind][module]}.{leaf}"
-    return Layout(pieces=(Piece(tensor=tensor, start=0, length=rows),), transposed=transposed)
+    return HfLayout(pieces=(PublishedRows(tensor=tensor, start=0, length=rows),), transposed=transposed)
 
 
-def _qkv(kind: Family, layer: str, leaf: str, model: ModelConfig) -> tuple[Piece, ...]:
-    """Megatron's order is (queries.., key, value) of group 0, of group 1, ...; published: all q, all k, all v."""
+def _qkv(kind: Family, layer: str, leaf: str, model: ModelConfig) -> tuple[PublishedRows, ...]:
+    """Lay out Megatron's order, (queries.., key, value) of group 0, of group 1, ...; published: all q, all k, all v."""
     c, n, g = head_channels(model), model.num_attention_heads, query_groups(model)
     if kind == "gpt2":
         tensors, offsets = (f"{layer}.attn.c_attn.{leaf}",) * 3, (0, n * c, (n + g) * c)
@@ -284,23 +278,21 @@ def _qkv(kind: Family, layer: str, leaf: str, model: ModelConfig) -> tuple[Piece
         offsets = (0, 0, 0)
     widths = (n // g * c, c, c)
     return tuple(
-        Piece(tensor=tensor, start=offset + group * width, length=width)
+        PublishedRows(tensor=tensor, start=offset + group * width, length=width)
         for group in range(g)
         for tensor, offset, width in zip(tensors, offsets, widths, strict=True)
     )
 
 
-def published_shapes(
-    placed: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Published tensor -> (its shape as stored, whether it is stored as [d_in, d_out])."""
+def published_shapes(placed: Mapping[str, HfLayout], layout: ModelLayout) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Give for every published tensor its shape as stored, and whether it is stored as [d_in, d_out]."""
     rows: dict[str, int] = {}
     found: dict[str, tuple[tuple[int, ...], bool]] = {}
-    for name, layout in placed.items():
-        for piece in layout.pieces:
+    for name, place in placed.items():
+        for piece in place.pieces:
             rows[piece.tensor] = rows.get(piece.tensor, 0) + piece.length
-            shape = (rows[piece.tensor], *shapes[name][1:])
-            found[piece.tensor] = (shape[::-1] if layout.transposed else shape, layout.transposed)
+            shape = (rows[piece.tensor], *layout[name].shape[1:])
+            found[piece.tensor] = (shape[::-1] if place.transposed else shape, place.transposed)
     return found
 
 

@@ -119,7 +119,7 @@ def _stream_tokens(pointers: np.ndarray, lengths: np.ndarray, dtype: np.dtype) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenFiles:
+class IndexedFiles:
     """What `write_documents` left on disk."""
 
     documents: int
@@ -141,7 +141,7 @@ def write_documents(
     streams: Iterable[Path],
     lengths: Sequence[np.ndarray],
     kept: Sequence[np.ndarray] | None = None,
-) -> WrittenFiles:
+) -> IndexedFiles:
     """Write `prefix`.bin / `prefix`.idx from raw token files and the document lengths in them.
 
     streams: files of `dtype` tokens, concatenated in this order; lengths: int32 arrays, one per stream, whose sum is
@@ -178,7 +178,7 @@ def write_documents(
         _sync(out)
     os.replace(partial_bin, bin_)
     os.replace(partial_idx, idx)
-    return WrittenFiles(
+    return IndexedFiles(
         documents=documents,
         tokens=tokens,
         bin_bytes=tokens * dtype.itemsize,

@@ -49,4 +49,5 @@ def build_model(config: RunConfig) -> nn.Module:
         seed=config.seed,
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.training.recompute,
+        sums_gradients=config.parallel.engine == "deepspeed",
     )

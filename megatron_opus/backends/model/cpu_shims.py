@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
 
 _MARK = "_megatron_opus_cpu_shim"
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
@@ -63,6 +64,44 @@ def _return_large_blocks() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+@contextlib.contextmanager
+def cuda_names() -> Iterator[None]:
+    """Let Megatron's optimizers and schedules run on the CPU inside the block; nothing happens with an accelerator.
+
+    They name `device="cuda"` in the source, move tensors by `.cuda()`, and compare `Tensor.type()` with the names of
+    CUDA's types. A model's own forward pass needs none of it: `plain()` takes these names off its way.
+    """
+    if not active():
+        yield
+        return
+    synchronize = torch.cuda.synchronize
+    torch.cuda.synchronize = lambda device=None: None
+    try:
+        with _CudaNames():
+            yield
+    finally:
+        torch.cuda.synchronize = synchronize
+
+
+def plain() -> contextlib.AbstractContextManager[Any]:
+    """Turn `cuda_names` off inside the block: looking at every tensor operation takes time."""
+    return torch._C.DisableTorchFunction() if active() else contextlib.nullcontext()
+
+
+class _CudaNames(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
 
 
 class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):

@@ -6,7 +6,6 @@ takes its piece: every degree starts from the same model.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, Literal
@@ -16,26 +15,18 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 
-from megatron_opus.backends.model import extras
+from megatron_opus.backends.model import cpu_shims, extras, stages
 from megatron_opus.backends.model.attention import DocumentMask, SdpaCoreAttention, TransformerEngineCoreAttention
 from megatron_opus.backends.model.parallel import derived_seed, init_parallel, rng_tracker, seed_all
 from megatron_opus.config import ConfigError, ModelConfig
-from megatron_opus.layout.sharding import (
-    check_tensor_parallel,
-    ffn_size,
-    head_channels,
-    is_column_cut,
-    is_sharded,
-    padded_vocab_size,
-    query_groups,
-    weight_shard,
-)
+from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
+from megatron_opus.layout.model_layout import ModelLayout, model_layout
 from megatron_opus.types import Batch, Ranges
 
-__all__ = ["build_gpt", "forward_loss", "init_parallel", "rng_tracker", "seed_all", "weight_shard"]
+__all__ = ["build_gpt", "forward_loss", "init_parallel", "rng_tracker", "seed_all"]
 
 # GPT-2's GELU is the tanh approximation. Megatron's fused kernel computes it too, its unfused default does not: named
 # here so that a CPU and a GPU train the same function.
@@ -56,6 +47,16 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of this model on this device. Fusions only on CUDA, and only those without extras."""
     cuda = device == "cuda"
+    pp_size = parallel_state.get_pipeline_model_parallel_world_size()
+    pipeline: dict[str, Any] = {}
+    if pp_size > 1:
+        pipeline = {
+            "pipeline_model_parallel_size": pp_size,
+            "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+            "microbatch_group_size_per_vp_stage": pp_size,
+            "pipeline_dtype": params_dtype,
+            "deallocate_pipeline_outputs": True,
+        }
     fused_gelu = cuda and config.add_bias_linear and not config.swiglu
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -91,6 +92,7 @@ def transformer_config(
         bias_dropout_fusion=cuda,
         # The fused GELU needs a bias to add; without one, PyTorch's kernel is already a single one.
         bias_activation_fusion=fused_gelu or (cuda and config.swiglu),
+        **pipeline,
     )
 
 
@@ -100,12 +102,16 @@ def build_gpt(
     seq_length: int,
     params_dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    vocab_size_padded: int | None = None,
     sequence_parallel: bool = False,
     recompute: Literal["none", "full"] = "none",
     device: Literal["cpu", "cuda", "meta"] | None = None,
-) -> GPTModel:
+    sums_gradients: bool = True,
+) -> Any:
     """GPTModel of this rank, initialised, in `params_dtype`, on `device` (default: the accelerator, else the CPU).
+
+    A pipeline stage gets its own layers alone; with virtual stages, an nn.ModuleList of one GPTModel for each.
+    `sums_gradients` says whether the backward pass adds up over tensor-parallel ranks the gradients that each sees in
+    part (norms under sequence parallelism); False where Megatron's `finalize_model_grads` does it.
 
     Call `init_parallel` first. Only one whole matrix is in memory beside the model at any time. On `meta` nothing is
     allocated. Raises ConfigError when the model cannot be divided by the tensor-parallel degree or has too few
@@ -113,11 +119,11 @@ def build_gpt(
     """
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    check_tensor_parallel(config, tp_size)
+    layout = model_layout(config, tp_size=tp_size, positions=seq_length)
     positions = config.max_position_embeddings or seq_length
     if config.position_embedding_type == "learned_absolute" and positions < seq_length:
         raise ConfigError(f"model.max_position_embeddings: expected at least {seq_length}, got {positions}")
-    vocabulary = vocab_size_padded or padded_vocab_size(config)
+    vocabulary, _ = layout.output.shape
     kind: Literal["cpu", "cuda", "meta"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     megatron_config = transformer_config(
         config,
@@ -127,25 +133,35 @@ def build_gpt(
         device=kind,
         recompute=recompute,
     )
-    with torch.device(kind):
-        model = GPTModel(
-            config=megatron_config,
-            transformer_layer_spec=_layer_specs(config),
-            vocab_size=vocabulary,
-            max_sequence_length=positions,
-            parallel_output=True,
-            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-            position_embedding_type=config.position_embedding_type,
-            rotary_base=config.rotary_base,
-        )
-    model = model.to(dtype=params_dtype)
-    _mark_parameters(model, tp_size)
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    built = []
+    for vp_stage in [None] if virtual is None else range(virtual):
+        # Megatron moves a tied output weight of a last stage by .cuda()
+        with torch.device(kind), cpu_shims.cuda_names():
+            piece = GPTModel(
+                config=megatron_config,
+                transformer_layer_spec=_layer_specs(
+                    config, get_num_layers_to_build(megatron_config, vp_stage=vp_stage)
+                ),
+                vocab_size=vocabulary,
+                max_sequence_length=positions,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+                parallel_output=True,
+                share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+                position_embedding_type=config.position_embedding_type,
+                rotary_base=config.rotary_base,
+                vp_stage=vp_stage,
+            )
+        built.append(piece.to(dtype=params_dtype))
+    model = built[0] if len(built) == 1 else nn.ModuleList(built)
+    _mark_parameters(model, layout)
     if kind != "meta":
-        _init_weights(model, _with_vocabulary(config, vocabulary), tp_rank=tp_rank, tp_size=tp_size, seed=seed)
-    if tp_size > 1:
+        _init_weights(model, config, layout, tp_rank=tp_rank, seed=seed)
+    if tp_size > 1 and sums_gradients:
         _sum_partial_gradients(model)
-    if config.vocab_size is not None and config.vocab_size < vocabulary:
-        _exclude_padding(model, config.vocab_size - tp_rank * (vocabulary // tp_size))
+    if config.vocab_size is not None and config.vocab_size < vocabulary and built[-1].post_process:
+        _exclude_padding(built[-1], config.vocab_size - tp_rank * (vocabulary // tp_size))
     return model
 
 
@@ -161,7 +177,7 @@ class Norm(nn.Module):
         return norm
 
 
-def _layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
+def _layer_specs(config: ModelConfig, layers: int) -> TransformerBlockSubmodules:
     chosen = extras.attention_backend(config.attention_backend, extras.detect_transformer_engine())
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     parts = layer.submodules
@@ -170,45 +186,44 @@ def _layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
     attention.core_attention = TransformerEngineCoreAttention if chosen == "transformer_engine" else SdpaCoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
 
 
-def _with_vocabulary(config: ModelConfig, rows: int) -> ModelConfig:
-    return dataclasses.replace(config, vocab_size=rows, make_vocab_size_divisible_by=rows)
-
-
-def _mark_parameters(model: nn.Module, tp_size: int) -> None:
+def _mark_parameters(model: nn.Module, layout: ModelLayout) -> None:
     """Say on each parameter whether it is a shard: DeepSpeed counts replicated ones once in the gradient norm."""
-    for name, parameter in model.named_parameters():
-        sharded = is_sharded(name) and tp_size > 1
+    for name, parameter in stages.named_parameters(model):
+        sharded = layout[name].cut is not None and layout.tp_size > 1
         for attribute, value in (
             ("model_parallel", sharded),
             ("tensor_model_parallel", sharded),
-            ("partition_dim", 1 if is_column_cut(name) else 0),
+            ("partition_dim", 1 if layout[name].cut == "columns" else 0),
             ("partition_stride", 1),
         ):
             setattr(parameter, attribute, value)
 
 
 @torch.no_grad()
-def _init_weights(model: nn.Module, config: ModelConfig, *, tp_rank: int, tp_size: int, seed: int) -> None:
-    """Megatron's rules: N(0, std), residual output layers N(0, std / sqrt(2 * layers)), norms 1, biases 0."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+def _init_weights(model: nn.Module, config: ModelConfig, layout: ModelLayout, *, tp_rank: int, seed: int) -> None:
+    """Apply Megatron's rules: N(0, std), residual output layers N(0, std / sqrt(2 * layers)), norms 1, biases 0.
+
+    The layers that write to the residual stream are those that are cut by columns.
+    """
+    for name, parameter in stages.named_parameters(model):
+        entry = layout[name]
+        if entry.kind in ("norm", "bias"):
+            parameter.fill_(1.0 if entry.kind == "norm" else 0.0)
             continue
-        std = config.init_method_std / (math.sqrt(2.0 * config.num_layers) if is_column_cut(name) else 1.0)
+        std = config.init_method_std / (math.sqrt(2.0 * config.num_layers) if entry.cut == "columns" else 1.0)
         generator = torch.Generator().manual_seed(derived_seed(seed, "weights", name))
-        if is_sharded(name):
-            shape, rows, columns = weight_shard(name, config, tp_rank, tp_size)
-            whole = torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-            parameter.copy_(_cut(_cut(whole, rows, 0), columns, 1))
-        else:
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+        value = torch.empty(entry.shape, device="cpu").normal_(0.0, std, generator=generator)
+        for dim, ranges in enumerate(layout.shard(name, tp_rank)):
+            value = _cut(value, ranges, dim)
+        parameter.copy_(value)
 
 
 def _cut(whole: Tensor, ranges: Ranges, dim: int) -> Tensor:
-    return torch.cat([whole.narrow(dim, start, length) for start, length in ranges], dim=dim)
+    pieces = [whole.narrow(dim, start, length) for start, length in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
 
 
 def _exclude_padding(model: GPTModel, first: int) -> None:
@@ -239,7 +254,7 @@ def _sum_partial_gradients(model: nn.Module) -> None:
         torch.distributed.all_reduce(gradient, group=group)
         return gradient
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in stages.named_parameters(model):
         if getattr(parameter, "sequence_parallel", False) or ".q_layernorm." in name or ".k_layernorm." in name:
             parameter.register_hook(reduced)
 
@@ -252,6 +267,14 @@ def forward_loss(model: Any, batch: Batch) -> Tensor:
 
     Labels are taken as they are: labels[b, t] follows tokens[b, t]. With `document_ids`, attention stays within each
     document. The same on every tensor-parallel rank. Raises ValueError when the sequence does not fit the model.
+    """
+    return forward_piece(model, batch).float()
+
+
+def forward_piece(model: Any, batch: Batch) -> Tensor:
+    """Run what one stage holds of the model: token losses [B, L] on the last, hidden states [L, B, h] elsewhere.
+
+    A stage that is not the first takes its input from `set_input_tensor`, as Megatron's schedules give it.
     """
     gpt = model.module if hasattr(model, "module") else model
     length = batch.tokens.shape[1]
@@ -268,11 +291,11 @@ def forward_loss(model: Any, batch: Batch) -> Tensor:
     # What recomputation keeps of a layer's arguments must be tensors; it passes the bias by without keeping it.
     recomputed = config.recompute_granularity == "full" and gpt.training
     bias = {"extra_block_kwargs": {"attention_bias": documents}} if recomputed and documents is not None else {}
-    losses = model(
+    output: Tensor = model(
         input_ids=batch.tokens,
         position_ids=batch.position_ids,
         attention_mask=None if bias else documents,
         labels=batch.labels,
         **bias,
     )
-    return losses.float()
+    return output

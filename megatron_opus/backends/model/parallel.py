@@ -23,27 +23,35 @@ from megatron_opus.types import Groups
 
 
 def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
-    """Tensor- and data-parallel groups over the processes that torch.distributed already knows; seeds all generators.
+    """Make the parallel groups over the processes that torch.distributed already knows, and seed all generators.
 
-    May be called again with another degree. Raises RuntimeError when torch.distributed has not been initialised and
-    ConfigError when the degree does not divide the number of processes.
+    May be called again with other degrees. Raises RuntimeError when torch.distributed has not been initialised and
+    ConfigError when the degrees do not divide the number of processes.
     """
     if not torch.distributed.is_initialized():
         raise RuntimeError(
             "init_parallel: expected an initialised torch.distributed, got none; call init_distributed first"
         )
     world, tp = torch.distributed.get_world_size(), parallel.tensor_model_parallel_size
-    if world % tp:
-        raise ConfigError(f"parallel.tensor_model_parallel_size: {tp} does not divide the {world} processes started")
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if world % (tp * pp):
+        wanted = f"tensor_model_parallel_size: {tp}" if pp == 1 else f"tensor x pipeline parallel: {tp} x {pp}"
+        raise ConfigError(f"parallel.{wanted} does not divide the {world} processes started")
     cpu_shims.install()
     if tp > 1:
         # Overlapping tensor-parallel communication with matmuls relies on kernels starting in issue order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if parallel_state.model_parallel_is_initialized() and parallel_state.get_tensor_model_parallel_world_size() != tp:
+    if parallel_state.model_parallel_is_initialized() and (tp, pp, vpp) != (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    ):
         _leave_groups()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )
@@ -53,7 +61,7 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
 
 
 def _leave_groups() -> None:
-    """Forget the groups of another tensor-parallel degree and end their threads, which Megatron alone would leave."""
+    """Forget the groups of other degrees and end their threads, which Megatron alone would leave."""
     values = [x for value in vars(parallel_state).values() for x in (value if isinstance(value, list) else [value])]
     groups = {id(x): x for x in values if isinstance(x, torch.distributed.ProcessGroup)}
     parallel_state.destroy_model_parallel()
@@ -69,7 +77,8 @@ def seed_all(seed: int, groups: Groups) -> None:
     all ranks that share a sequence. The tracked states differ between tensor-parallel ranks as well.
     """
     base = derived_seed(seed, "data-parallel", groups.dp_rank)
-    inner = derived_seed(seed, "model-parallel", groups.dp_rank, groups.tp_rank)
+    stage = (groups.pp_rank,) if groups.pp_rank else ()  # other layers lie there, with dropout of their own
+    inner = derived_seed(seed, "model-parallel", groups.dp_rank, groups.tp_rank, *stage)
     random.seed(base)
     np.random.seed(base % 2**32)
     torch.manual_seed(base)
@@ -99,13 +108,16 @@ def derived_seed(seed: int, *path: object) -> int:
 
 
 def megatron_groups() -> Groups:
-    """This process's place in megatron-core's parallel state, which must be initialised."""
-    tp, dp = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_data_parallel_world_size()
-    return Groups(
-        tp=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
-        dp=parallel_state.get_data_parallel_group() if dp > 1 else None,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=tp,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=dp,
-    )
+    """Read this process's place in megatron-core's parallel state, which must be initialised."""
+    kinds = {"tp": "tensor_model", "dp": "data", "pp": "pipeline_model", "cp": "context", "ep": "expert_model"}
+    found: dict[str, Any] = {}
+    for short, kind in kinds.items():
+        group, rank, size = (
+            getattr(parallel_state, f"get_{kind}_parallel_{x}") for x in ("group", "rank", "world_size")
+        )
+        found |= {short: group() if size() > 1 else None, f"{short}_rank": rank(), f"{short}_size": size()}
+    if found["cp_size"] > 1:  # ZeRO cuts the state over both
+        found["state"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        found["state_rank"] = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        found["state_size"] = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return Groups(**found)

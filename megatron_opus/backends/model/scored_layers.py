@@ -11,69 +11,109 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
+from megatron_opus.backends.model import stages
 from megatron_opus.config import ConfigError, SelectionConfig
-from megatron_opus.types import Ranges, ScoredLayer
-
-# name -> (whole shape (d_out, d_in), rows of this rank, columns of this rank)
-ShardMap = Callable[[str], tuple[tuple[int, int], Ranges, Ranges]]
+from megatron_opus.layout.model_layout import Cut, Kind, ModelLayout, ParameterLayout, block_number, scored_blocks
+from megatron_opus.types import ScoredLayer
 
 POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*|embed_positions)(\.|$)")  # embeddings of positions, not of tokens
 OUTPUT_LAYERS = ("output_layer", "lm_head", "embed_out")
 
 
 def megatron_layers(
-    model: nn.Module, shard_map: ShardMap, selection: SelectionConfig | None = None
+    model: nn.Module, layout: ModelLayout | None = None, selection: SelectionConfig | None = None
 ) -> list[ScoredLayer]:
-    """Column- and RowParallelLinear layers with trainable weights, in module order; (un)embedding where asked for.
+    """List the Column- and RowParallelLinear layers with trainable weights, in module order.
 
-    `selection` (default: its defaults) says which blocks are scored, and whether the output layer and the token
-    embedding are. A weight without `requires_grad` is not part of the coming update and is left out. Raises
-    ConfigError for a choice that leaves nothing or half of a tied weight, and ValueError when a weight does not have
-    the shape that `shard_map` gives it: the sketches of such a shard would not add up.
+    The (un)embedding is among them where it is asked for. `layout` (default: read off the model) says what each matrix
+    is and which piece of it this tensor-parallel rank holds. `selection` (default: its defaults) says which blocks are
+    scored, and whether the output layer and the token embedding are. A weight without `requires_grad` is not part of
+    the coming update and is left out. Raises ConfigError for a choice that leaves nothing or half of a tied weight, and
+    ValueError when a weight does not have the shape that `layout` gives it: the sketches of such a shard would not add
+    up.
     """
-    selection = selection or SelectionConfig()
-    embedding = next((n for n, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)), "")
-    layers = []
-    for name, module in model.named_modules():
+    selection, layout = selection or SelectionConfig(), layout or built_layout(model)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    modules = list(stages.named_modules(model))
+    shares = any(getattr(piece, "share_embeddings_and_output_weights", False) for piece in stages.pieces(model))
+    found_embedding = next(((n, m) for n, m in modules if isinstance(m, VocabParallelEmbedding)), None)
+    embedding = found_embedding[0] if found_embedding else stages.EMBEDDING
+    layers, tied_model = [], shares
+    for name, module in modules:
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             continue
-        is_embedding, is_output = isinstance(module, VocabParallelEmbedding), _is_output(name)
+        # a tied output layer is another use of the embedding's weight; on another pipeline stage it has a copy of it
+        tied = module.weight is None or (shares and _is_output(name))
+        tied_model |= tied
+        matrix = embedding if tied else name
+        entry = layout[f"{matrix}.weight"]
+        is_embedding = entry.kind == "embedding" and not tied
+        is_output = entry.kind == "output" or tied
         if (is_embedding and not selection.score_embedding) or (is_output and not selection.score_output_layer):
             continue
-        # a tied output layer has no weight of its own: it is another use of the embedding's
-        tied = module.weight is None
-        matrix = embedding if tied else name
-        weight = model.get_parameter(f"{matrix}.weight")
+        weight: Any = found_embedding[1].weight if module.weight is None and found_embedding else module.weight
         if not weight.requires_grad:
             continue
         if tied and not selection.score_embedding:
             raise ConfigError(_half_of_a_tied_weight("score_output_layer", "score_embedding"))
-        whole, rows, cols = shard_map(f"{matrix}.weight")
-        local, found = (sum(n for _, n in rows), sum(n for _, n in cols)), local_shape(weight)
+        local, found = layout.local_shape(entry.name), local_shape(weight)
         if found != local:
-            raise ValueError(f"{matrix}.weight: expected the local shape {local}, got {found}")
-        row_parallel = isinstance(module, RowParallelLinear)
+            raise ValueError(f"{entry.name}: expected the local shape {local}, got {found}")
+        by_columns = entry.cut == "columns"
         scattered = bool(module.reduce_scatter_embeddings if is_embedding else module.sequence_parallel)
+        rows, cols = layout.shard(entry.name, rank)
         layers.append(
             ScoredLayer(
                 name=matrix,
                 module=module,
                 weight=weight,
-                d_out=whole[0],
-                d_in=whole[1],
+                d_out=entry.shape[0],
+                d_in=entry.shape[1],
                 rows=rows,
                 cols=cols,
                 sequence_first=scattered if is_embedding else True,
                 embedding=is_embedding,
-                cut="cols" if row_parallel else "rows",
-                input_scattered=scattered and not row_parallel and not is_embedding,
-                output_scattered=scattered and (row_parallel or is_embedding),
+                cut="cols" if by_columns else "rows",
+                input_scattered=scattered and not by_columns and not is_embedding,
+                output_scattered=scattered and (by_columns or is_embedding),
             )
         )
-    tied_model = any(_is_output(n) and getattr(m, "weight", 0) is None for n, m in model.named_modules())
     if tied_model and selection.score_embedding and not selection.score_output_layer:
         raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
-    return of_blocks(layers, selection.scored_layers)
+    pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    blocks = range(stages.pieces(model)[0].config.num_layers) if pipelined else None
+    return of_blocks(layers, selection.scored_layers, blocks)
+
+
+def built_layout(model: nn.Module) -> ModelLayout:
+    """Read the layout off megatron-core's own layers: for a model of which no configuration of ours exists.
+
+    Their shards are contiguous, but gate and up are apart in a gated linear_fc1.
+    """
+    found: dict[str, ParameterLayout] = {}
+    for piece in stages.pieces(model):
+        modules = dict(piece.named_modules())
+        for local, parameter in piece.named_parameters():
+            owner, _, leaf = local.rpartition(".")
+            module, shape = modules[owner], local_shape(parameter)
+            cut: Cut | None = None
+            halves = False
+            kind: Kind = "bias" if leaf == "bias" else "linear" if len(shape) > 1 else "norm"
+            if isinstance(module, VocabParallelEmbedding):
+                kind, cut, shape = "embedding", "rows", (module.num_embeddings, module.embedding_dim)
+            elif isinstance(module, nn.Embedding):
+                kind = "positions"
+            elif isinstance(module, ColumnParallelLinear):
+                halves = owner.endswith("linear_fc1") and module.config.gated_linear_unit
+                cut, shape = "rows", (module.output_size, module.input_size)[: len(shape)]
+                kind = "output" if _is_output(owner) else kind
+            elif isinstance(module, RowParallelLinear) and leaf == "weight":
+                cut, shape = "columns", (module.output_size, module.input_size)
+            name = stages.global_name(piece, local)
+            if name != local and kind == "output":
+                kind = "embedding"  # the last stage's copy of a tied weight
+            found.setdefault(name, ParameterLayout(name=name, kind=kind, shape=shape, cut=cut, halves=halves))
+    return ModelLayout(parameters=tuple(found.values()), tp_size=parallel_state.get_tensor_model_parallel_world_size())
 
 
 def _half_of_a_tied_weight(given: str, missing: str) -> str:
@@ -83,52 +123,25 @@ def _half_of_a_tied_weight(given: str, missing: str) -> str:
     )
 
 
-def of_blocks(layers: Sequence[ScoredLayer], which: str) -> list[ScoredLayer]:
-    """The layers of the blocks that `selection.scored_layers` names; those outside blocks ((un)embedding) stay.
+def of_blocks(layers: Sequence[ScoredLayer], which: str, of: Sequence[int] | None = None) -> list[ScoredLayer]:
+    """Keep the layers of the blocks that `selection.scored_layers` names; those outside blocks ((un)embedding) stay.
 
     `all`; `last:K`, the K blocks nearest the loss, where the backward pass then ends; `every:K`, every K-th counted
-    from the last. A block is the first number in a layer's name. Raises ConfigError when there are fewer blocks.
+    from the last. `of` numbers the whole model's blocks, where `layers` are those of one pipeline stage. Raises
+    ConfigError when there are fewer blocks.
     """
-    if which == "all":
-        return list(layers)
-    kind, _, number = which.partition(":")
-    found = [re.search(r"\.(\d+)\.", layer.name) for layer in layers]
-    blocks = sorted({int(m.group(1)) for m in found if m})
-    k = int(number)
-    if k > len(blocks):
+    numbers = [block_number(layer.name) for layer in layers]
+    blocks = sorted({n for n in numbers if n is not None}) if of is None else list(of)
+    if int(which.partition(":")[2] or 0) > len(blocks):
         raise ConfigError(f"selection.scored_layers: expected at most the model's {len(blocks)} blocks, got {which}")
-    chosen = set(blocks[-k:] if kind == "last" else blocks[::-1][::k])
-    return [x for x, m in zip(layers, found, strict=True) if m is None or int(m.group(1)) in chosen]
-
-
-def standard_shard_map(model: nn.Module) -> ShardMap:
-    """The shard map of megatron-core's own layers: contiguous pieces, but gate and up apart in a gated linear_fc1."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-
-    def piece(start: int, length: int) -> Ranges:
-        return ((start + rank * (length // size), length // size),)
-
-    def shard(name: str) -> tuple[tuple[int, int], Ranges, Ranges]:
-        module = modules[name.removesuffix(".weight")]
-        if isinstance(module, VocabParallelEmbedding):
-            vocabulary, width = module.num_embeddings, module.embedding_dim
-            return (vocabulary, width), piece(0, vocabulary), ((0, width),)
-        d_out, d_in = module.output_size, module.input_size
-        if isinstance(module, RowParallelLinear):
-            return (d_out, d_in), ((0, d_out),), piece(0, d_in)
-        gated = name.endswith("linear_fc1.weight") and module.config.gated_linear_unit
-        half = d_out // 2
-        return (d_out, d_in), piece(0, half) + piece(half, half) if gated else piece(0, d_out), ((0, d_in),)
-
-    return shard
+    chosen = scored_blocks(blocks, which)
+    return [layer for layer, n in zip(layers, numbers, strict=True) if n is None or n in chosen]
 
 
 def plain_layers(
     model: nn.Module, selection: SelectionConfig | None = None, *, wanted: Callable[[str], bool] | None = None
 ) -> list[ScoredLayer]:
-    """Trainable nn.Linear layers of a model in one process, activations [batch, tokens, features].
+    """List the trainable nn.Linear layers of a model in one process, with activations [batch, tokens, features].
 
     `selection` as in `megatron_layers`; `wanted` further restricts by module name. Raises ConfigError.
     """
@@ -170,6 +183,7 @@ def plain_layers(
 
 
 def is_megatron(model: nn.Module) -> bool:
+    """True for a model with tensor-parallel layers of megatron-core."""
     kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
     return any(isinstance(module, kinds) for module in model.modules())
 

@@ -147,7 +147,7 @@ def digest(items: Sequence[BenchmarkItem]) -> str:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _QuestionParts:
     context: str
     question: str
     choices: tuple[str, ...]
@@ -157,29 +157,29 @@ class _Parts:
 @dataclass(frozen=True)
 class _Form:
     fields: tuple[str, ...]
-    read: Callable[[Row], _Parts]
+    read: Callable[[Row], _QuestionParts]
 
 
-def _stored(row: Row) -> _Parts:
+def _stored(row: Row) -> _QuestionParts:
     # "Question: ... Answer:" is the frame of a prompt, not the benchmark's text.
     query = re.sub(r"\s*\bAnswer:\s*$", "", re.sub(r"^\s*Question:\s*", "", row.text("query")))
     choices = row.texts("choices")
-    return _Parts("", query, choices, row.number("gold", len(choices)))
+    return _QuestionParts("", query, choices, row.number("gold", len(choices)))
 
 
 def _plain(question: str, choices: str, answer: str, context: str = "") -> _Form:
-    def read(row: Row) -> _Parts:
+    def read(row: Row) -> _QuestionParts:
         found = row.texts(choices)
         before = row.text(context) if context else ""
-        return _Parts(before, row.text(question), found, row.number(answer, len(found)))
+        return _QuestionParts(before, row.text(question), found, row.number(answer, len(found)))
 
     return _Form((*([context] if context else []), question, choices, answer), read)
 
 
 def _lettered(question: str) -> _Form:
-    def read(row: Row) -> _Parts:
+    def read(row: Row) -> _QuestionParts:
         texts, labels = row.labelled("choices")
-        return _Parts("", row.text(question), texts, row.label("answerKey", labels))
+        return _QuestionParts("", row.text(question), texts, row.label("answerKey", labels))
 
     return _Form((question, "choices", "answerKey"), read)
 
@@ -187,45 +187,45 @@ def _lettered(question: str) -> _Form:
 def _named(question: str, choices: tuple[str, ...], answer: str, first: int, context: str = "") -> _Form:
     """Every choice in a field of its own; the answer is a number that starts at `first`."""
 
-    def read(row: Row) -> _Parts:
+    def read(row: Row) -> _QuestionParts:
         before = row.text(context) if context else ""
         found = tuple(row.text(choice) for choice in choices)
-        return _Parts(before, row.text(question), found, row.number(answer, len(found), first))
+        return _QuestionParts(before, row.text(question), found, row.number(answer, len(found), first))
 
     return _Form((*([context] if context else []), question, *choices, answer), read)
 
 
-def _anli(row: Row) -> _Parts:
-    return _Parts(row.text("premise"), row.text("hypothesis"), ANLI_CHOICES, row.number("label", 3))
+def _anli(row: Row) -> _QuestionParts:
+    return _QuestionParts(row.text("premise"), row.text("hypothesis"), ANLI_CHOICES, row.number("label", 3))
 
 
 def _entailed(premise: str, hypothesis: str) -> _Form:
-    def read(row: Row) -> _Parts:
-        return _Parts(row.text(premise), row.text(hypothesis), AX_CHOICES, row.number("label", 2))
+    def read(row: Row) -> _QuestionParts:
+        return _QuestionParts(row.text(premise), row.text(hypothesis), AX_CHOICES, row.number("label", 2))
 
     return _Form((premise, hypothesis, "label"), read)
 
 
-def _race(row: Row) -> _Parts:
+def _race(row: Row) -> _QuestionParts:
     options = row.texts("options")
-    return _Parts(
+    return _QuestionParts(
         row.text("article"), row.text("question"), options, row.label("answer", tuple("ABCD"[: len(options)]))
     )
 
 
-def _story(row: Row) -> _Parts:
+def _story(row: Row) -> _QuestionParts:
     texts = [row.text(key) for key in _STORY_FIELDS[:-1]]
-    return _Parts("", " ".join(texts[:4]), tuple(texts[4:]), row.number(_STORY_FIELDS[-1], 2, 1))
+    return _QuestionParts("", " ".join(texts[:4]), tuple(texts[4:]), row.number(_STORY_FIELDS[-1], 2, 1))
 
 
-def _winogrande(row: Row) -> _Parts:
+def _winogrande(row: Row) -> _QuestionParts:
     sentence = row.text("sentence")
     if sentence.count("_") != 1:
         raise BenchmarkError(f"{row.where}: 'sentence': expected one _ for the choice, found {sentence.count('_')}")
-    return _Parts("", sentence, (row.text("option1"), row.text("option2")), row.number("answer", 2, 1))
+    return _QuestionParts("", sentence, (row.text("option1"), row.text("option2")), row.number("answer", 2, 1))
 
 
-def _winograd(row: Row) -> _Parts:
+def _winograd(row: Row) -> _QuestionParts:
     text, pronoun, place = row.text("text"), row.text("pronoun"), row.values["pronoun_loc"]
     if not isinstance(place, int) or text[place : place + len(pronoun)] != pronoun:
         raise BenchmarkError(
@@ -233,15 +233,15 @@ def _winograd(row: Row) -> _Parts:
         )
     options = row.texts("options")
     sentence = f"{text[:place]}_{text[place + len(pronoun) :]}"
-    return _Parts("", sentence, options, row.number("label", len(options)))
+    return _QuestionParts("", sentence, options, row.number("label", len(options)))
 
 
-def _coreference(row: Row) -> _Parts:
+def _coreference(row: Row) -> _QuestionParts:
     question = f"Does {row.text('span2_text')} refer to {row.text('span1_text')}?"
-    return _Parts(row.text("text"), question, YES_NO, row.number("label", 2))
+    return _QuestionParts(row.text("text"), question, YES_NO, row.number("label", 2))
 
 
-def _schema(row: Row) -> _Parts:
+def _schema(row: Row) -> _QuestionParts:
     """Contexts that differ in the filled-in choice, and one continuation."""
     contexts = row.texts("context_options")
     if len(contexts) < 2:
@@ -251,12 +251,12 @@ def _schema(row: Row) -> _Parts:
     same = next((i for i in range(shortest) if len({w[i] for w in words}) > 1), shortest - 1)
     tails = [" ".join(w[same:]) for w in words]
     sentence = f"{' '.join([*words[0][:same], '_'])}{row.text('continuation')}"
-    return _Parts("", sentence, tuple(tails), row.number("gold", len(contexts)))
+    return _QuestionParts("", sentence, tuple(tails), row.number("gold", len(contexts)))
 
 
-def _sciq(row: Row) -> _Parts:
+def _sciq(row: Row) -> _QuestionParts:
     choices = tuple(row.text(key) for key in ("distractor1", "distractor2", "distractor3", "correct_answer"))
-    return _Parts("", row.text("question"), choices, 3)
+    return _QuestionParts("", row.text("question"), choices, 3)
 
 
 _STORED = _Form(("query", "choices", "gold"), _stored)

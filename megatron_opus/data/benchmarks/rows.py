@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_opus.errors import Refusal
+from megatron_opus.rows import RowError, json_lines, parquet_rows
 
 _SHOWN_KEYS = 12
 
@@ -17,37 +17,22 @@ class BenchmarkError(Refusal, ValueError):
 
 
 def rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line or row from 1, fields)."""
+    """Read (line or row from 1, fields) of a benchmark file. Raises BenchmarkError."""
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise BenchmarkError(f"{path}: expected a .jsonl or .parquet file, got suffix {path.suffix!r}")
-    with path.open("rb") as stream:
-        for line, raw in enumerate(stream, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                hint = "; a JSON array is to be written as one object per line" if raw.lstrip()[:1] == b"[" else ""
-                raise BenchmarkError(f"{path}:{line}: not one JSON object per line ({error}){hint}") from None
-            if not isinstance(row, dict):
-                raise BenchmarkError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
-            yield line, row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BenchmarkError(f"{path}: not a Parquet file: {error}") from error
-    yield from enumerate(rows, 1)
+        if path.suffix == ".parquet":
+            yield from parquet_rows(path)
+            return
+        with path.open("rb") as stream:
+            for line, row in json_lines(path, stream):
+                if not isinstance(row, dict):
+                    raise BenchmarkError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
+                yield line, row
+    except RowError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 class Row:

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opus.data.files import atomic_file
 from megatron_opus.data.prepare.document import SourceError
 from megatron_opus.data.prepare.records import file_sha256, open_compressed
+from megatron_opus.files import atomic_file
+from megatron_opus.rows import RowError, json_lines, parquet_rows
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".jsonl.gz", ".jsonl.zst")
 _WORD = re.compile(r"[^\W_]+")
@@ -208,6 +209,9 @@ def _table(hashes: np.ndarray) -> tuple[np.uint64, np.ndarray]:
     return shift, present
 
 
+_BROKEN = "the benchmark file has broken JSON"
+
+
 # --- benchmark files ------------------------------------------------------------------------------------------------
 
 
@@ -219,58 +223,45 @@ def benchmark_items(file: str, fields: Sequence[str]) -> Iterator[tuple[int, str
     if not Path(file).is_file():
         raise SourceError(f"{file}: no such benchmark file")
     try:
-        for line, record in enumerate(_benchmark_records(file, suffix), 1):
+        for line, record in _benchmark_records(file, suffix):
             if fields and isinstance(record, Mapping):
                 record = {key: value for key, value in record.items() if key in fields}  # noqa: PLW2901
             for name, text in _strings("", record):
                 yield line, name or "text", text
+    except RowError as error:
+        cause = error.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            raise SourceError(f"{file}: the benchmark file is not UTF-8: {cause}") from error
+        raise SourceError(str(error)) from error
     except (OSError, EOFError) as error:
         raise SourceError(f"{file}: the benchmark file cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise SourceError(f"{file}: the benchmark file is not UTF-8: {error}") from error
 
 
-def _benchmark_records(file: str, suffix: str) -> Iterator[Any]:
+def _benchmark_records(file: str, suffix: str) -> Iterator[tuple[int, Any]]:
     if suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(file) as table:
-                for batch in table.iter_batches(256):
-                    yield from batch.to_pylist()
-        except pa.ArrowException as error:
-            raise SourceError(f"{file}: the benchmark file is no readable Parquet: {error}") from error
+        yield from parquet_rows(file, "the benchmark file is no readable Parquet")
+    elif suffix == ".txt":
+        blocks = re.split(r"\n\s*\n", Path(file).read_text(encoding="utf-8"))
+        yield from enumerate((block for block in blocks if block.strip()), 1)
     elif suffix in (".jsonl.gz", ".jsonl.zst"):
         with open_compressed(file) as stream:
-            yield from _json_lines(file, (raw.decode("utf-8") for raw in stream))
-    elif suffix == ".txt":
-        yield from (block for block in re.split(r"\n\s*\n", Path(file).read_text(encoding="utf-8")) if block.strip())
+            yield from json_lines(file, stream, _BROKEN)
     else:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        content = Path(file).read_bytes()
         if suffix == ".json":
             try:
-                whole = json.loads(text)
+                whole = json.loads(content.decode("utf-8-sig"))
             except ValueError:  # records line by line under this name are common
-                yield from _json_lines(file, text.split("\n"))
+                yield from json_lines(file, content.splitlines(), _BROKEN)
                 return
             if isinstance(whole, Mapping):
                 lists = [value for value in whole.values() if isinstance(value, list)]
                 whole = lists[0] if len(lists) == 1 and len(lists[0]) > 1 else [whole]
-            yield from whole if isinstance(whole, list) else [whole]
+            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
         else:
-            yield from _json_lines(file, text.split("\n"))
-
-
-def _json_lines(file: str, lines: Iterator[str] | Sequence[str]) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            yield {}  # so that the record's number is the line's
-            continue
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{file}:{number}: the benchmark file has broken JSON ({error})") from error
+            yield from json_lines(file, content.splitlines(), _BROKEN)
 
 
 def _strings(name: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -44,7 +44,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class SourceRecord:
     """One document, or the reason why there is none (`text` is None)."""
 
     line: int  # from 1, of the shard; `line_base` gives what to add
@@ -105,17 +105,17 @@ def text_digest(text: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def record_digest(record: Record) -> tuple[int, int]:
+def record_digest(record: SourceRecord) -> tuple[int, int]:
     """`text_digest` of the document's own text: another header makes no other document."""
     text = record.text or ""
     return text_digest(text[record.body :] if record.body else text)
 
 
-def read_record(line: int, fields: Mapping[str, Any], options: ReadOptions, size: int) -> Record:
+def read_record(line: int, fields: Mapping[str, Any], options: ReadOptions, size: int) -> SourceRecord:
     """The document of one record; `problem` names the key and what was expected of it."""
 
-    def bad(problem: str) -> Record:
-        return Record(line=line, text=None, problem=problem, bytes=size)
+    def bad(problem: str) -> SourceRecord:
+        return SourceRecord(line=line, text=None, problem=problem, bytes=size)
 
     for key in options.columns:
         if key not in fields:
@@ -125,7 +125,7 @@ def read_record(line: int, fields: Mapping[str, Any], options: ReadOptions, size
     text = fields[options.text_key]
     problem = _not_text(options.text_key, text)
     if problem or options.plain:
-        return bad(problem) if problem else Record(line=line, text=text, bytes=size)
+        return bad(problem) if problem else SourceRecord(line=line, text=text, bytes=size)
     try:
         spans = _spans(fields[options.mask_key], len(text)) if options.mask_key else ()
         header = _header(options.metadata_template, fields)
@@ -135,7 +135,9 @@ def read_record(line: int, fields: Mapping[str, Any], options: ReadOptions, size
     if header:
         spans = ((0, len(header)), *((a + len(header), b + len(header)) for a, b in spans))
     bucket = bucket if options.bucket_key else score
-    return Record(line=line, text=header + text, bytes=size, body=len(header), spans=spans, score=score, bucket=bucket)
+    return SourceRecord(
+        line=line, text=header + text, bytes=size, body=len(header), spans=spans, score=score, bucket=bucket
+    )
 
 
 def _not_text(key: str, value: Any) -> str:

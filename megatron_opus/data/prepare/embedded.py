@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.files import atomic_file, locked
 from megatron_opus.data.manifest import Manifest, Role
 from megatron_opus.data.prepare import stdlib_text
 from megatron_opus.data.prepare.pipeline import Storage, prepare
 from megatron_opus.data.prepare.records import text_digest
 from megatron_opus.data.prepare.resolve import TRAIN_SENTENCEPIECE, DatasetSpec, PrepareConfig
 from megatron_opus.data.prepare.tokenize import kept
+from megatron_opus.files import atomic_file, locked
 
 VERSION = 1  # of the recipe below: another one gives another directory
 TARGET = "prose"

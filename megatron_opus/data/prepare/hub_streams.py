@@ -18,9 +18,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opus.data.files import atomic_file, write_json
-from megatron_opus.data.prepare.document import ReadOptions, Record, Shard, SourceError, read_record, record_digest
+from megatron_opus.data.prepare.document import (
+    ReadOptions,
+    Shard,
+    SourceError,
+    SourceRecord,
+    read_record,
+    record_digest,
+)
 from megatron_opus.data.prepare.tabular import check_columns
+from megatron_opus.files import atomic_file, write_json
 
 HUB_PREFIX = "hub:"
 _MORE = 1.1  # documents that are fetched for one that is wanted: some will be duplicates, held out or contaminated
@@ -34,7 +41,7 @@ class Wanted:
     """What one dataset takes from a stream. accepts: which records are its own (split, bucket)."""
 
     options: ReadOptions
-    accepts: Callable[[Record, int], bool]  # record, split hash
+    accepts: Callable[[SourceRecord, int], bool]  # record, split hash
     max_documents: int | None
     max_tokens: int | None
 

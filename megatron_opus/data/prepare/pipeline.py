@@ -20,11 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.files import PARTIAL, atomic_file, locked, write_json
 from megatron_opus.data.manifest import DatasetEntry, Manifest, Role
 from megatron_opus.data.prepare import decontaminate, hub_streams
 from megatron_opus.data.prepare.assemble import Chooser, Chosen, Storage, write_dataset
-from megatron_opus.data.prepare.records import DATASETS_PREFIX, Record, Shard, read_shard, source_identity
+from megatron_opus.data.prepare.records import DATASETS_PREFIX, Shard, SourceRecord, read_shard, source_identity
 from megatron_opus.data.prepare.resolve import (
     TRAIN_SENTENCEPIECE,
     WORK_DIRECTORY,
@@ -40,7 +39,8 @@ from megatron_opus.data.prepare.resolve import (
 )
 from megatron_opus.data.prepare.tokenize import MAX_LISTED, Job, JobRunner, in_bucket, kept, record_error
 from megatron_opus.data.prepare.worker import run_jobs
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import Tokenizer, load_tokenizer, reopen_tokenizer, train_sentencepiece
+from megatron_opus.files import PARTIAL, atomic_file, locked, write_json
 
 __all__ = ["Storage", "prepare"]
 
@@ -52,7 +52,7 @@ def prepare(config: PrepareConfig, storage: Storage, log: Callable[[str], None] 
     `records`, `tokenizers`, `shards` and `worker`, all ValueError or RuntimeError) with what to change.
     """
     datasets = resolve(config)
-    source = None if config.tokenizer == TRAIN_SENTENCEPIECE else tokenizers.load(config.tokenizer, config.eod)
+    source = None if config.tokenizer == TRAIN_SENTENCEPIECE else load_tokenizer(config.tokenizer, config.eod)
     settings = describe_settings(config, datasets, source)
     config.output.mkdir(parents=True, exist_ok=True)
     busy = f"{config.output}: another preparation is writing here; wait or stop it"
@@ -94,7 +94,7 @@ class _Work:
         config: PrepareConfig,
         datasets: Sequence[DatasetSpec],
         settings: dict[str, Any],
-        tokenizer: tokenizers.Tokenizer | None,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.config = config
         self.datasets = datasets
@@ -186,16 +186,16 @@ class _Work:
         output = str(self.root / "sources" / f"{self._source_index[source]:06d}")
         return Job(kind="sha256", output=output, shard=Shard(source=source, start=0, stop=size, bytes=size))
 
-    def make_tokenizer(self, source: tokenizers.Tokenizer | None, log: Callable[[str], None]) -> dict[str, Any]:
+    def make_tokenizer(self, source: Tokenizer | None, log: Callable[[str], None]) -> dict[str, Any]:
         marker = self.root / "tokenizer.json"
         directory = self.config.output / manifests.TOKENIZER_DIRECTORY
         if marker.exists():
             description = json.loads(marker.read_text(encoding="utf-8"))
-            tokenizers.reopen(directory, description)
+            reopen_tokenizer(directory, description)
             return description
         if source is None:
             log(f"training SentencePiece, {self.config.vocab_size} pieces")
-            source = tokenizers.train_sentencepiece(self._sample(), self.config.vocab_size)
+            source = train_sentencepiece(self._sample(), self.config.vocab_size)
         description = source.save(directory)
         write_json(marker, description)
         return description
@@ -330,7 +330,7 @@ def _pieces(chosen: Chosen, dataset: DatasetSpec, done: int, workers: int) -> in
 
 
 def _wanted(config: PrepareConfig, dataset: DatasetSpec) -> hub_streams.Wanted:
-    def accepts(record: Record, split: int) -> bool:
+    def accepts(record: SourceRecord, split: int) -> bool:
         return kept(split, dataset.keep) and in_bucket(record.bucket, dataset.bucket)
 
     options = reads(config, dataset)

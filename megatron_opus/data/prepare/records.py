@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from megatron_opus.data.prepare.document import (
     ReadOptions,
-    Record,
     Shard,
     SourceError,
+    SourceRecord,
     read_record,
     record_digest,
     text_digest,
@@ -34,8 +34,21 @@ from megatron_opus.data.prepare.tabular import (
 )
 
 __all__ = [
-    "COMPRESSED", "DATASETS_PREFIX", "SUFFIXES", "ReadOptions", "Record", "Shard", "SourceError", "file_sha256",
-    "known_suffix", "line_base", "plan_shards", "read_shard", "record_digest", "source_identity", "text_digest",
+    "COMPRESSED",
+    "DATASETS_PREFIX",
+    "SUFFIXES",
+    "ReadOptions",
+    "Shard",
+    "SourceError",
+    "SourceRecord",
+    "file_sha256",
+    "known_suffix",
+    "line_base",
+    "plan_shards",
+    "read_shard",
+    "record_digest",
+    "source_identity",
+    "text_digest",
 ]  # fmt: skip
 COMPRESSED = (".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (".jsonl", ".txt", ".parquet", *COMPRESSED)
@@ -108,7 +121,7 @@ def _digest(stream: Any) -> str:  # Python 3.10
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_shard(shard: Shard, options: ReadOptions) -> Iterator[Record]:
+def read_shard(shard: Shard, options: ReadOptions) -> Iterator[SourceRecord]:
     """Every record of a shard in order. Blank lines are no records."""
     if shard.source.startswith(DATASETS_PREFIX):
         yield from read_dataset(shard, options)
@@ -190,29 +203,31 @@ def _compressed_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
         raise SourceError(f"{shard.source}: damaged or truncated after line {line}: {error}; restore it") from error
 
 
-def _json_record(line: int, raw: bytes, options: ReadOptions) -> Record:
+def _json_record(line: int, raw: bytes, options: ReadOptions) -> SourceRecord:
     size = len(raw)
     try:
         record = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Record(line=line, text=None, problem=f"invalid UTF-8 ({error.reason} at byte {error.start})", bytes=size)
+        return SourceRecord(
+            line=line, text=None, problem=f"invalid UTF-8 ({error.reason} at byte {error.start})", bytes=size
+        )
     except (ValueError, RecursionError) as error:
-        return Record(line=line, text=None, problem=f"broken JSON ({error})", bytes=size)
+        return SourceRecord(line=line, text=None, problem=f"broken JSON ({error})", bytes=size)
     if not isinstance(record, dict):
         problem = f"expected a JSON object, got {type(record).__name__}"
-        return Record(line=line, text=None, problem=problem, bytes=size)
+        return SourceRecord(line=line, text=None, problem=problem, bytes=size)
     return read_record(line, record, options, size)
 
 
-def _text_record(line: int, raw: bytes, size: int) -> Record:
+def _text_record(line: int, raw: bytes, size: int) -> SourceRecord:
     try:
-        return Record(line=line, text=raw.decode("utf-8"), bytes=size)
+        return SourceRecord(line=line, text=raw.decode("utf-8"), bytes=size)
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
-        return Record(line=line, text=None, problem=f"invalid UTF-8 ({error.reason})", bytes=size)
+        return SourceRecord(line=line, text=None, problem=f"invalid UTF-8 ({error.reason})", bytes=size)
 
 
-def _read_txt(shard: Shard, options: ReadOptions) -> Iterator[Record]:
+def _read_txt(shard: Shard, options: ReadOptions) -> Iterator[SourceRecord]:
     with Path(shard.source).open("rb") as stream:
         if options.txt_documents == "file":
             raw = stream.read().removeprefix(b"\xef\xbb\xbf")
@@ -233,6 +248,6 @@ def _read_txt(shard: Shard, options: ReadOptions) -> Iterator[Record]:
             yield _block_record(first, block)
 
 
-def _block_record(first: int, block: list[bytes]) -> Record:
+def _block_record(first: int, block: list[bytes]) -> SourceRecord:
     raw = b"".join(block)
     return _text_record(first, raw.rstrip(b"\r\n"), len(raw))

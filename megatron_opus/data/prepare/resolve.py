@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.files import write_json
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.prepare.decontaminate import Decontamination
 from megatron_opus.data.prepare.document import template_keys
@@ -26,8 +25,9 @@ from megatron_opus.data.prepare.records import (
     plan_shards,
     source_identity,
 )
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import Tokenizer
 from megatron_opus.errors import Refusal
+from megatron_opus.files import write_json
 
 TRAIN_SENTENCEPIECE = "train-sentencepiece"
 WORK_DIRECTORY = ".work"
@@ -163,7 +163,7 @@ def expand_files(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def describe_settings(
-    config: PrepareConfig, datasets: Sequence[DatasetSpec], source: tokenizers.Tokenizer | None
+    config: PrepareConfig, datasets: Sequence[DatasetSpec], source: Tokenizer | None
 ) -> dict[str, Any]:
     """Everything that the tokens depend on, apart from the content of the sources."""
     trained = {"vocab_size": config.vocab_size, "tokenizer_bytes": config.tokenizer_bytes} if source is None else {}

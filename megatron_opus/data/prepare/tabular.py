@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_opus.data.prepare.document import ReadOptions, Record, Shard, SourceError, read_record
+from megatron_opus.data.prepare.document import ReadOptions, Shard, SourceError, SourceRecord, read_record
 
 DATASETS_PREFIX = "datasets:"
 _ROWS = 256  # read at once
@@ -50,7 +50,7 @@ def plan_parquet(source: str, size: int, shard_bytes: int, options: ReadOptions)
     return shards
 
 
-def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Record]:
+def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[SourceRecord]:
     """Raises SourceError where the pages of a row group are damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -73,13 +73,13 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Record]:
         ) from error
 
 
-def _arrow_record(row: int, columns: Mapping[str, Any], i: int, options: ReadOptions, size: int) -> Record:
+def _arrow_record(row: int, columns: Mapping[str, Any], i: int, options: ReadOptions, size: int) -> SourceRecord:
     values = {}
     for name, column in columns.items():
         try:
             values[name] = column[i].as_py()
         except UnicodeDecodeError as error:
-            return Record(line=row, text=None, problem=f"{name!r}: invalid UTF-8 ({error.reason})", bytes=size)
+            return SourceRecord(line=row, text=None, problem=f"{name!r}: invalid UTF-8 ({error.reason})", bytes=size)
     return read_record(row, values, options, size)
 
 
@@ -113,7 +113,7 @@ def open_dataset(source: str) -> Any:
         raise SourceError(f"{source}: datasets could not load it: {error}") from error
 
 
-def read_dataset(shard: Shard, options: ReadOptions) -> Iterator[Record]:
+def read_dataset(shard: Shard, options: ReadOptions) -> Iterator[SourceRecord]:
     dataset = open_dataset(shard.source).select_columns(list(options.columns))
     rows = max(1, shard.stop - shard.start)
     for start in range(shard.start, shard.stop, _ROWS):

@@ -17,19 +17,19 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.files import atomic_file, write_json
 from megatron_opus.data.prepare.decontaminate import Benchmarks, Overlap
 from megatron_opus.data.prepare.records import (
     ReadOptions,
-    Record,
     Shard,
+    SourceRecord,
     file_sha256,
     line_base,
     read_shard,
     record_digest,
 )
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import Tokenizer, reopen_tokenizer
 from megatron_opus.errors import Refusal
+from megatron_opus.files import atomic_file, write_json
 
 MAX_LISTED = 1000  # malformed records named in the manifest, per dataset; all of them are counted
 _BATCH_CHARACTERS = 1 << 20
@@ -87,7 +87,7 @@ class JobRunner:
     """Runs jobs one after the other, keeping the tokenizer and the forbidden hashes open between them."""
 
     def __init__(self) -> None:
-        self._tokenizers: dict[str, tokenizers.Tokenizer] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
         self._forbidden: dict[str, np.ndarray] = {}
         self._benchmarks: dict[str, Benchmarks] = {}
 
@@ -157,12 +157,12 @@ class JobRunner:
         counts = {"documents": len(out.lengths), "tokens": sum(out.lengths), "skipped": skipped, **gate.counts()}
         return {**counts, "skipped_records": listed}
 
-    def _tokenizer(self, job: Job) -> tokenizers.Tokenizer:
+    def _tokenizer(self, job: Job) -> Tokenizer:
         if job.tokenizer is None:
             raise ValueError("a tokens job needs a tokenizer")
         directory, description = job.tokenizer
         if directory not in self._tokenizers:
-            self._tokenizers[directory] = tokenizers.reopen(directory, description)
+            self._tokenizers[directory] = reopen_tokenizer(directory, description)
         return self._tokenizers[directory]
 
     def _forbidden_hashes(self, path: str | None) -> np.ndarray:
@@ -181,7 +181,7 @@ class Gate:
         self._held_out = self._empty = 0
         self.overlaps: list[tuple[int, Overlap]] = []  # line of the record in its shard
 
-    def admit(self, record: Record) -> int | None:
+    def admit(self, record: SourceRecord) -> int | None:
         """The identity of a document that comes through; None for one that does not."""
         identity, split = record_digest(record)
         if not kept(split, self._job.keep) or not in_bucket(record.bucket, self._job.bucket):
@@ -204,9 +204,9 @@ class Gate:
 class _TokenWriter:
     """Documents to tokens in batches, with what is kept beside the tokens."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, dtype: str, stream: BinaryIO, report: Report) -> None:
+    def __init__(self, tokenizer: Tokenizer, dtype: str, stream: BinaryIO, report: Report) -> None:
         self._tokenizer, self._dtype, self._stream, self._report = tokenizer, dtype, stream, report
-        self._batch: list[Record] = []
+        self._batch: list[SourceRecord] = []
         self._characters = self._tokens = 0
         self.read = 0  # bytes since the last report
         self.lengths: list[int] = []
@@ -214,7 +214,7 @@ class _TokenWriter:
         self._scores: list[float] = []
         self._spans: list[np.ndarray] = []
 
-    def add(self, record: Record, identity: int) -> None:
+    def add(self, record: SourceRecord, identity: int) -> None:
         self._batch.append(record)
         self._identities.append(identity)
         self._scores.append(math.nan if record.score is None else record.score)
@@ -267,7 +267,7 @@ def kept(split: int, keep: tuple[float, float]) -> bool:
     return keep[0] <= (split >> 11) / _SPLIT_RANGE < keep[1]
 
 
-def record_error(shard: Shard, record: Record) -> RecordError:
+def record_error(shard: Shard, record: SourceRecord) -> RecordError:
     """The error for a record without text, with its line in the whole file."""
     return RecordError(
         f"{shard.shown}:{line_base(shard) + record.line}: {record.problem}; repair the record or leave such records "

@@ -23,13 +23,13 @@ from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
 from megatron_opus.data.benchmarks.items import load_benchmarks
 from megatron_opus.data.excluded_documents import WithoutDocuments, open_entry, write_spans
-from megatron_opus.data.files import PARTIAL, atomic_file, locked
 from megatron_opus.data.manifest import DatasetEntry, Manifest
 from megatron_opus.data.prepare.assemble import Storage
 from megatron_opus.data.proxy import report as proxy_report
-from megatron_opus.data.proxy.choice import Choice, Survey, choose, survey
+from megatron_opus.data.proxy.choice import ProxyChoice, Survey, choose, survey
 from megatron_opus.data.proxy.encoders import Encoder
 from megatron_opus.data.proxy.similarity import CandidateDocuments, ProxyError, Scorer, Scoring, refuse_difference
+from megatron_opus.files import PARTIAL, atomic_file, locked
 from megatron_opus.types import TokenDocuments
 
 Kind = Literal["bench", "std"]
@@ -178,7 +178,7 @@ def _write(
     config: ProxyConfig,
     settings: dict[str, Any],
     scorer: Scorer,
-    choice: Choice,
+    choice: ProxyChoice,
     found: Survey,
     storage: ReadableStorage,
 ) -> Manifest:
@@ -235,7 +235,7 @@ def _masked_tokens(documents: CandidateDocuments, domain: int, spans: np.ndarray
     return int((left[:, 1] - left[:, 0]).sum())
 
 
-def _write_proxy(config: ProxyConfig, scorer: Scorer, choice: Choice, storage: ReadableStorage) -> DatasetEntry:
+def _write_proxy(config: ProxyConfig, scorer: Scorer, choice: ProxyChoice, storage: ReadableStorage) -> DatasetEntry:
     """The chosen documents, best first, as one stream; `proxy/documents.jsonl` says where each came from."""
     documents = scorer.documents
     dtype = np.dtype(documents.entries[0].dtype)

@@ -16,7 +16,7 @@ WORST = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ProxyChoice:
     """chosen: [n] ROW, best first; next_best: some of those that came next."""
 
     chosen: np.ndarray
@@ -61,7 +61,7 @@ def rows(scorer: Scorer) -> Iterator[tuple[DocumentRange, np.ndarray]]:
         yield piece, found
 
 
-def choose(scorer: Scorer, budget: int) -> Choice:
+def choose(scorer: Scorer, budget: int) -> ProxyChoice:
     """Documents in descending order of score until they have `budget` tokens; the one that reaches it is the last.
 
     Of documents with the same text one is taken; none that contains benchmark text is. Equal scores stand in the order
@@ -73,7 +73,7 @@ def choose(scorer: Scorer, budget: int) -> Choice:
         total = np.cumsum(best["tokens"], dtype=np.int64)
         if len(best) and total[-1] >= budget:
             last = int(np.searchsorted(total, budget)) + 1
-            return Choice(chosen=best[:last], next_best=best[last : last + WORST])
+            return ProxyChoice(chosen=best[:last], next_best=best[last : last + WORST])
         if complete:
             raise ProxyError(
                 f"token budget: expected at most the {int(total[-1]) if len(best) else 0} tokens of the candidates "
@@ -98,7 +98,7 @@ def _best(scorer: Scorer, limit: int) -> tuple[np.ndarray, bool]:
     return held, complete
 
 
-def survey(scorer: Scorer, choice: Choice) -> Survey:
+def survey(scorer: Scorer, choice: ProxyChoice) -> Survey:
     """What leaves the candidates, and the distribution of the scores."""
     streams = scorer.documents.streams
     taken = np.sort(choice.chosen["digest"])

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opus.data.files import atomic_file
 from megatron_opus.data.manifest import Manifest
-from megatron_opus.data.proxy.choice import BINS, Choice, Survey
+from megatron_opus.data.proxy.choice import BINS, ProxyChoice, Survey
 from megatron_opus.data.proxy.similarity import ProxyError, Scorer
+from megatron_opus.files import atomic_file, write_text
 
 _EXCERPT = 400  # characters of a document shown
 _SHOWN = 5  # documents of each kind shown
@@ -27,7 +27,7 @@ def check_pictures() -> None:
         raise ProxyError(f"the report's picture needs matplotlib ({error}): pip install -e '.[proxy]'") from None
 
 
-def summary(scorer: Scorer, choice: Choice, found: Survey) -> dict[str, Any]:
+def summary(scorer: Scorer, choice: ProxyChoice, found: Survey) -> dict[str, Any]:
     """Plain data for the manifest."""
     by_domain = domain_tokens(scorer, choice)
     items = scorer.scoring.items
@@ -47,7 +47,7 @@ def summary(scorer: Scorer, choice: Choice, found: Survey) -> dict[str, Any]:
     }
 
 
-def domain_tokens(scorer: Scorer, choice: Choice) -> np.ndarray:
+def domain_tokens(scorer: Scorer, choice: ProxyChoice) -> np.ndarray:
     """[candidate domains] int64: tokens of the proxy that came from each."""
     count = len(scorer.documents.entries)
     return np.bincount(choice.chosen["domain"], choice.chosen["tokens"], minlength=count).astype(np.int64)
@@ -70,11 +70,10 @@ def listing(scorer: Scorer, found: np.ndarray) -> Iterator[bytes]:
         yield (json.dumps(line) + "\n").encode()
 
 
-def write(scorer: Scorer, choice: Choice, found: Survey, manifest: Manifest, output: Path) -> list[Path]:
+def write(scorer: Scorer, choice: ProxyChoice, found: Survey, manifest: Manifest, output: Path) -> list[Path]:
     """report.txt, report.png and, where there are any, with_benchmark_text.jsonl in `output`; returns their paths."""
     made = [output / "report.txt"]
-    with atomic_file(made[0]) as stream:
-        stream.write((text(scorer, choice, found, manifest) + "\n").encode("utf-8", "replace"))
+    write_text(made[0], text(scorer, choice, found, manifest) + "\n")
     made.append(draw(scorer, choice, found, output / "report.png"))
     if found.overlapping:
         made.append(output / "with_benchmark_text.jsonl")
@@ -87,7 +86,7 @@ def write(scorer: Scorer, choice: Choice, found: Survey, manifest: Manifest, out
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def text(scorer: Scorer, choice: Choice, found: Survey, manifest: Manifest) -> str:
+def text(scorer: Scorer, choice: ProxyChoice, found: Survey, manifest: Manifest) -> str:
     settings = manifest.settings["build_proxy"]
     random = settings["kind"] == "std"
     before, after = found.tokens, domain_tokens(scorer, choice)
@@ -182,7 +181,7 @@ def _excerpts(scorer: Scorer, some: Iterable[Any]) -> Iterator[str]:
 # --- picture --------------------------------------------------------------------------------------------------------
 
 
-def draw(scorer: Scorer, choice: Choice, found: Survey, path: Path) -> Path:
+def draw(scorer: Scorer, choice: ProxyChoice, found: Survey, path: Path) -> Path:
     """Scores with the cut-off, and the shares of the domains before and after, as a PNG."""
     import matplotlib as mpl
 

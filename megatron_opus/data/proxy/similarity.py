@@ -19,17 +19,16 @@ from tqdm import tqdm
 
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.benchmarks import items as benchmarks
-from megatron_opus.data.benchmarks.items import BenchmarkItem
+from megatron_opus.data.benchmarks.items import BenchmarkItem, digest
 from megatron_opus.data.excluded_documents import open_entry, open_unlearned
-from megatron_opus.data.files import atomic_file, write_json
 from megatron_opus.data.permutation import uniform
 from megatron_opus.data.prepare.records import text_digest
 from megatron_opus.data.proxy import encoders
 from megatron_opus.data.proxy.benchmark_overlap import BenchmarkText
 from megatron_opus.data.proxy.encoders import Encoder, EncoderError, LexicalEncoder, Nearest
-from megatron_opus.data.tokenizers import base as tokenizers
+from megatron_opus.data.tokenizers.base import reopen_tokenizer
 from megatron_opus.errors import Refusal
+from megatron_opus.files import atomic_file, write_json
 from megatron_opus.types import TokenDocuments
 
 RECORD = np.dtype(
@@ -87,7 +86,7 @@ class CandidateDocuments:
                 f"{directory}: already is a corpus with a built proxy; give the one that it was made from "
                 "(tools/prepare_data.py)"
             )
-        self.tokenizer = tokenizers.reopen(directory / manifests.TOKENIZER_DIRECTORY, self.manifest.tokenizer)
+        self.tokenizer = reopen_tokenizer(directory / manifests.TOKENIZER_DIRECTORY, self.manifest.tokenizer)
         self.entries = self.manifest.of_role("candidates")
         self.streams = [open_entry(directory, e, open_documents) for e in self.entries]
         self.unlearned = [
@@ -166,8 +165,8 @@ class Scoring:
         for item in self.items:
             by_name.setdefault(item.benchmark, []).append(item)
         return {
-            "benchmarks": {n: f"{len(i)} items, sha256 {benchmarks.digest(i)[:16]}" for n, i in by_name.items()},
-            "order": benchmarks.digest(self.items)[:16],
+            "benchmarks": {n: f"{len(i)} items, sha256 {digest(i)[:16]}" for n, i in by_name.items()},
+            "order": digest(self.items)[:16],
             "piece_tokens": _PIECE_TOKENS,
             **chosen,
         }

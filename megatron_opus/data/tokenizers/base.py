@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface: SentencePiece, GPT-2's byte-pair encoding, any Hugging Face `tokenizer.json`.
 
 A tokenizer is its files: `save` copies them into a prepared data directory and returns the description that the
-manifest keeps, `reopen` turns both into the same tokenizer again and refuses files that have changed.
+manifest keeps, `reopen_tokenizer` turns both into the same tokenizer again and refuses files that have changed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Tokenizer(ABC):
         """Text of `ids`, end-of-document tokens left out."""
 
     def save(self, directory: str | Path) -> dict[str, Any]:
-        """Copy the files into `directory`; returns the description that `reopen` needs."""
+        """Copy the files into `directory`; returns the description that `reopen_tokenizer` needs."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
@@ -211,7 +211,7 @@ def _find_eod(backend: Any, eod: str | int | None) -> int:
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(spec: str, eod: str | None = None) -> Tokenizer:
+def load_tokenizer(spec: str, eod: str | None = None) -> Tokenizer:
     """Tokenizer of `gpt2:DIR`, `sentencepiece:FILE` or `hf:tokenizer.json` (a directory that has one also does).
 
     Raises TokenizerError naming the missing file or the spec's expected form.
@@ -236,7 +236,7 @@ def load(spec: str, eod: str | None = None) -> Tokenizer:
     return SentencePieceTokenizer(content, eod) if kind == "sentencepiece" else HuggingFaceTokenizer(content, eod)
 
 
-def reopen(directory: str | Path, description: Mapping[str, Any]) -> Tokenizer:
+def reopen_tokenizer(directory: str | Path, description: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that `save` put into `directory`. Raises TokenizerError where a file is missing or has changed."""
     directory = Path(directory)
     files = {}

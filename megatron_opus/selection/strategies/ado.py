@@ -1,10 +1,10 @@
 """ADO: domain shares of the buffer from scaling laws fitted while training (arXiv 2410.11820, Algorithm 2).
 
-Per domain k, with n sequences trained on so far (all domains: one clock, as in the authors' code):
+Per domain d, with n sequences trained on so far (all domains: one clock, as in the authors' code):
 
-    L_k(n) = eps_k + beta_k n^-alpha_k                 fitted to the training loss of the domain's own sequences
-    slope_k = alpha_k (L_k(n) - eps_k) / n             what another sequence is expected to gain
-    rho_k   proportional to mu_k slope_k h_k^0.5       preference; mu the configured weights
+    L_d(n) = eps_d + beta_d n^-alpha_d                 fitted to the training loss of the domain's own sequences
+    slope_d = alpha_d (L_d(n) - eps_d) / n             what another sequence is expected to gain
+    rho_d   proportional to mu_d slope_d h_d^0.5       preference; mu the configured weights
     pi_t    = 0.1 rho_t + 0.9 rho_bar_{t-1}, clipped   policy: the shares of step t; rho_bar the running mean of rho
     h      <- 0.9 h + 0.1 pi_t                         history
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_opus.backends.engines.processes import init_distributed
 from megatron_opus.backends.formats import indexed
 from megatron_opus.backends.model.parallel import init_parallel
-from megatron_opus.config import ModelConfig, ParallelConfig
+from megatron_opus.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_opus.data.prepare.embedded import prepare_embedded
 from megatron_opus.studies.bench import estimators, overhead
 from megatron_opus.studies.bench.estimators import FRONTIER, Rows, Say, Sizes, weights_of
@@ -34,7 +34,7 @@ def run(args: Namespace, say: Say) -> Rows:
         sizes.selection(name)  # a wrong name is refused before anything is trained
     mixture = weights_of(args.mixture)
     if args.command == "overhead" and args.chosen > args.candidates:
-        raise ValueError(f"--chosen: expected at most the {args.candidates} candidates, got {args.chosen}")
+        raise ConfigError(f"--chosen: expected at most the {args.candidates} candidates, got {args.chosen}")
     device = init_distributed(ParallelConfig())
     init_parallel(ParallelConfig(), seed=args.seed)
     corpus = args.corpus

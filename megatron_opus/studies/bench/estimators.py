@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_opus.config import PreconditionerConfig, RedundancyConfig, SelectionConfig, SketchConfig
+from megatron_opus.config import ConfigError, PreconditionerConfig, RedundancyConfig, SelectionConfig, SketchConfig
 from megatron_opus.studies.bench import workbench
 from megatron_opus.studies.bench.workbench import Clock, Pool, Workbench
 from megatron_opus.types import Batch
@@ -30,7 +30,6 @@ KINDS = {
     "materialise-exact": ("materialise", "features", "exact"),
     "two_sided": ("two_sided", "features", "separable"),
     "two_stage": ("two_stage", "features", "separable"),
-    "tensor_sketch": ("tensor_sketch", "features", "separable"),
     "one_sided": ("two_sided", "one_sided", "separable"),
     "direction": ("two_sided", "direction", "separable"),
     "direction-exact": ("materialise", "direction", "exact"),
@@ -40,7 +39,6 @@ FRONTIER = (
     *(f"one_sided:{s}" for s in (16, 32, 64, 128, 256)),
     *(f"two_sided:{m}" for m in (1024, 4096, 8192, 16384)),
     *(f"two_stage:{m}" for m in (1024, 8192)),
-    *(f"tensor_sketch:{m}" for m in (1024, 8192)),
     *(f"materialise:{m}" for m in (1024, 8192, 16384)),
     "direction",
 )
@@ -72,7 +70,7 @@ class Sizes:
         estimator, *savings = name.split("+")
         kind, _, size = estimator.partition(":")
         if kind not in KINDS or (size and (not size.isdecimal() or kind.startswith("direction"))):
-            raise ValueError(
+            raise ConfigError(
                 f"estimator {name!r}: expected one of {', '.join(KINDS)}, with a size as in two_sided:8192 or "
                 "one_sided:64 (direction has none)"
             )
@@ -101,7 +99,9 @@ def _saving(name: str, text: str) -> tuple[str, Any]:
     """Read `key=value` behind an estimator's name. Raises ValueError for a key that saves no scored tokens."""
     key, found, value = text.partition("=")
     if key not in SAVINGS or not found:
-        raise ValueError(f"estimator {name!r}: expected + and key=value with one of {', '.join(SAVINGS)}, got {text!r}")
+        raise ConfigError(
+            f"estimator {name!r}: expected + and key=value with one of {', '.join(SAVINGS)}, got {text!r}"
+        )
     return key, yaml.safe_load(value)
 
 
@@ -214,4 +214,4 @@ def weights_of(text: str | None) -> Mapping[str, float] | None:
     try:
         return {name: float(value) for name, value in (pair.split("=") for pair in text.split(","))}
     except ValueError:
-        raise ValueError(f"mixture {text!r}: expected domain=weight,..., as in prose=0.2,source=0.8") from None
+        raise ConfigError(f"mixture {text!r}: expected domain=weight,..., as in prose=0.2,source=0.8") from None

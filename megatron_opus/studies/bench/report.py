@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from megatron_opus import style
-from megatron_opus.data.files import write_json
 from megatron_opus.errors import Refusal
+from megatron_opus.files import write_json
 
 Rows = list[dict[str, Any]]
 

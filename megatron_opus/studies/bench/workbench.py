@@ -29,8 +29,8 @@ from megatron_opus.backends.engines.base import WholeModelRunner
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.formats.indexed import open_documents
 from megatron_opus.backends.model.gpt import build_gpt, forward_loss
-from megatron_opus.backends.model.scored_layers import megatron_layers, standard_shard_map
-from megatron_opus.config import DataConfig, ModelConfig, SelectionConfig
+from megatron_opus.backends.model.scored_layers import megatron_layers
+from megatron_opus.config import ConfigError, DataConfig, ModelConfig, SelectionConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.scoring.scoring_pass import ScoringPass, undisturbed
@@ -59,7 +59,7 @@ class Workbench:
         self.length, self.device, self.seed = length, device, seed
         self.model = build_gpt(self.config, seq_length=length, seed=seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-        self.layers = megatron_layers(self.model, standard_shard_map(self.model))
+        self.layers = megatron_layers(self.model)
         self._seen: set[int] = set()  # sequences that training has used
 
     def train(self, steps: int, batch_size: int, *, mixture: Mapping[str, float] | None) -> None:
@@ -105,7 +105,7 @@ class Workbench:
         for domain, count, start, size in zip(buffer.domains, counts, starts, sizes, strict=True):
             unused = [i for i in range(start, start + size) if i not in self._seen]
             if len(unused) < count:
-                raise ValueError(
+                raise ConfigError(
                     f"{name} pool: expected {count} sequences of {domain} that training has not used, {len(unused)} of "
                     f"{size} are left; lower its weight, --train-steps, --batch-size or --candidates"
                 )
@@ -118,7 +118,7 @@ class Workbench:
         )
 
     def scorer(self, config: SelectionConfig) -> ScoringPass:
-        layers = megatron_layers(self.model, standard_shard_map(self.model), config)
+        layers = megatron_layers(self.model, selection=config)
         state = optimizer_state(self.optimizer)
         return ScoringPass(
             WholeModelRunner(self.model, forward_loss, self.device),

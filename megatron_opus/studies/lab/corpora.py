@@ -28,6 +28,7 @@ from megatron_opus.data.prepare.records import text_digest
 from megatron_opus.data.prepare.resolve import DatasetSpec
 from megatron_opus.data.prepare.tokenize import kept
 from megatron_opus.errors import Refusal
+from megatron_opus.rows import json_lines
 
 VERSION = 1  # of the recipes below: another one gives another directory
 Parts = dict[tuple[str, Role], list[str]]
@@ -242,8 +243,8 @@ def _files(shared: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _rows(path: Path) -> Iterable[dict[str, str]]:
-    with path.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines)
+    with path.open("rb") as lines:
+        yield from (row for _, row in json_lines(path, lines))
 
 
 def _shared_documents(shared: Path, patterns: tuple[str, ...]) -> Iterable[str]:

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus import config as configs
-from megatron_opus.config import RunConfig, schema
-from megatron_opus.data.files import write_json
+from megatron_opus.config import RunConfig
 from megatron_opus.errors import Refusal
+from megatron_opus.files import write_json
+from megatron_opus.nested import flatten
 
 RECORD = "experiment.json"
 ROOT = Path(__file__).resolve().parents[3]
@@ -124,7 +125,7 @@ class Experiment:
 
 def read_experiment(path: Path) -> Experiment:
     """Raises LabError or ConfigError naming the file, the key, what was expected and what was found."""
-    raw = schema.read_yaml(path)
+    raw = configs.read_yaml(path)
 
     def fail(message: str) -> LabError:
         return LabError(f"{path}: {message}")
@@ -238,14 +239,5 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Dotted keys of a run, without where it lies."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Mapping[str, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                walk(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    walk("", configs.to_dict(config))
+    flat = flatten(configs.to_dict(config))
     return {k: v for k, v in flat.items() if k not in ("output_dir", "data.path", "data.cache_dir")}

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opus.data.files import atomic_file
+from megatron_opus.files import write_text
 from megatron_opus.runs.curves import Run, first_reached, read_run
 from megatron_opus.studies.lab.experiment import START, Experiment, LabError, PlannedRun
 from megatron_opus.studies.lab.intervals import Interval, interval
@@ -287,6 +287,5 @@ def write(results: Results, folder: Path) -> list[Path]:
         "report.json": json.dumps(as_json(results), indent=1) + "\n",
     }
     for name, text in contents.items():
-        with atomic_file(folder / name) as stream:
-            stream.write(text.encode())
+        write_text(folder / name, text)
     return [folder / name for name in contents]

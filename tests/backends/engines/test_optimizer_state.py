@@ -15,6 +15,7 @@ from megatron_opus.backends.engines.deepspeed.optimizers import parameter_groups
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.config import OptimizerConfig
 from megatron_opus.errors import UnsupportedOptimizer
+from megatron_opus.layout.model_layout import Kind, ModelLayout, ParameterLayout
 from megatron_opus.types import AdamHyper, MuonHyper, SgdHyper
 
 
@@ -81,11 +82,22 @@ class GptNames(nn.Module):
 def test_only_block_matrices_get_muon() -> None:
     """DeepSpeed goes by names and would orthogonalise a position embedding called otherwise than it expects."""
     model = GptNames()
-    muon.tag(model)
+    kinds: dict[str, Kind] = {
+        "linear_qkv.weight": "linear",
+        "word.weight": "embedding",
+        "position_embeddings.weight": "positions",
+        "output_layer.weight": "output",
+    }
+    entries = tuple(
+        ParameterLayout(name=n, kind=kinds.get(".".join(n.split(".")[-2:]), "norm"), shape=tuple(p.shape))
+        for n, p in model.named_parameters()
+    )
+    by_muon = ModelLayout(parameters=entries).by_muon
+    muon.tag(model, by_muon)
     tagged = {name for name, p in model.named_parameters() if p.use_muon}  # type: ignore[attr-defined]
     assert tagged == {"decoder.layers.0.linear_qkv.weight"}
     config = OptimizerConfig(name="muon", lr=1e-3, muon_lr=2e-2, weight_decay=0.1, muon_weight_decay=0.3)
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, by_muon)
     assert [(g["use_muon"], g["initial_lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
         (False, 1e-3, 0.1, 3),
         (False, 1e-3, 0.0, 5),

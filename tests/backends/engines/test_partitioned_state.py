@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from gpt_runs import GPT2, K, batch_of_step, newton_schulz, recipe, start, steps
+from gpt_runs import GPT2, LENGTH, K, batch_of_step, newton_schulz, recipe, start, steps
 from torch import Tensor
 
+from megatron_opus.layout.model_layout import model_layout, recipe_layout
 from megatron_opus.types import AdamHyper, MuonHyper, SgdHyper
 
 STEPS = 3
@@ -27,10 +28,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def shards_of(name: str, tp: int) -> list[tuple[Any, Any]]:
-    from megatron_opus.backends.model.gpt import weight_shard
-
-    return [weight_shard(name, GPT2, rank, tp)[1:] for rank in range(tp)]
+def shards_of(name: str, tp: int) -> list[tuple[Any, ...]]:
+    layout = model_layout(GPT2, tp_size=tp, positions=LENGTH)
+    return [layout.shard(name, rank) for rank in range(tp)]
 
 
 def by_hand(optimizer: str, kind: str, tp: int, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def by_hand(optimizer: str, kind: str, tp: int, dtype: torch.dtype | None) -> di
     init_parallel(config.parallel, seed=config.seed)
     model = build_model(config)
     names = dict(model.named_parameters())
-    by_muon = {n for n, p in names.items() if optimizer == "muon" and muon.gets_muon(n, p)}
+    by_muon = recipe_layout(config).by_muon if optimizer == "muon" else frozenset()
     groups = [
         {"params": [p for n, p in names.items() if n not in by_muon and p.ndim >= 2], "weight_decay": o.weight_decay},
         {"params": [p for n, p in names.items() if n not in by_muon and p.ndim < 2], "weight_decay": 0.0},
@@ -113,14 +113,12 @@ def assembled(state: Any, layer: Any, groups: Any, which: str) -> Tensor | None:
 
 
 def with_engine(arguments: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    from megatron_opus.backends.model.gpt import weight_shard
     from megatron_opus.backends.model.scored_layers import megatron_layers
 
     compared_in = newton_schulz(dtype)
     config = recipe(**arguments)
     engine, groups = start(config)
-    shard = functools.partial(weight_shard, config=GPT2, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    layers = megatron_layers(engine.module, shard)
+    layers = megatron_layers(engine.module, recipe_layout(config))
     state, weights = engine.optimizer_state(), [layer.weight for layer in layers]
     before = state.hypers(weights, config.selection.preconditioner.kind)
     losses = steps(engine, groups, 0, STEPS, config.training.micro_batch_size)

@@ -11,8 +11,8 @@ from gpt_runs import GPT2, QWEN3, recipe
 from megatron_opus import config as configs
 from megatron_opus.backends.model.build import resolve
 from megatron_opus.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
-from megatron_opus.layout.shapes import count_parameters, parameter_shapes
-from megatron_opus.layout.sharding import tensor_parallel_degrees
+from megatron_opus.config.dimensions import tensor_parallel_degrees
+from megatron_opus.layout.model_layout import model_layout
 
 PRESETS = Path(__file__).parents[3] / "configs" / "models"
 # Sizes of the released checkpoints: 12, 24, 36 and 48 layers.
@@ -28,9 +28,9 @@ def preset(name: str) -> ModelConfig:
 def test_presets_have_the_published_size(name: str) -> None:
     """25 heads typed as 24, a forgotten position table: another model under the name of GPT-2 XL."""
     model = preset(name)
-    assert count_parameters(model) == PUBLISHED[name]
+    assert model_layout(model).published_size() == PUBLISHED[name]
     padding = (50304 - 50257) * model.hidden_size
-    assert count_parameters(model, padded=True) == PUBLISHED[name] + padding
+    assert model_layout(model).local_size() == PUBLISHED[name] + padding
 
 
 def built_shapes(models: dict[str, ModelConfig], tp: int) -> dict[str, Any]:
@@ -58,11 +58,11 @@ def test_shapes_are_those_of_the_built_model(world2: Any) -> None:
         ),
     }
     for name, shapes in world2.run(built_shapes, models, 1)[0].items():
-        assert shapes == parameter_shapes(models[name], padded=True), name
+        assert shapes == {p.name: p.shape for p in model_layout(models[name]).parameters}, name
     del models["xl"]  # 25 heads
     for name, shapes in world2.run(built_shapes, models, 2)[0].items():
         numel = sum(torch.Size(s).numel() for s in shapes.values())
-        assert numel == count_parameters(models[name], padded=True, tp_size=2), name
+        assert numel == model_layout(models[name], tp_size=2).local_size(), name
 
 
 def test_tiny_preset_takes_the_tokenizers_vocabulary() -> None:

@@ -41,7 +41,7 @@ def of_rank(
     from megatron_opus.backends.engines.processes import init_distributed
     from megatron_opus.backends.model.gpt import build_gpt, forward_loss
     from megatron_opus.backends.model.parallel import init_parallel
-    from megatron_opus.layout.sharding import is_sharded, weight_shard
+    from megatron_opus.layout.model_layout import model_layout
 
     parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp)
     init_distributed(parallel)
@@ -51,11 +51,11 @@ def of_rank(
     losses = forward_loss(gpt, batch)
     (losses * batch.loss_mask).sum().div(batch.loss_mask.sum()).backward()
     pieces = {}
+    layout = model_layout(model, tp_size=tp, positions=LENGTH)
     for name, p in gpt.named_parameters():
         place = None
-        if is_sharded(name):
-            whole, rows, columns = weight_shard(name, model, groups.tp_rank, tp)
-            place = (whole, rows, columns)
+        if layout[name].cut is not None:
+            place = (layout[name].shape, *layout.shard(name, groups.tp_rank))
         assert p.grad is not None, name
         pieces[name] = (place, p.detach().float().numpy(), p.grad.float().numpy())
     return {"losses": losses.detach().numpy(), "dtype": str(losses.dtype), "pieces": pieces}
@@ -70,9 +70,9 @@ def whole(results: list[dict[str, Any]], name: str, which: int) -> np.ndarray:
             np.testing.assert_allclose(other, values[0], rtol=1e-4, atol=1e-7, err_msg=f"{name} differs between ranks")
         return values[0]
     shape = place[0]
-    out = np.full(shape if results[0]["pieces"][name][1].ndim == 2 else shape[:1], np.nan)
+    out = np.full(shape, np.nan)
     for result in results:
-        (_, rows, columns), *tensors = result["pieces"][name]
+        (_, rows, *columns), *tensors = result["pieces"][name]
         at = 0
         for start, length in rows:
             piece = tensors[which - 1][at : at + length]
@@ -81,7 +81,7 @@ def whole(results: list[dict[str, Any]], name: str, which: int) -> np.ndarray:
                 out[start : start + length] = piece
             else:
                 across = 0
-                for first, width in columns:
+                for first, width in columns[0]:
                     out[start : start + length, first : first + width] = piece[:, across : across + width]
                     across += width
     assert np.isfinite(out).all()

@@ -218,7 +218,7 @@ def test_other_settings_are_refused(mixture: tuple[DatasetSpec, ...], tmp_path: 
 
 def test_only_one_preparation_at_a_time(mixture: tuple[DatasetSpec, ...], tmp_path: Path) -> None:
     """Guards against two commands that write into the same directory."""
-    from megatron_opus.data.files import locked
+    from megatron_opus.files import locked
 
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out" / ".lock"), pytest.raises(BlockingIOError, match="another preparation"):

@@ -321,7 +321,7 @@ def test_loss_masks_stay_with_their_documents(tmp_path: Path) -> None:
     manifest = built(corpus, tmp_path / "out", token_budget=1500)
     assert manifest is not None
     found: dict[str, list[str]] = {}
-    tokenizer = tokenizers.reopen(tmp_path / "out" / "tokenizer", manifest.tokenizer)
+    tokenizer = tokenizers.reopen_tokenizer(tmp_path / "out" / "tokenizer", manifest.tokenizer)
     for entry in manifest.datasets:
         documents = excluded_documents.open_entry(tmp_path / "out", entry, indexed.open_documents)
         spans = excluded_documents.open_unlearned(tmp_path / "out", entry, documents)

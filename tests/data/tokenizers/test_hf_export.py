@@ -48,7 +48,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
 def test_gpt2(shared_data: Path, tmp_path: Path) -> None:
     """Fault: beside a Qwen3 the vocabulary is read with Qwen's rules (digits one by one); a typed <|endoftext|> ends
     the document."""
-    tokenizer = tokenizers.load(f"gpt2:{shared_data / 'tokenizer_gpt2'}")
+    tokenizer = tokenizers.load_tokenizer(f"gpt2:{shared_data / 'tokenizer_gpt2'}")
     lines = (shared_data / "gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()[:20]
     same_ids(tokenizer, tmp_path, lines)
 
@@ -63,7 +63,7 @@ def test_a_tokenizer_json_that_adds_tokens(tmp_path: Path) -> None:
     backend.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
     backend.enable_truncation(4)
     (tmp_path / "tokenizer.json").write_text(backend.to_str())
-    tokenizer = tokenizers.load(f"hf:{tmp_path / 'tokenizer.json'}", "<eos>")
+    tokenizer = tokenizers.load_tokenizer(f"hf:{tmp_path / 'tokenizer.json'}", "<eos>")
     write(tokenizer, tmp_path)
     found = loaded(tmp_path, "gpt2")
     assert found.encode("abcabcabc") == tokenizer.encode("abcabcabc")
@@ -74,4 +74,4 @@ def test_what_cannot_be_written_is_refused(shared_data: Path) -> None:
     """Fault: a model whose normalisation tokenizer.json cannot say is exported with ids that are nearly right."""
     path = shared_data / "tokenizer_sentencepiece/test_model.model"
     with pytest.raises(TokenizerError, match=r"cannot be written as tokenizer\.json: for .* expected ids"):
-        hf_files(tokenizers.load(f"sentencepiece:{path}"))
+        hf_files(tokenizers.load_tokenizer(f"sentencepiece:{path}"))

@@ -46,15 +46,15 @@ def test_too_little_text_for_the_vocabulary() -> None:
 def test_save_and_reopen(trained: tokenizers.SentencePieceTokenizer, tmp_path: Path) -> None:
     """Guards against a prepared directory whose tokenizer is another one than that of its tokens."""
     description = json.loads(json.dumps(trained.save(tmp_path)))
-    again = tokenizers.reopen(tmp_path, description)
+    again = tokenizers.reopen_tokenizer(tmp_path, description)
     assert (again.fingerprint, again.eod, again.vocab_size) == (trained.fingerprint, trained.eod, trained.vocab_size)
     model = tmp_path / "sentencepiece.model"
     model.write_bytes(model.read_bytes()[:-1])
     with pytest.raises(TokenizerError, match="expected sha256"):
-        tokenizers.reopen(tmp_path, description)
+        tokenizers.reopen_tokenizer(tmp_path, description)
     model.unlink()
     with pytest.raises(TokenizerError, match="is missing"):
-        tokenizers.reopen(tmp_path, description)
+        tokenizers.reopen_tokenizer(tmp_path, description)
 
 
 def test_gpt2_ids(shared_data: Path, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_gpt2_ids(shared_data: Path, tmp_path: Path) -> None:
 
     Some well-known vectors; `test_gpt2_against_the_plain_algorithm` covers the rest.
     """
-    gpt2 = tokenizers.load(f"gpt2:{shared_data / 'tokenizer_gpt2'}")
+    gpt2 = tokenizers.load_tokenizer(f"gpt2:{shared_data / 'tokenizer_gpt2'}")
     assert (gpt2.vocab_size, gpt2.eod) == (50257, 50256)
     for text, ids in (
         ("Hello world", [15496, 995]),
@@ -75,12 +75,12 @@ def test_gpt2_ids(shared_data: Path, tmp_path: Path) -> None:
         assert gpt2.encode(text) == ids
         assert gpt2.decode(ids) == text
     assert gpt2.decode(gpt2.encode(NASTY)) == NASTY
-    again = tokenizers.reopen(tmp_path, gpt2.save(tmp_path))
+    again = tokenizers.reopen_tokenizer(tmp_path, gpt2.save(tmp_path))
     assert again.fingerprint == gpt2.fingerprint
     assert again.encode(NASTY) == gpt2.encode(NASTY)
     renamed = tmp_path / "renamed"  # the other pair of names for the same two files
     gpt2.save(renamed)
-    assert tokenizers.load(f"gpt2:{renamed}").fingerprint == gpt2.fingerprint
+    assert tokenizers.load_tokenizer(f"gpt2:{renamed}").fingerprint == gpt2.fingerprint
 
 
 def plain_gpt2(vocab: dict[str, int], merges: list[tuple[str, str]], text: str) -> list[int]:
@@ -114,7 +114,7 @@ def plain_gpt2(vocab: dict[str, int], merges: list[tuple[str, str]], text: str) 
 def test_gpt2_against_the_plain_algorithm(shared_data: Path) -> None:
     """Guards against ids that differ in rare places: contractions, runs of spaces, bytes outside of ASCII."""
     root = shared_data / "tokenizer_gpt2"
-    gpt2 = tokenizers.load(f"gpt2:{root}")
+    gpt2 = tokenizers.load_tokenizer(f"gpt2:{root}")
     vocab = json.loads((root / "encoder.json").read_text())
     lines = (root / "vocab.bpe").read_text().split("\n")[1:]
     merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines if line)]
@@ -128,24 +128,24 @@ def test_gpt2_against_the_plain_algorithm(shared_data: Path) -> None:
 def test_huggingface_json(shared_data: Path) -> None:
     """Guards against special tokens that are read out of, or put into, documents."""
     (path,) = (shared_data / "tokenizer_olmo").glob("*.json")
-    olmo = tokenizers.load(f"hf:{path}", eod="<|endoftext|>")
+    olmo = tokenizers.load_tokenizer(f"hf:{path}", eod="<|endoftext|>")
     ids = olmo.encode(NASTY)
     assert olmo.eod not in ids
     assert max(ids) < olmo.vocab_size
     assert olmo.decode(ids) == NASTY
     assert olmo.decode([olmo.eod]) == ""
     with pytest.raises(TokenizerError, match="no such token"):
-        tokenizers.load(f"hf:{path}", eod="<nothing>")
+        tokenizers.load_tokenizer(f"hf:{path}", eod="<nothing>")
 
 
 def test_sentencepiece_file(shared_data: Path) -> None:
     """Guards against models of others that cannot be loaded, and against an end-of-document id that is made up."""
     path = shared_data / "tokenizer_sentencepiece" / "test_model.model"
-    loaded = tokenizers.load(f"sentencepiece:{path}")
+    loaded = tokenizers.load_tokenizer(f"sentencepiece:{path}")
     assert (loaded.vocab_size, loaded.eod) == (1000, 2)
     assert loaded.decode(loaded.encode("Hello world")) == "Hello world"
     with pytest.raises(TokenizerError, match="no such piece"):
-        tokenizers.load(f"sentencepiece:{path}", eod="<nothing>")
+        tokenizers.load_tokenizer(f"sentencepiece:{path}", eod="<nothing>")
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         (f"sentencepiece:{tmp_path / 'bad.json'}", "not a SentencePiece model"),
     ):
         with pytest.raises(TokenizerError, match=message):
-            tokenizers.load(spec)
+            tokenizers.load_tokenizer(spec)

@@ -13,15 +13,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_opus.backends.engines.deepspeed import muon
+from megatron_opus.backends.engines.base import accumulation_steps
 from megatron_opus.backends.engines.deepspeed.gradients import gradients_of
 from megatron_opus.backends.engines.deepspeed.memory import gradient_bucket
 from megatron_opus.backends.engines.deepspeed.optimizers import build_optimizer
 from megatron_opus.backends.engines.deepspeed.partition import Partition
 from megatron_opus.backends.engines.deepspeed.second_moment import SecondMoment
 from megatron_opus.backends.engines.deepspeed.stepping import StepSettings
-from megatron_opus.config import ConfigError, RunConfig, keeps_second_moment
+from megatron_opus.config import RunConfig, keeps_second_moment
 from megatron_opus.config.checks import accumulates_in_fp32
+from megatron_opus.layout.model_layout import recipe_layout
 from megatron_opus.types import Groups
 
 
@@ -52,13 +53,7 @@ def deepspeed_config(config: RunConfig, dp_size: int, parameters: int) -> dict[s
 
     Raises ConfigError unless K = micro_batch_size x accumulation steps x data-parallel size.
     """
-    t = config.training
-    steps, rest = divmod(t.global_batch_size, t.micro_batch_size * dp_size)
-    if rest or not steps:
-        raise ConfigError(
-            f"training.global_batch_size: expected a multiple of micro_batch_size x data-parallel size "
-            f"({t.micro_batch_size} x {dp_size}), got {t.global_batch_size}"
-        )
+    t, steps = config.training, accumulation_steps(config, dp_size)
     bf16 = t.precision == "bf16"
     values: dict[str, Any] = {
         "train_batch_size": t.global_batch_size,
@@ -119,8 +114,10 @@ def initialize(
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     # One line per rank and internal decision otherwise; warnings stay.
     deepspeed.utils.logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
-    o, names = config.optimizer, {name: p for name, p in model.named_parameters() if muon.gets_muon(name, p)}
-    optimizer, taken = build_optimizer(model, o, offload=config.parallel.offload_optimizer == "cpu")
+    o = config.optimizer
+    by_muon = recipe_layout(config, groups.tp_size).by_muon if o.name == "muon" else frozenset()
+    names = {name: p for name, p in model.named_parameters() if name in by_muon}
+    optimizer, taken = build_optimizer(model, o, by_muon, offload=config.parallel.offload_optimizer == "cpu")
     # BF16_Optimizer refuses Muon beside any mpu; without tensor parallelism there is nothing for an mpu to say
     alone = o.name == "muon" and groups.tp_size == 1
     with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory tables; warnings are logged

@@ -161,7 +161,7 @@ class _Zero12(Gradients):
         self._pending.clear()
 
 
-class _Parts(Gradients):
+class _FlatParts(Gradients):
     """ZeRO 3, and every stage whose optimizer is offloaded: one flat part for each (sub-)group."""
 
     sharded = True
@@ -197,5 +197,5 @@ class _Parts(Gradients):
 def gradients_of(partition: Partition, model: nn.Module) -> Gradients:
     """Access to the gradients of this engine; ZeRO 1 and 2 run Muon in `release` from now on."""
     if partition.offloaded or partition.kind == "zero3":
-        return _Parts(partition, model)
+        return _FlatParts(partition, model)
     return {"zero12": _Zero12, "bf16": _Bf16}.get(partition.kind, Gradients)(partition, model)

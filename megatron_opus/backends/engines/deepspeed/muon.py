@@ -8,10 +8,11 @@ described as it is or refused.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
 from megatron_opus.backends.engines.hyper import MOMENTUM, Found
@@ -19,22 +20,11 @@ from megatron_opus.backends.model import cpu_shims
 from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.types import MuonHyper
 
-BLOCKS = "decoder.layers."  # of a Megatron GPT: embeddings, the last norm and the output layer lie outside
 
-
-def gets_muon(name: str, parameter: Tensor) -> bool:
-    """Our rule: matrices of the transformer blocks. Never embeddings (positions too), output layer, norms, biases.
-
-    Shapes are whole: call it before ZeRO 3 has cut the parameter. DeepSpeed's own rule goes by names and would give
-    Muon to a position embedding.
-    """
-    return name.startswith(BLOCKS) and parameter.ndim == 2
-
-
-def tag(model: nn.Module) -> None:
+def tag(model: nn.Module, by_muon: Collection[str]) -> None:
     """Set `use_muon` on every parameter: DeepSpeed's ZeRO optimizers look for it there."""
     for name, parameter in model.named_parameters():
-        parameter.use_muon = gets_muon(name, parameter)  # type: ignore[attr-defined]
+        parameter.use_muon = name in by_muon  # type: ignore[attr-defined]
 
 
 def kernels() -> ModuleType:

@@ -11,6 +11,7 @@ optimizer of stage 0 takes a step on zero gradients when it starts, which would 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,15 +22,20 @@ from megatron_opus.backends.model import extras
 from megatron_opus.config import OptimizerConfig
 
 
-def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups of trainable parameters as in the table above, without empty ones; a tied weight once."""
+def parameter_groups(
+    model: nn.Module, optimizer: OptimizerConfig, by_muon: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters as in the table above, without empty groups; a tied weight stands once.
+
+    by_muon: names of the block matrices (`ModelLayout.by_muon`).
+    """
     hybrid = optimizer.name == "muon"
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     blocks: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (blocks if hybrid and muon.gets_muon(name, p) else matrices if p.ndim >= 2 else vectors).append(p)
+            (blocks if hybrid and name in by_muon else matrices if p.ndim >= 2 else vectors).append(p)
     groups: list[dict[str, Any]] = []
     for members, decay in ((matrices, optimizer.weight_decay), (vectors, 0.0)):
         group = {"params": members, "weight_decay": decay, "lr": 0.0, "initial_lr": optimizer.lr}
@@ -48,18 +54,21 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, offload: bool) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer around `model`'s trainable parameters, and what it is.
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, by_muon: Collection[str], *, offload: bool
+) -> tuple[torch.optim.Optimizer, str]:
+    """Make the optimizer around `model`'s trainable parameters, and say what it is.
 
-    offload: the optimizer's tensors will lie in host memory, where fused CUDA kernels cannot work.
+    by_muon: names of the block matrices (`ModelLayout.by_muon`). offload: the optimizer's tensors will lie in host
+    memory, where fused CUDA kernels cannot work.
     """
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, by_muon)
     hyper = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum), "PyTorch SGD"
     if config.name == "adamw":
         return extras.host_adamw(groups, **hyper) if offload else extras.adamw(groups, extras.detect_apex(), **hyper)
-    muon.tag(model)
+    muon.tag(model, by_muon)
     muon.kernels()
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 

@@ -1,4 +1,6 @@
-"""Which part of each local weight shard this rank owns in a DeepSpeed engine, and the tensor that stands for it.
+"""Find the part of each local weight shard whose optimizer state this rank owns, and the tensor that keeps it.
+
+DeepSpeed keeps the state of a weight under another tensor than the weight, which depends on its engine:
 
 engine                      tensor in optimizer.state                            owned part of the flattened weight
 torch / ZeRO 0 fp32         the parameter                                        all
@@ -7,6 +9,10 @@ ZeRO 0 bf16, FusedAdam      fp32_groups_flat[g], parameters one after the other 
 ZeRO 1 / 2                  single_partition_of_fp32_groups[g]                   what `p._hp_mapping` says
 BF16_Optimizer (ZeRO 1)     fp32_groups_flat_partition[g]                        what `p._hp_mapping` says
 ZeRO 3                      fp32_partitioned_groups_flat[sub-group]              rank * ceil(numel / ranks) onward
+
+Example: at ZeRO 1 on two ranks, two weights of 6 and 4 numbers are one flat tensor of 10. Rank 0 owns numbers 0 to 4 of
+the first weight; rank 1 owns number 5 of the first and all 4 of the second. Rank 1's tensor then has 5 numbers, and the
+second weight starts at offset 1 in it.
 
 Parameters are found by identity, never by position in the model: Muon sorts its group by shape.
 """
@@ -29,7 +35,11 @@ EngineKind = Literal["whole", "flat", "zero12", "bf16", "zero3"]
 
 @dataclass(frozen=True, kw_only=True)
 class Owned:
-    """Elements start .. start + n - 1 of a flattened local weight, at offset .. offset + n - 1 of their flat tensor."""
+    """Names the n elements of a flattened local weight that are owned here.
+
+    They are elements `start` to `start + n - 1` of the weight, and lie at `offset` to `offset + n - 1` of the flat
+    tensor that keeps their state.
+    """
 
     start: int
     offset: int
@@ -37,7 +47,10 @@ class Owned:
 
 
 class Partition:
-    """The layout of one DeepSpeed engine. Raises UnsupportedOptimizer for a wrapper that is not known."""
+    """Describes where one DeepSpeed engine keeps its optimizer state.
+
+    Raises UnsupportedOptimizer for an optimizer wrapper that is not in the table above.
+    """
 
     def __init__(self, engine: Any) -> None:
         wrapper = engine.optimizer

@@ -84,15 +84,13 @@ class DeepSpeedEngine:
         return StepResult(loss=total.item(), grad_norm=norm, lr=lr, skipped=not applied, sequence_loss=gathered)
 
     def evaluate(self, batches: Mapping[str, Batch], micro_batch_size: int) -> dict[str, float]:
-        model = self.module
         return evaluate(
-            lambda batch: forward_loss(model, batch),
-            model,
+            self.runner(),
             batches,
             self.groups,
             micro_batch_size,
             self.device,
-            equally_often=any(hasattr(p, "ds_id") for p in model.parameters()),
+            equally_often=any(hasattr(p, "ds_id") for p in self.module.parameters()),
         )
 
     def save(self, path: Path) -> None:

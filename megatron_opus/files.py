@@ -15,7 +15,10 @@ PARTIAL = ".partial"
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary stream that becomes `path` when the block ends without an exception; else nothing is left."""
+    """Open a binary stream that becomes `path` when the block ends without an exception; else nothing is left.
+
+    Content and name are on the disk when the block has ended, so that a later file may vouch for this one.
+    """
     path = Path(path)
     # The process id keeps two writers of the same file apart: the last one wins with a whole file.
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
@@ -25,15 +28,29 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
+        _sync_directory(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Atomically; the same data gives the same bytes."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole UTF-8 file atomically. A lone surrogate, which has no UTF-8, becomes a question mark."""
     with atomic_file(path) as stream:
-        stream.write((json.dumps(data, indent=1) + "\n").encode("ascii"))
+        stream.write(text.encode("utf-8", errors="replace"))
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically; the same data gives the same bytes."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

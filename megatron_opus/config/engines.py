@@ -1,0 +1,88 @@
+"""What each engine can run: combinations of `parallel` keys are refused before anything is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_opus.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_opus.config.recipe import RunConfig
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raise ConfigError for `parallel` keys that the chosen engine does not have, whatever the number of processes."""
+    p = config.parallel
+    if p.pipeline_model_parallel_size < 1:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size: expected a positive number, got {p.pipeline_model_parallel_size}"
+        )
+    if p.engine == "deepspeed":
+        _check_deepspeed(config)
+    else:
+        _check_megatron(config)
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    p = config.parallel
+    virtual = p.virtual_pipeline_model_parallel_size
+    for key, value, fits, shown in (
+        ("pipeline_model_parallel_size", p.pipeline_model_parallel_size, p.pipeline_model_parallel_size == 1, "1"),
+        ("virtual_pipeline_model_parallel_size", virtual, virtual is None, "null"),
+        ("overlap_grad_reduce", p.overlap_grad_reduce, not p.overlap_grad_reduce, "false"),
+        ("overlap_param_gather", p.overlap_param_gather, not p.overlap_param_gather, "false"),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"parallel.{key}: expected {shown} with parallel.engine deepspeed, got {value}; "
+                "set parallel.engine=megatron"
+            )
+
+
+def _check_megatron(config: RunConfig) -> None:
+    p, o = config.parallel, config.optimizer
+    if p.offload_optimizer != "none":
+        raise ConfigError(
+            "parallel.offload_optimizer: expected none with parallel.engine megatron, got "
+            f"{p.offload_optimizer}; set parallel.engine=deepspeed"
+        )
+    if o.name == "muon":
+        raise ConfigError(
+            "optimizer.name: expected adamw or sgd with parallel.engine megatron, got muon; set "
+            "parallel.engine=deepspeed, whose Muon is the one of the paper"
+        )
+    if o.name == "sgd" and p.use_distributed_optimizer:
+        raise ConfigError(
+            "parallel.use_distributed_optimizer: Megatron's distributed optimizer takes AdamW alone, got sgd; set "
+            "parallel.use_distributed_optimizer=false"
+        )
+    if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
+        raise ConfigError(
+            "parallel.overlap_param_gather: expected use_distributed_optimizer and overlap_grad_reduce beside it, got "
+            f"{p.use_distributed_optimizer} and {p.overlap_grad_reduce}"
+        )
+    stages, virtual = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    if virtual is not None and (virtual < 2 or stages < 3):
+        # at two stages both neighbours are the same rank: Megatron itself refuses it without overlap_p2p_comm
+        raise ConfigError(
+            "parallel.virtual_pipeline_model_parallel_size: expected at least 2 pieces on each of at least 3 stages, "
+            f"got {virtual} on {stages}; set it to null"
+        )
+    pieces = stages * (virtual or 1)
+    if config.model.num_layers % pieces:
+        raise ConfigError(
+            f"model.num_layers: expected a multiple of pipeline_model_parallel_size x "
+            f"virtual_pipeline_model_parallel_size ({stages} x {virtual or 1}), got {config.model.num_layers}"
+        )
+
+
+def check_stages(config: RunConfig, dp_size: int) -> None:
+    """Raise ConfigError when one data-parallel rank's micro-batches do not fill the interleaved schedule."""
+    p, t = config.parallel, config.training
+    micros = t.global_batch_size // (t.micro_batch_size * dp_size)
+    if p.virtual_pipeline_model_parallel_size is not None and micros % p.pipeline_model_parallel_size:
+        raise ConfigError(
+            "training.global_batch_size: the interleaved schedule takes a multiple of pipeline_model_parallel_size "
+            f"({p.pipeline_model_parallel_size}) micro-batches on each data-parallel rank, got {micros}; raise it, or "
+            "lower training.micro_batch_size"
+        )

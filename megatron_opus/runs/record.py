@@ -1,0 +1,81 @@
+"""Compare what a run has recorded with the checkpoint that it resumes from: what is missing, and what is torn."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_opus.errors import Refusal
+from megatron_opus.runs import checkpoints
+from megatron_opus.runs.ledger import ledger_parts
+from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
+
+
+class RunRecordError(Refusal, ValueError):
+    """A record that cannot be read, so that the run cannot go on with it."""
+
+
+def compare_record(run_dir: Path) -> list[str]:
+    """Say in one line each what a resumed run will find missing, torn or done again. Reads only.
+
+    A run that has completed S steps at its newest checkpoint has rows 0 to S - 1 in its metrics and in its ledger. Rows
+    from S on were written after that checkpoint: the run drops them and takes these steps again.
+
+    Raises RunRecordError for a file that cannot be read.
+    """
+    newest = checkpoints.latest(run_dir / "checkpoints")
+    step = 0 if newest is None else int(newest.name.removeprefix("step_").partition(".")[0])
+    lines, torn = [], False
+    found: list[int] = []
+    try:
+        for row in iter_metrics(run_dir):
+            if row is None:
+                torn = True
+            else:
+                found.append(row["step"])
+    except ValueError as error:
+        raise RunRecordError(f"--resume: {error}") from error
+    metrics = run_dir / METRICS_FILE
+    if torn:
+        lines.append(f"{metrics}: its last line is torn, as a killed process leaves it; the line is dropped")
+    lines += _missing(str(metrics), found, step)
+    lines += _missing(str(run_dir / "ledger"), ledger_steps(run_dir / "ledger"), step)
+    after = [number for number in found if number >= step]
+    if after:
+        lines.append(
+            f"the record reaches step {max(after)}, the checkpoint step {step}: what lies between is done again"
+        )
+    return lines
+
+
+def ledger_steps(directory: Path) -> list[int]:
+    """Give the steps of a ledger in the order of its parts. Raises RunRecordError for a part that cannot be read."""
+    found: list[int] = []
+    for _, _, path in ledger_parts(directory):
+        try:
+            found += sorted(set(pq.read_table(path, columns=["step"])["step"].to_pylist()))
+        except (pa.ArrowException, OSError) as error:
+            raise RunRecordError(
+                f"--resume: {path} cannot be read ({str(error).splitlines()[0]}): bring it back from a copy, or "
+                "move it away to go on without the decisions of its steps"
+            ) from error
+    return found
+
+
+def _missing(what: str, steps: Iterable[int], expected: int) -> list[str]:
+    absent = sorted(set(range(expected)) - set(steps))
+    if not absent:
+        return []
+    spans = []
+    for _, group in itertools.groupby(enumerate(absent), lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in group]
+        spans.append(f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}")
+    shown = ", ".join(spans[:5]) + (" and more" if len(spans) > 5 else "")
+    return [
+        f"WARNING: {what}: {len(absent)} of {expected} steps before the checkpoint are missing: {shown}. The run goes "
+        "on; its record stays without them unless you stop it and bring the file back from a copy"
+    ]
