@@ -13,6 +13,8 @@ from megatron_opus.errors import Refusal
 COMMANDS = {
     "prepare-data": "turn text into Megatron token files",
     "build-proxy": "take a proxy out of a prepared corpus",
+    "score-corpus": "give every candidate document of a corpus a score",
+    "keep": "take part of a corpus by its scores",
     "train": "train by one recipe, in this process alone",
     "convert-checkpoint": "convert Hugging Face weights to sharded ones, and back",
     "evaluate": "run benchmarks and perplexity of a checkpoint, offline",

@@ -33,7 +33,7 @@ def open_entry(
     """
     if not entry.base:
         return open_documents(entry.name, directory / entry.prefix)
-    base = _base(directory, entry)
+    base = base_directory(directory, entry)
     _check_base(directory, base, entry)
     documents = open_documents(entry.name, base / entry.prefix)
     if not entry.excluded:
@@ -46,13 +46,13 @@ def open_unlearned(directory: Path, entry: DatasetEntry, documents: TokenDocumen
 
     `documents` is what `open_entry` gave. Raises MaskError.
     """
-    place = _base(directory, entry) / entry.prefix
+    place = base_directory(directory, entry) / entry.prefix
     if not isinstance(documents, WithoutDocuments):
         return unlearned_spans.open_spans(entry.name, place, entry.mask_spans, entry.tokens)
     return documents.ranges(unlearned_spans.open_spans(entry.name, place, entry.mask_spans, documents.base.num_tokens))
 
 
-def _base(directory: Path, entry: DatasetEntry) -> Path:
+def base_directory(directory: Path, entry: DatasetEntry) -> Path:
     # `..` is meant of the directory itself, not of a link to it.
     return Path(os.path.normpath(directory.resolve() / entry.base)) if entry.base else directory
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
 from megatron_opus.data.benchmarks.items import BenchmarkItem, digest
-from megatron_opus.data.excluded_documents import open_unlearned
+from megatron_opus.data.excluded_documents import open_entry, open_unlearned
 from megatron_opus.data.permutation import uniform
 from megatron_opus.data.prepare.records import text_digest
 from megatron_opus.data.proxy import encoders
@@ -71,19 +71,24 @@ class Document:
 
 
 class CandidateDocuments:
-    """The candidate documents of a prepared directory, one at a time."""
+    """The candidate documents of a prepared directory, one at a time.
 
-    def __init__(self, directory: Path, open_documents: Callable[[str, Path], TokenDocuments]) -> None:
+    views: whether the directory may refer to the files of another one, as a corpus with a built proxy does.
+    """
+
+    def __init__(
+        self, directory: Path, open_documents: Callable[[str, Path], TokenDocuments], *, views: bool = False
+    ) -> None:
         self.directory = directory
         self.manifest = manifests.read(directory)
-        if any(entry.base for entry in self.manifest.datasets):
+        if not views and any(entry.base for entry in self.manifest.datasets):
             raise ProxyError(
                 f"{directory}: already is a corpus with a built proxy; give the one that it was made from "
                 "(tools/prepare_data.py)"
             )
         self.tokenizer = reopen_tokenizer(directory / manifests.TOKENIZER_DIRECTORY, self.manifest.tokenizer)
         self.entries = self.manifest.of_role("candidates")
-        self.streams = [open_documents(e.name, directory / e.prefix) for e in self.entries]
+        self.streams = [open_entry(directory, e, open_documents) for e in self.entries]
         self.unlearned = [
             open_unlearned(directory, e, s) if e.mask_sha256 else None
             for e, s in zip(self.entries, self.streams, strict=True)
@@ -149,6 +154,10 @@ class Scoring:
 
     def settings(self, documents: CandidateDocuments) -> dict[str, Any]:
         """Everything that the scores depend on."""
+        return {"corpus": documents.manifest.fingerprint(), **self.choices()}
+
+    def choices(self) -> dict[str, Any]:
+        """Everything that the scores depend on beside the corpus."""
         chosen: dict[str, Any] = {"seed": self.seed}
         if self.encoder is not None:
             chosen = {**self.encoder.identity(), "windows": self.windows, "window": self.encoder.window}
@@ -156,7 +165,6 @@ class Scoring:
         for item in self.items:
             by_name.setdefault(item.benchmark, []).append(item)
         return {
-            "corpus": documents.manifest.fingerprint(),
             "benchmarks": {n: f"{len(i)} items, sha256 {digest(i)[:16]}" for n, i in by_name.items()},
             "order": digest(self.items)[:16],
             "piece_tokens": _PIECE_TOKENS,
