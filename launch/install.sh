@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs the pinned dependencies: install.sh [EXTRA], for example `install.sh test`.
 # Nothing is done, and pip is not started, while constraints.txt and pyproject.toml are what was installed last.
+# `install.sh latest` makes .venv-latest with the newest releases that pyproject.toml allows, instead of the pinned ones.
 #   PYTHON            interpreter to build the environment from (python3)
 #   TORCH_INDEX_URL   package index to take torch from, for example PyTorch's own index of CPU-only builds
 set -euo pipefail
@@ -9,6 +10,11 @@ extra=${1:-}
 cd -- "$(dirname -- "$0")/.."
 python=${PYTHON:-python3}
 venv=.venv
+pins=(-c constraints.txt)
+torch=$(grep -E '^torch==' constraints.txt)
+if [[ $extra == latest ]]; then
+  venv=.venv-latest pins=() torch=torch
+fi
 
 fail() {
   echo "error: $*" >&2
@@ -43,8 +49,8 @@ started=$SECONDS
 # torch comes first and alone: TORCH_INDEX_URL must hold for it only, and whatever is built from source afterwards
 # finds the pinned build instead of fetching another.
 "$venv/bin/python" -m pip install --disable-pip-version-check ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
-  "$(grep -E '^torch==' constraints.txt)" || fail "torch could not be installed; pip says why above."
-"$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}" ||
+  "$torch" || fail "torch could not be installed; pip says why above."
+"$venv/bin/python" -m pip install --disable-pip-version-check "${pins[@]}" -e ".${extra:+[$extra]}" ||
   fail "the dependencies could not be installed; pip says why above. What is installed is kept: run this again."
 checksum >"$stamp"
 [[ -z $extra ]] || checksum >"$venv/.installed"

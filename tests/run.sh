@@ -2,6 +2,7 @@
 # Style, types and the whole test suite, from a clean clone:
 #   tests/run.sh [pytest arguments]          everything
 #   tests/run.sh --fast [pytest arguments]   style, and the tests that start no process and train nothing
+#   tests/run.sh --latest [pytest arguments] what touches Megatron (tests/latest.txt), on the newest releases
 set -euo pipefail
 
 cd -- "$(dirname -- "$0")/.."
@@ -9,6 +10,19 @@ fast=false
 if [[ ${1:-} == --fast ]]; then
   fast=true
   shift
+fi
+if [[ ${1:-} == --latest ]]; then
+  shift
+  for python in python3 python3.{12..19} "$HOME"/.pyenv/versions/3.*/bin/python; do
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+      echo "latest: about 4 minutes and 5 GB to install, once"
+      PYTHON=$python bash launch/install.sh latest
+      mapfile -t paths <tests/latest.txt
+      exec .venv-latest/bin/python -m pytest -n 2 --dist loadfile "${paths[@]}" "$@"
+    fi
+  done
+  echo "latest: skipped, for there is no Python 3.12 or newer on PATH or among pyenv's versions"
+  exit 0
 fi
 bash launch/install.sh test
 export PATH="$PWD/.venv/bin:$PATH"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import os
 import sys
 import traceback
@@ -69,6 +70,10 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
     from megatron_opus.ranks.stopping import STOPPED, SignalWatch
     from megatron_opus.runs.lock import RunLock
     from megatron_opus.runs.record import compare_record
+
+    if refusal := _refused_release(rank):
+        print(f"error: {refusal}", file=sys.stderr, flush=True)
+        return 2
     from megatron_opus.training.session import Session
 
     lock = RunLock(Path(recipe.output_dir) / recipe.name)
@@ -115,6 +120,29 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
         lock.release()
     dist.destroy_process_group()
     return 0 if completed else STOPPED
+
+
+def _refused_release(rank: int) -> str:
+    """Import the part that speaks to the hosts. Rank 0 says which of their releases were not tested.
+
+    Returns why a release cannot be used, "" where all can.
+    """
+    from megatron_opus.backends.model import releases
+
+    found = releases.installed()
+    try:
+        untested = releases.check(found)
+        for line in untested:
+            _say(rank)(f"warning: {line}")
+    except Refusal as error:
+        return str(error)
+    try:
+        importlib.import_module("megatron_opus.training.session")
+    except (ImportError, AttributeError, Refusal) as error:
+        if not untested:
+            raise
+        return f"{error} ({'; '.join(untested)}); install a tested combination: pip install -c constraints.txt -e ."
+    return ""
 
 
 def _say(rank: int) -> Callable[[str], Any]:

@@ -1,6 +1,6 @@
 """Everything that makes megatron-core and DeepSpeed run without an accelerator. Inert where there is one.
 
-megatron-core 0.15-0.17 asks `torch.cuda` for the current device and keeps its random states in CUDA generators;
+megatron-core asks `torch.cuda` for the current device and keeps its random states in CUDA generators;
 DeepSpeed compiles a shared-memory collective on its first use. Nothing else in the package knows about these.
 """
 
@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
+
+from megatron_opus.backends.model import releases
+
+megatron_random: Any = releases.megatron_random()
 
 _MARK = "_megatron_opus_cpu_shim"
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt

@@ -11,13 +11,8 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.tensor_parallel.random import (
-    _DATA_PARALLEL_RNG_TRACKER_NAME,
-    _EXPERT_PARALLEL_RNG_TRACKER_NAME,
-    _MODEL_PARALLEL_RNG_TRACKER_NAME,
-)
 
-from megatron_opus.backends.model import cpu_shims
+from megatron_opus.backends.model import cpu_shims, releases
 from megatron_opus.config import ConfigError, ParallelConfig
 from megatron_opus.types import Groups
 
@@ -83,11 +78,12 @@ def seed_all(seed: int, groups: Groups) -> None:
     np.random.seed(base % 2**32)
     torch.manual_seed(base)
     if cpu_shims.active():
+        names: Any = releases.megatron_random()
         cpu_shims.install_rng_tracker(
             {
-                _DATA_PARALLEL_RNG_TRACKER_NAME: base,
-                _MODEL_PARALLEL_RNG_TRACKER_NAME: inner,
-                _EXPERT_PARALLEL_RNG_TRACKER_NAME: inner + 1,
+                names._DATA_PARALLEL_RNG_TRACKER_NAME: base,
+                names._MODEL_PARALLEL_RNG_TRACKER_NAME: inner,
+                names._EXPERT_PARALLEL_RNG_TRACKER_NAME: inner + 1,
             }
         )
     else:
@@ -108,7 +104,15 @@ def derived_seed(seed: int, *path: object) -> int:
 
 
 def megatron_groups() -> Groups:
-    """Read this process's place in megatron-core's parallel state, which must be initialised."""
+    """Read this process's place in megatron-core's parallel state, which must be initialised.
+
+    Raises ConfigError where Megatron was started with generalised tensor parallelism.
+    """
+    if (size := releases.generalized_tensor_parallel_size()) > 1:
+        raise ConfigError(
+            f"generalised tensor parallelism: expected gtp_remat_size 1, got {size}; the scores of weights that are "
+            "cut that way are not known: use tensor_model_parallel_size"
+        )
     kinds = {"tp": "tensor_model", "dp": "data", "pp": "pipeline_model", "cp": "context", "ep": "expert_model"}
     found: dict[str, Any] = {}
     for short, kind in kinds.items():

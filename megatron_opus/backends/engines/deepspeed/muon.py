@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
 from megatron_opus.backends.engines.hyper import MOMENTUM, Found
-from megatron_opus.backends.model import cpu_shims
+from megatron_opus.backends.model import cpu_shims, releases
 from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.types import MuonHyper
 
@@ -31,16 +31,16 @@ def kernels() -> ModuleType:
     """DeepSpeed's module of Muon functions; without accelerator they run eagerly.
 
     They are decorated with torch.compile, whose first call on a CPU takes minutes and gains nothing.
+    Raises UnsupportedRelease.
     """
-    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
-
+    functions, optimizers = releases.deepspeed_muon()
     if cpu_shims.active():
-        for module in (original_muon, muon_optimizer):
+        for module in (functions, optimizers):
             for name, value in list(vars(module).items()):
                 eager = getattr(value, "_torchdynamo_orig_callable", None)
                 if eager is not None:
                     setattr(module, name, eager)
-    return original_muon
+    return functions
 
 
 def shape_scale(rows: int, columns: int) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from megatron_opus.backends.engines.deepspeed import muon
-from megatron_opus.backends.model import extras
+from megatron_opus.backends.model import extras, releases
 from megatron_opus.config import OptimizerConfig
 
 
@@ -69,12 +69,13 @@ def build_optimizer(
     if config.name == "adamw":
         return extras.host_adamw(groups, **hyper) if offload else extras.adamw(groups, extras.detect_apex(), **hyper)
     muon.tag(model, by_muon)
-    muon.kernels()
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
+    muon.kernels()  # eager before the optimizer is built
+    optimizers = releases.deepspeed_muon()[1]
     for group in groups:
         if not group["use_muon"]:
             group |= {"betas": hyper["betas"], "eps": hyper["eps"]}
     fused = torch.cuda.is_available() and not offload
-    optimizer = MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": fused})
+    optimizer = optimizers.MuonWithAuxAdam(
+        groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": fused}
+    )
     return optimizer, f"DeepSpeed Muon with PyTorch AdamW{' (fused)' if fused else ''}"
