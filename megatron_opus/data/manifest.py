@@ -131,7 +131,7 @@ def _checked(entry: DatasetEntry) -> DatasetEntry:
         value, kind = getattr(entry, field_.name), kinds[str(field_.type).partition("[")[0]]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"datasets: {field_.name}: expected {kind.__name__}, got {value!r}")
-        if kind is int and not 0 <= value < 1 << 63:
+        if isinstance(value, int) and not 0 <= value < 1 << 63:
             raise ValueError(f"datasets: {field_.name}: expected a count, got {value}")
     if entry.role not in ROLES:
         raise ValueError(f"datasets: role: expected one of {', '.join(ROLES)}, got {entry.role!r}")
