@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class DatasetEntry:
     idx_sha256: str
     sources: list[dict[str, Any]]  # path, bytes, sha256 (or the fingerprint of a Hugging Face dataset)
     held_out: int = 0  # documents dropped because a higher role (validation > proxy > candidates) has the same text
-    empty: int = 0  # documents without text
+    empty: int = 0  # documents without text, or whose text gives no token
     skipped: int = 0  # malformed records left out by on_error skip
     skipped_records: list[dict[str, Any]] = field(default_factory=list)  # file, line, problem: the first MAX_LISTED
     base: str = ""  # the prepared directory that has the files, relative to this one; empty: this one; see `views`
@@ -51,6 +51,9 @@ class DatasetEntry:
     masked_tokens: int = 0  # of metadata, which are not learned; see masks.py
     mask_spans: int = 0  # in the file
     mask_sha256: str = ""  # of <prefix>.mask.npy; empty: there is none
+    probed_characters: int = 0  # of the documents, turned to tokens and back
+    lost_characters: int = 0  # of those, not in the text that came back
+    most_lost: dict[str, int] = field(default_factory=dict)  # the most frequent of them
     scores: dict[str, Any] = field(default_factory=dict)  # key, min, mean, max, sha256 of <prefix>.score.npy
 
 
@@ -95,8 +98,8 @@ def read(directory: Path) -> Manifest:
         raise ManifestError(
             f"{path}: not found; expected a directory made by tools/prepare_data.py (data.path=embedded needs none)"
         ) from None
-    except ValueError as error:
-        raise ManifestError(f"{path}: not valid JSON ({error}); prepare the data again") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise ManifestError(f"{path}: not a file of valid JSON ({error}); prepare the data again") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ManifestError(f"{path}: expected format {FORMAT!r}; this is another kind of file")
     if data.get("version") != VERSION:
@@ -104,7 +107,12 @@ def read(directory: Path) -> Manifest:
             f"{path}: expected version {VERSION}, found {data.get('version')!r}; prepare the data again"
         )
     try:
-        entries = [DatasetEntry(**entry) for entry in data["datasets"]]
+        entries = [_checked(DatasetEntry(**entry)) for entry in data["datasets"]]
+        for key in ("tokenizer", "settings", "provenance"):
+            if not isinstance(data[key], dict):
+                raise TypeError(f"{key}: expected keys and values, got {data[key]!r}")
+        if not isinstance(data["tokenizer"]["fingerprint"], str):
+            raise TypeError(f"tokenizer: fingerprint: expected text, got {data['tokenizer']['fingerprint']!r}")
         return Manifest(
             tokenizer=data["tokenizer"],
             datasets=entries,
@@ -112,5 +120,23 @@ def read(directory: Path) -> Manifest:
             provenance=data["provenance"],
             decontamination=data.get("decontamination", {}),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{path}: damaged ({error}); prepare the data again") from error
+
+
+def _checked(entry: DatasetEntry) -> DatasetEntry:
+    """Raise TypeError or ValueError, naming the key, for a value of another kind or a path out of the directory."""
+    kinds = {"str": str, "Role": str, "int": int, "dict": dict, "list": list}
+    for field_ in fields(entry):
+        value, kind = getattr(entry, field_.name), kinds[str(field_.type).partition("[")[0]]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"datasets: {field_.name}: expected {kind.__name__}, got {value!r}")
+        if isinstance(value, int) and not 0 <= value < 1 << 63:
+            raise ValueError(f"datasets: {field_.name}: expected a count, got {value}")
+    if entry.role not in ROLES:
+        raise ValueError(f"datasets: role: expected one of {', '.join(ROLES)}, got {entry.role!r}")
+    for key in ("prefix", "excluded"):
+        path = Path(getattr(entry, key))
+        if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+            raise ValueError(f"datasets: {key}: expected a path below the manifest, got {str(path)!r}")
+    return entry

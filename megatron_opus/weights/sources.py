@@ -83,9 +83,16 @@ class HfWeights(WeightSource):
         super().__init__(model, directory)
         self.layouts = hf_layout.layouts(self.model, self.layout)
         self._files = SafetensorsFiles(directory)
+        self._absent_table = ""
         self._prefix = hf_layout.PREFIX[hf_layout.family(self.model)]
         if not any(name.startswith(self._prefix) for name in self._files.names):
             self._prefix = ""  # saved from the model without its head, as the published GPT-2 files are
+        # A tied model may be stored with its one table under the head's name alone.
+        table = self.layouts["embedding.word_embeddings.weight"].pieces[0].tensor
+        tied = not self.model.untie_embeddings_and_output_weights
+        names = self._files.names
+        if tied and hf_layout.HEAD in names and self._stored(table) not in names:
+            self._absent_table = table
         self._check(hf_layout.published_shapes(self.layouts, self.layout))
 
     def dtype(self, name: str) -> torch.dtype:
@@ -95,6 +102,8 @@ class HfWeights(WeightSource):
         return found.pop()
 
     def _stored(self, tensor: str) -> str:
+        if tensor == self._absent_table:
+            return hf_layout.HEAD
         full = hf_layout.PREFIX[hf_layout.family(self.model)]
         return self._prefix + tensor.removeprefix(full) if tensor.startswith(full) else tensor
 

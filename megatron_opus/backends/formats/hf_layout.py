@@ -33,8 +33,8 @@ CONFIG_FILE = "config.json"
 PREFIX: dict[Family, str] = {"gpt2": "transformer.", "qwen3": "model."}
 ARCHITECTURE: dict[Family, str] = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}
 HEAD = "lm_head.weight"
-# Causal masks that old GPT-2 files carry as if they were weights.
-_BUFFERS = re.compile(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$")
+# Causal masks (GPT-2) and rotary frequencies (Qwen3) that old files carry as if they were weights.
+_BUFFERS = re.compile(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
 
 _NAMES: dict[Family, dict[str, str]] = {
     "gpt2": {
@@ -122,13 +122,15 @@ def family(model: ModelConfig) -> Family:
 def read_config(directory: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     """config.json of a Hugging Face model directory. Raises ConfigError."""
     path = directory / name
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: expected a file, found a folder or a pipe")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; expected a Hugging Face model directory") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict) or raw.get("model_type") not in PREFIX:
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path}: not a file of valid JSON ({error})") from error
+    if not isinstance(raw, dict) or raw.get("model_type") not in tuple(PREFIX):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         raise ConfigError(f"{path}: model_type: expected one of {', '.join(PREFIX)}, got {found!r}")
     return raw
@@ -166,9 +168,12 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
     only("attention_bias", (False,))
     only("use_sliding_window", (False,))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{CONFIG_FILE}: rope_parameters: expected keys and values, got {rope!r}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ConfigError(f"{CONFIG_FILE}: rope scaling: expected none, got {rope!r}")
-    theta = float(raw.get("rope_theta") or rope.get("rope_theta") or need("rope_theta"))
+    # `transformers` takes what rope_parameters says, and the older key at the top where that says nothing.
+    theta = float(rope.get("rope_theta") or need("rope_theta"))
     if theta != int(theta):
         raise ConfigError(f"{CONFIG_FILE}: rope_theta: expected a whole number, got {theta}")
     return ModelConfig(
@@ -235,7 +240,11 @@ def published_config(model: ModelConfig, dtype: str, base: Mapping[str, Any] | N
     kept = {k: v for k, v in (base or {}).items() if k not in ("dtype", "torch_dtype", "transformers_version")}
     if "rope_parameters" in kept and kind == "qwen3":  # where newer versions of the library keep it
         own.pop("rope_theta")
-        kept["rope_parameters"] = {**kept["rope_parameters"], "rope_theta": model.rotary_base}
+        kept.pop("rope_theta", None)  # one place: an older key beside it may say something else
+        kept["rope_parameters"] = {
+            **(kept["rope_parameters"] or {"rope_type": "default"}),
+            "rope_theta": model.rotary_base,
+        }
     if base is None:
         # Defaults of the library are ids of its own vocabulary.
         kept = {"bos_token_id": None, "eos_token_id": None}

@@ -105,12 +105,19 @@ class SafetensorsFiles:
 
 
 def _index(directory: Path) -> dict[str, str] | None:
-    if not (directory / INDEX).is_file():
+    # `transformers` reads the single file where both are there.
+    if (directory / SINGLE).is_file() or not (directory / INDEX).is_file():
         return None
+    path = directory / INDEX
     try:
-        return dict(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightFileError(f"{directory / INDEX}: expected JSON with a weight_map, got an error: {error}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        where = {str(tensor): str(file) for tensor, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightFileError(f"{path}: expected JSON with a weight_map, got an error: {error}") from error
+    for tensor, file in where.items():
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise WeightFileError(f"{path}: weight_map.{tensor}: expected the name of a file beside it, got {file!r}")
+    return where
 
 
 def _files(directory: Path, index: Mapping[str, str] | None) -> list[str]:

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_opus.data.prepare.compressed import open_compressed
 from megatron_opus.data.prepare.document import SourceError
-from megatron_opus.data.prepare.records import file_sha256, open_compressed
+from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.files import atomic_file
 from megatron_opus.rows import RowError, json_lines, parquet_rows
 

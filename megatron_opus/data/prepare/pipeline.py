@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def prepare(config: PrepareConfig, storage: Storage, log: Callable[[str], None] 
     A directory already prepared with the same settings is left as it is. Raises PrepareError (and the errors of
     `records`, `tokenizers`, `shards` and `worker`, all ValueError or RuntimeError) with what to change.
     """
-    datasets = resolve(config)
+    datasets = resolve(config, log)
     source = None if config.tokenizer == TRAIN_SENTENCEPIECE else load_tokenizer(config.tokenizer, config.eod)
     settings = describe_settings(config, datasets, source)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -246,6 +247,7 @@ class _Work:
             self._list_contaminated(chosen)
         for entry in entries:
             _tell_skipped(entry, log)
+            _tell_lost(entry, log)
         if self._written and self._seconds > 0:
             rate, cores = self._written / self._seconds, max(1, self.config.workers)
             log(
@@ -296,6 +298,7 @@ class _Work:
             **write_dataset(self.config.output / prefix, dtype, chosen, storage, score_key),
             sources=[self._describe_source(source) for source in dataset.sources],
             **counts,
+            **_probe(found),
             skipped_records=[r for f in found for r in f["skipped_records"]][:MAX_LISTED],
         )
         write_json(marker, manifests.entry_dict(entry))
@@ -348,3 +351,26 @@ def _tell_skipped(entry: DatasetEntry, log: Callable[[str], None]) -> None:
         log(f"  {record['file']}:{record['line']}: {record['problem']}")
     if entry.skipped > len(shown):
         log(f"  and {entry.skipped - len(shown)} more, see {manifests.FILE_NAME}")
+
+
+def _probe(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many characters of a dataset were turned to tokens and back, and which of them were lost."""
+    lost: Counter[str] = Counter()
+    for result in found:
+        lost.update(result.get("lost_characters", {}))  # absent where an earlier release tokenized the piece
+    return {
+        "probed_characters": sum(result.get("probed_characters", 0) for result in found),
+        "lost_characters": sum(lost.values()),
+        "most_lost": dict(lost.most_common(20)),
+    }
+
+
+def _tell_lost(entry: DatasetEntry, log: Callable[[str], None]) -> None:
+    if not entry.lost_characters:
+        return
+    most = ", ".join(f"{character!r} {n}" for character, n in list(entry.most_lost.items())[:5])
+    log(
+        f"WARNING: {entry.name} ({entry.role}): the tokenizer loses {entry.lost_characters:,} of the "
+        f"{entry.probed_characters:,} characters that were tried ({entry.lost_characters / entry.probed_characters:.2%}"
+        f"), most often {most}: the model will never see them; a tokenizer with bytes as a fallback loses nothing"
+    )

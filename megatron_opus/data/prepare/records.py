@@ -6,15 +6,14 @@ groups, rows) that can be read on their own, in any process, and that give toget
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from megatron_opus.data.prepare.compressed import numbered_lines
 from megatron_opus.data.prepare.document import (
     ReadOptions,
     Shard,
@@ -128,7 +127,7 @@ def read_shard(shard: Shard, options: ReadOptions) -> Iterator[SourceRecord]:
     elif shard.source.endswith(".parquet"):
         yield from read_parquet(shard, options)
     elif shard.source.endswith(COMPRESSED):
-        for line, raw in _compressed_lines(shard):
+        for line, raw in numbered_lines(shard.source):
             yield _json_record(line, raw, options)
     elif shard.source.endswith(".jsonl"):
         for line, raw in _lines(shard):
@@ -175,38 +174,17 @@ def _lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
                 yield line, raw
 
 
-@contextmanager
-def open_compressed(path: str) -> Iterator[BinaryIO]:
-    """The decompressed content of a .gz or .zst file, as a binary stream of lines."""
-    if path.endswith(".gz"):
-        with gzip.open(path, "rb") as stream:
-            yield stream  # type: ignore[misc]
-    else:
-        import io
-
-        import pyarrow as pa
-
-        with pa.input_stream(path, compression="zstd") as source:
-            yield io.BufferedReader(source, 1 << 20)
-
-
-def _compressed_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
-    """(line from 1, content). Raises SourceError where the file is no such archive, or cut off."""
-    line = 0
-    try:
-        with open_compressed(shard.source) as stream:
-            for line, raw in enumerate(stream, 1):
-                content = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-                if content.strip():
-                    yield line, content
-    except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"{shard.source}: damaged or truncated after line {line}: {error}; restore it") from error
-
-
 def _json_record(line: int, raw: bytes, options: ReadOptions) -> SourceRecord:
     size = len(raw)
+    doubled: list[str] = []  # keys that the outermost object, which ends last, has more than once
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        doubled[:] = [] if len(found) == len(pairs) else [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
+        return found
+
     try:
-        record = json.loads(raw.decode("utf-8"))
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         return SourceRecord(
             line=line, text=None, problem=f"invalid UTF-8 ({error.reason} at byte {error.start})", bytes=size
@@ -216,6 +194,8 @@ def _json_record(line: int, raw: bytes, options: ReadOptions) -> SourceRecord:
     if not isinstance(record, dict):
         problem = f"expected a JSON object, got {type(record).__name__}"
         return SourceRecord(line=line, text=None, problem=problem, bytes=size)
+    if twice := next((key for key in doubled if key in options.columns), None):
+        return SourceRecord(line=line, text=None, problem=f"key {twice!r} is given more than once", bytes=size)
     return read_record(line, record, options, size)
 
 

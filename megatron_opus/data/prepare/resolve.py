@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.prepare.decontaminate import Decontamination
+from megatron_opus.data.prepare.directories import data_files
 from megatron_opus.data.prepare.document import template_keys
 from megatron_opus.data.prepare.hub_streams import HUB_PREFIX, Fetched
 from megatron_opus.data.prepare.records import (
@@ -94,8 +95,8 @@ def reads(config: PrepareConfig, dataset: DatasetSpec) -> ReadOptions:
     return config.read if dataset.read is None else dataset.read
 
 
-def resolve(config: PrepareConfig) -> list[DatasetSpec]:
-    """The datasets with their patterns expanded to files, in a fixed order. Raises PrepareError."""
+def resolve(config: PrepareConfig, log: Callable[[str], None]) -> list[DatasetSpec]:
+    """Expand the patterns of the datasets to files, in a fixed order, and say what is left out. Raises PrepareError."""
     if config.on_error not in ("stop", "skip"):
         raise PrepareError(f"on_error: expected stop or skip, got {config.on_error!r}")
     if not any(d.role == "candidates" for d in config.datasets):
@@ -119,7 +120,7 @@ def resolve(config: PrepareConfig) -> list[DatasetSpec]:
         template_keys(read.metadata_template)  # raises for one that cannot be filled in
         if dataset.bucket is not None and not (read.bucket_key or read.score_key):
             raise PrepareError(f"dataset {dataset.name} ({dataset.role}): a bucket needs a score; see --score-key")
-        files = [file for pattern in dataset.sources for file in _expand(dataset, pattern)]
+        files = [file for pattern in dataset.sources for file in _expand(dataset, pattern, log)]
         twice = sorted({f for f in files if files.count(f) > 1})
         if twice:
             raise PrepareError(f"dataset {dataset.name} ({dataset.role}): {', '.join(twice)} is given twice")
@@ -127,12 +128,15 @@ def resolve(config: PrepareConfig) -> list[DatasetSpec]:
     return resolved
 
 
-def _expand(dataset: DatasetSpec, pattern: str) -> list[str]:
+def _expand(dataset: DatasetSpec, pattern: str, log: Callable[[str], None]) -> list[str]:
     if pattern.startswith((DATASETS_PREFIX, HUB_PREFIX)):
         return [pattern]
     path = Path(pattern)
     if path.is_dir():
-        files = sorted(str(f) for f in path.rglob("*") if known_suffix(f) in SUFFIXES and f.is_file())
+        files, aside = data_files(path, SUFFIXES)
+        if aside:
+            shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
+            log(f"{dataset.name} ({dataset.role}): left out of {pattern}: {shown}; name them with a glob to have them")
         what = f"no {', '.join(SUFFIXES)} file in this directory"
         kinds = sorted({known_suffix(f) for f in files})
         if len(kinds) > 1:

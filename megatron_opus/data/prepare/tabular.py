@@ -12,11 +12,15 @@ _ROWS = 256  # read at once
 
 
 def check_columns(source: str, found: Sequence[str], options: ReadOptions) -> None:
-    """Raises SourceError naming the first column that is needed and missing."""
+    """Raises SourceError naming the first column that is needed and missing, or there more than once."""
     for column in options.columns:
         if column not in found:
             hint = "; see --text-key" if column == options.text_key else ""
             raise SourceError(f"{source}: expected a column {column!r}, found {', '.join(found)}{hint}")
+        if (times := list(found).count(column)) > 1:
+            raise SourceError(
+                f"{source}: expected one column {column!r}, found {times}; write the file again with one of them"
+            )
 
 
 # --- Parquet --------------------------------------------------------------------------------------------------------
@@ -35,7 +39,8 @@ def plan_parquet(source: str, size: int, shard_bytes: int, options: ReadOptions)
         schema = file.schema_arrow
         check_columns(source, schema.names, options)
         kind = schema.field(options.text_key).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if str(plain) not in ("string", "large_string", "string_view"):
             raise SourceError(f"{source}: column {options.text_key!r}: expected strings, found {kind}")
         if file.metadata.num_rows == 0:
             raise SourceError(f"{source}: the file has no rows")

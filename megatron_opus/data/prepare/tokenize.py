@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -32,6 +33,7 @@ from megatron_opus.errors import Refusal
 from megatron_opus.files import atomic_file, write_json
 
 MAX_LISTED = 1000  # malformed records named in the manifest, per dataset; all of them are counted
+PROBED = 1 << 16  # characters of each piece whose tokens are turned to text again
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 256
 _SPLIT_RANGE = float(1 << 53)
@@ -132,7 +134,7 @@ class JobRunner:
         skipped = 0
         problems: list[dict[str, Any]] = []
         with atomic_file(job.output + ".bin") as stream:
-            out = _TokenWriter(self._tokenizer(job), job.dtype, stream, report)
+            out = _TokenWriter(self._tokenizer(job), job, stream, report)
             for record in read_shard(job.shard, job.options):
                 out.read += record.bytes
                 if record.text is None:
@@ -155,7 +157,9 @@ class JobRunner:
                     entry = {"file": job.shard.shown, "line": base + line, **asdict(overlap)}
                     stream.write((json.dumps(entry) + "\n").encode("ascii"))
         counts = {"documents": len(out.lengths), "tokens": sum(out.lengths), "skipped": skipped, **gate.counts()}
-        return {**counts, "skipped_records": listed}
+        counts["empty"] += out.without_tokens
+        probe = {"probed_characters": out.probed, "lost_characters": dict(out.lost.most_common(MAX_LISTED))}
+        return {**counts, **probe, "skipped_records": listed}
 
     def _tokenizer(self, job: Job) -> Tokenizer:
         if job.tokenizer is None:
@@ -202,43 +206,66 @@ class Gate:
 
 
 class _TokenWriter:
-    """Documents to tokens in batches, with what is kept beside the tokens."""
+    """Documents to tokens in batches, with what is kept beside the tokens.
 
-    def __init__(self, tokenizer: Tokenizer, dtype: str, stream: BinaryIO, report: Report) -> None:
-        self._tokenizer, self._dtype, self._stream, self._report = tokenizer, dtype, stream, report
-        self._batch: list[SourceRecord] = []
+    Of the first PROBED characters of a piece the tokens are turned to text again: what the text has and the tokens
+    have not is counted. A document that gives no token at all is left out and counted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, job: Job, stream: BinaryIO, report: Report) -> None:
+        self._tokenizer, self._job, self._stream, self._report = tokenizer, job, stream, report
+        self._batch: list[tuple[SourceRecord, int]] = []
         self._characters = self._tokens = 0
         self.read = 0  # bytes since the last report
         self.lengths: list[int] = []
         self._identities: list[int] = []
         self._scores: list[float] = []
         self._spans: list[np.ndarray] = []
+        self.without_tokens = self.probed = 0
+        self.lost: Counter[str] = Counter()
 
     def add(self, record: SourceRecord, identity: int) -> None:
-        self._batch.append(record)
-        self._identities.append(identity)
-        self._scores.append(math.nan if record.score is None else record.score)
+        self._batch.append((record, identity))
         self._characters += len(record.text or "")
         if self._characters >= _BATCH_CHARACTERS or len(self._batch) >= _BATCH_DOCUMENTS:
             self.flush()
 
     def flush(self) -> None:
-        plain = iter(self._tokenizer.encode_batch([r.text or "" for r in self._batch if not r.spans]))
+        plain = iter(self._tokenizer.encode_batch([r.text or "" for r, _ in self._batch if not r.spans]))
         before = self._tokens
         tokens: list[int] = []
-        for record in self._batch:
+        for record, identity in self._batch:
             if record.spans:
                 ids, starts, ends = self._tokenizer.offsets(record.text or "")
-                self._spans.append(self._tokens + unlearned_spans.token_spans(starts, ends, record.spans))
             else:
                 ids = next(plain)
+            self._examine(record, ids)
+            if not ids:
+                self.without_tokens += 1
+                continue
+            if record.spans:
+                self._spans.append(self._tokens + unlearned_spans.token_spans(starts, ends, record.spans))
             tokens += ids
             tokens.append(self._tokenizer.eod)
             self.lengths.append(len(ids) + 1)
+            self._identities.append(identity)
+            self._scores.append(math.nan if record.score is None else record.score)
             self._tokens += len(ids) + 1
-        self._stream.write(np.array(tokens, dtype=self._dtype).tobytes())
+        self._stream.write(np.array(tokens, dtype=self._job.dtype).tobytes())
         self._report(self.read, self._tokens - before)
         self._batch, self._characters, self.read = [], 0, 0
+
+    def _examine(self, record: SourceRecord, ids: Sequence[int]) -> None:
+        text = record.text or ""
+        if self._tokenizer.eod in ids:
+            shard = self._job.shard
+            raise RecordError(
+                f"{shard.shown}:{line_base(shard) + record.line}: the text itself gives the token that ends a document "
+                f"(id {self._tokenizer.eod}); choose a token with --eod that no text gives, or another tokenizer"
+            )
+        if self.probed < PROBED or not ids:
+            self.probed += len(text)
+            self.lost += Counter(text) - Counter(self._tokenizer.decode(ids))
 
     def arrays(self, options: ReadOptions) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {

@@ -61,6 +61,21 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, end-of-document tokens left out."""
 
+    @abstractmethod
+    def token_texts(self, token: int) -> list[str]:
+        """Give the ways to write one token: as the vocabulary has it, and as it is decoded."""
+
+    def refuse_eod_in_text(self) -> None:
+        """Raise TokenizerError where text that holds the end-of-document token's name gives the token itself."""
+        for name in self.token_texts(self.eod):
+            for text in (name, f"a {name} b", f"a{name}b"):
+                if name and self.eod in self.encode(text):
+                    raise TokenizerError(
+                        f"end of document: expected a token that no text gives, found that {text!r} gives token "
+                        f"{self.eod}: a document that holds it would end there. Make the token a special (tokenizer."
+                        "json) or control (SentencePiece) one, or name another one with --eod"
+                    )
+
     def save(self, directory: str | Path) -> dict[str, Any]:
         """Copy the files into `directory`; returns the description that `reopen_tokenizer` needs."""
         directory = Path(directory)
@@ -116,6 +131,10 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids if i != self.eod])
 
+    def token_texts(self, token: int) -> list[str]:
+        piece = str(self._model.id_to_piece(token))
+        return [piece, piece.replace("\u2581", " ")]
+
 
 class _LibraryTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library."""
@@ -132,6 +151,9 @@ class _LibraryTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+
+    def token_texts(self, token: int) -> list[str]:
+        return [self._backend.id_to_token(token) or "", self._backend.decode([token], skip_special_tokens=False)]
 
     def definition(self) -> str:
         """The same tokenizer as the text of a tokenizer.json."""
@@ -214,8 +236,14 @@ def _find_eod(backend: Any, eod: str | int | None) -> int:
 def load_tokenizer(spec: str, eod: str | None = None) -> Tokenizer:
     """Tokenizer of `gpt2:DIR`, `sentencepiece:FILE` or `hf:tokenizer.json` (a directory that has one also does).
 
-    Raises TokenizerError naming the missing file or the spec's expected form.
+    Raises TokenizerError naming the missing file or the spec's expected form, or where text could end a document.
     """
+    tokenizer = _load(spec, eod)
+    tokenizer.refuse_eod_in_text()
+    return tokenizer
+
+
+def _load(spec: str, eod: str | None) -> Tokenizer:
     kind, _, path_text = spec.partition(":")
     path = Path(path_text)
     if kind not in KINDS or not path_text:
