@@ -79,18 +79,33 @@ def cuda_names() -> Iterator[None]:
     if not active():
         yield
         return
-    synchronize = torch.cuda.synchronize
+    synchronize, current_stream = torch.cuda.synchronize, torch.cuda.current_stream
     torch.cuda.synchronize = lambda device=None: None
+    # from megatron-core 0.17 on, a reduction of gradients waits for the stream that computed them
+    torch.cuda.current_stream = lambda device=None: _NoStream()  # type: ignore[assignment,return-value]
     try:
         with _CudaNames():
             yield
     finally:
-        torch.cuda.synchronize = synchronize
+        torch.cuda.synchronize, torch.cuda.current_stream = synchronize, current_stream
 
 
 def plain() -> contextlib.AbstractContextManager[Any]:
     """Turn `cuda_names` off inside the block: looking at every tensor operation takes time."""
     return torch._C.DisableTorchFunction() if active() else contextlib.nullcontext()
+
+
+class _NoStream:
+    """Stands for a CUDA stream where everything is computed in order."""
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> object:
+        return event
+
+    def synchronize(self) -> None: ...
 
 
 class _CudaNames(TorchFunctionMode):
