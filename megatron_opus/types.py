@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -55,8 +55,17 @@ class ScoredLayer:
     embedding: bool = False
     cut: Literal["rows", "cols"] = "rows"  # the side that tensor parallelism cuts, at every degree, 1 included
     replicated: bool = False  # every tensor-parallel rank holds the whole matrix: count it once
+    transposed: bool = False  # the layer is y = x W: the rows of W are its inputs
     input_scattered: bool = False  # sequence parallel: each rank holds its slice of the tokens of a
     output_scattered: bool = False  # likewise of b
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """How much of a model is scored: `share` of the trainable numbers in matrices (two or more dimensions)."""
+
+    share: float
+    left_out: tuple[str, ...] = ()  # one sentence for each reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +165,7 @@ class Batch:
     loss_mask: Tensor  # [B, L] float32, 0 where the prediction does not count
     position_ids: Tensor  # [B, L] int64
     document_ids: Tensor | None = None  # [B, L] int32; attention stays within equal ids; None: plain causal
+    attention_mask: Tensor | None = None  # [B, L], 0 for padding, which no other token sees; None: no padding
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -172,26 +182,29 @@ class Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def _map(self, f: Any) -> Batch:
-        documents = None if self.document_ids is None else f(self.document_ids)
         return Batch(
             tokens=f(self.tokens),
             labels=f(self.labels),
             loss_mask=f(self.loss_mask),
             position_ids=f(self.position_ids),
-            document_ids=documents,
+            document_ids=None if self.document_ids is None else f(self.document_ids),
+            attention_mask=None if self.attention_mask is None else f(self.attention_mask),
         )
 
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
         documents = [b.document_ids for b in batches if b.document_ids is not None]
-        if documents and len(documents) != len(batches):
-            raise ValueError("Batch.cat: expected document_ids in all batches or in none, got both kinds")
+        masks = [b.attention_mask for b in batches if b.attention_mask is not None]
+        for name, found in (("document_ids", documents), ("attention_mask", masks)):
+            if found and len(found) != len(batches):
+                raise ValueError(f"Batch.cat: expected {name} in all batches or in none, got both kinds")
         return Batch(
             tokens=torch.cat([b.tokens for b in batches]),
             labels=torch.cat([b.labels for b in batches]),
             loss_mask=torch.cat([b.loss_mask for b in batches]),
             position_ids=torch.cat([b.position_ids for b in batches]),
             document_ids=torch.cat(documents) if documents else None,
+            attention_mask=torch.cat(masks) if masks else None,
         )
 
 
@@ -217,7 +230,7 @@ class ScoringMicrobatch(Protocol):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Layer outputs at which the backward pass stops; the forward pass fills the list."""
+        """Tensors at which the backward pass stops: layer outputs, after `objective` all that it depends on."""
         ...
 
     def observed(self) -> AbstractContextManager[object]:
@@ -247,6 +260,27 @@ class MicrobatchRunner(Protocol):
 
     def backward(self, micros: Sequence[ScoringMicrobatch]) -> None:
         """Run forward and activation-gradient backward of every micro-batch. Weights are frozen by the caller."""
+        ...
+
+
+@runtime_checkable
+class WeightGradients(Protocol):
+    """Differentiates by whole weights with autograd, to check what the hooks of a scoring pass see."""
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether this rank can have the gradient of its own shard of each weight whole. ZeRO 3 cannot."""
+        ...
+
+    def weight_gradients(
+        self, micro: ScoringMicrobatch, weights: Sequence[torch.nn.Parameter], read: Callable[[int, Tensor], None]
+    ) -> None:
+        """Differentiate the objective of one micro-batch by `weights`, the way a training step does.
+
+        Hands the gradient of weights[i] to read(i, gradient) as soon as it is there and keeps none; a weight that the
+        objective does not depend on is left out. Collective over the tensor-parallel group. The caller has frozen the
+        weights; nothing is added to any `.grad`.
+        """
         ...
 
 
@@ -336,6 +370,8 @@ class Signals:
     bytes_sent: int = 0
     geometry: str = ""  # which preconditioner was in force: "adamw-separable", "sgd", ...
     proxy_read: bool = True  # False: the proxy gradient of an earlier step was used again
+    coverage: float | None = None  # share of the model's trainable matrix numbers that are scored; None: not counted
+    left_out: tuple[str, ...] = ()  # what is not scored and why, one sentence for each reason
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 This page re-exports what the other rooms use; `recipe` has the dataclasses, `load` reads them from YAML.
 """
 
+from megatron_opus.config.checks import validate_scoring
 from megatron_opus.config.load import dump, from_dict, load, to_dict, validate, validate_world
 from megatron_opus.config.recipe import (
     DataConfig,
@@ -44,5 +45,6 @@ __all__ = [
     "load",
     "to_dict",
     "validate",
+    "validate_scoring",
     "validate_world",
 ]

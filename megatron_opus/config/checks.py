@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING
 
-from megatron_opus.config.schema import ConfigError
+from megatron_opus.config.schema import ConfigError, build
 from megatron_opus.config.strategies import check_floors, check_strategy
 
 if TYPE_CHECKING:
@@ -35,17 +36,6 @@ def validate(config: RunConfig) -> None:
         ("training.eval_sequences", t.eval_sequences),
         ("training.log_interval", t.log_interval),
         ("training.keep_checkpoints", t.keep_checkpoints),
-        ("selection.score_length", s.score_length),
-        ("selection.proxy_batch_size", s.proxy_batch_size),
-        ("selection.preconditioner.refresh_every", s.preconditioner.refresh_every),
-        (
-            "selection.preconditioner.muon_steps",
-            1 if s.preconditioner.muon_steps is None else s.preconditioner.muon_steps,
-        ),
-        ("selection.sketch.dim", s.sketch.dim),
-        ("selection.sketch.one_sided_dim", s.sketch.one_sided_dim),
-        ("selection.score_windows", s.score_windows),
-        ("selection.proxy_refresh_every", s.proxy_refresh_every),
     ):
         _require(value is None or value > 0, f"{name}: expected a positive number, got {value}")
     _require(
@@ -96,7 +86,7 @@ def validate(config: RunConfig) -> None:
     _require(
         s.temperature > 0, f"selection.temperature: expected > 0, got {s.temperature}; for argmax use sampling: greedy"
     )
-    _require(0 <= s.proxy_momentum < 1, f"selection.proxy_momentum: expected 0 <= beta < 1, got {s.proxy_momentum}")
+    _check_numbers(s)
     validate_estimator(s)
     _require(s.redundancy.fraction >= 0, f"selection.redundancy.fraction: expected >= 0, got {s.redundancy.fraction}")
     check_strategy(s, t.global_batch_size)
@@ -132,6 +122,33 @@ def validate(config: RunConfig) -> None:
             all(w >= 0 for w in d.domain_weights.values()) and sum(d.domain_weights.values()) > 0,
             f"data.domain_weights: expected non-negative numbers with a positive sum, got {d.domain_weights}",
         )
+
+
+def validate_scoring(s: SelectionConfig) -> None:
+    """Raise ConfigError for a selection that a scoring pass cannot carry out: types, numbers and combinations.
+
+    For configurations made in Python, whose fields nobody has checked.
+    """
+    build(type(s), dataclasses.asdict(s), "selection.")
+    _check_numbers(s)
+    validate_estimator(s)
+
+
+def _check_numbers(s: SelectionConfig) -> None:
+    muon_steps, micro_batch = s.preconditioner.muon_steps, s.score_micro_batch_size
+    for name, value in (
+        ("score_length", s.score_length),
+        ("score_windows", s.score_windows),
+        ("score_micro_batch_size", 1 if micro_batch is None else micro_batch),
+        ("proxy_batch_size", s.proxy_batch_size),
+        ("proxy_refresh_every", s.proxy_refresh_every),
+        ("preconditioner.refresh_every", s.preconditioner.refresh_every),
+        ("preconditioner.muon_steps", 1 if muon_steps is None else muon_steps),
+        ("sketch.dim", s.sketch.dim),
+        ("sketch.one_sided_dim", s.sketch.one_sided_dim),
+    ):
+        _require(value > 0, f"selection.{name}: expected a positive number, got {value}")
+    _require(0 <= s.proxy_momentum < 1, f"selection.proxy_momentum: expected 0 <= beta < 1, got {s.proxy_momentum}")
 
 
 def validate_estimator(s: SelectionConfig) -> None:

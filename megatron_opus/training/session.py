@@ -37,7 +37,7 @@ from megatron_opus.selection.strategies import build_strategy, scoring_config
 from megatron_opus.training import checkpoint
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.loop import TrainingLoop
-from megatron_opus.types import Groups
+from megatron_opus.types import Groups, WeightGradients
 from megatron_opus.weights.initial_weights import load_initial_weights
 
 CONFIG_FILE = "config.yaml"
@@ -104,13 +104,22 @@ class Session:
             shards = functools.partial(
                 weight_shard, config=config.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size
             )
+            runner = engine.runner()
+            # one sequence forward and backward, once per start: cheap beside a run with wrong scores
+            verified_by = runner if isinstance(runner, WeightGradients) and runner.has_whole_weights else None
+            say(
+                "scoring: the first pass compares the gradients of one candidate with autograd's"
+                if verified_by
+                else "scoring: gradients are not compared with autograd's: ZeRO 3 keeps no whole one"
+            )
             scorer = ScoringPass(
-                engine.runner(),
+                runner,
                 megatron_layers(engine.module, shards, config.selection),
                 engine.optimizer_state(),
                 scoring_config(config.selection),
                 groups=groups,
                 device=device,
+                verify=verified_by,
             )
         iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator, loss_pass)

@@ -17,8 +17,7 @@ from megatron_opus.types import Ranges, ScoredLayer
 # name -> (whole shape (d_out, d_in), rows of this rank, columns of this rank)
 ShardMap = Callable[[str], tuple[tuple[int, int], Ranges, Ranges]]
 
-POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*|embed_positions)(\.|$)")  # embeddings of positions, not of tokens
-OUTPUT_LAYERS = ("output_layer", "lm_head", "embed_out")
+OUTPUT_LAYER = "output_layer"  # the attribute by which megatron-core's own models know theirs
 
 
 def megatron_layers(
@@ -47,7 +46,7 @@ def megatron_layers(
         if not weight.requires_grad:
             continue
         if tied and not selection.score_embedding:
-            raise ConfigError(_half_of_a_tied_weight("score_output_layer", "score_embedding"))
+            raise ConfigError(half_of_a_tied_weight("score_output_layer", "score_embedding"))
         whole, rows, cols = shard_map(f"{matrix}.weight")
         local, found = (sum(n for _, n in rows), sum(n for _, n in cols)), local_shape(weight)
         if found != local:
@@ -72,11 +71,12 @@ def megatron_layers(
         )
     tied_model = any(_is_output(n) and getattr(m, "weight", 0) is None for n, m in model.named_modules())
     if tied_model and selection.score_embedding and not selection.score_output_layer:
-        raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
+        raise ConfigError(half_of_a_tied_weight("score_embedding", "score_output_layer"))
     return of_blocks(layers, selection.scored_layers)
 
 
-def _half_of_a_tied_weight(given: str, missing: str) -> str:
+def half_of_a_tied_weight(given: str, missing: str) -> str:
+    """Say that one of the two uses of a tied weight was asked for without the other."""
     return (
         f"selection.{given}: the output layer and the token embedding share one weight, whose gradient has a part from "
         f"each; expected selection.{missing}=true as well, got false"
@@ -125,54 +125,10 @@ def standard_shard_map(model: nn.Module) -> ShardMap:
     return shard
 
 
-def plain_layers(
-    model: nn.Module, selection: SelectionConfig | None = None, *, wanted: Callable[[str], bool] | None = None
-) -> list[ScoredLayer]:
-    """Trainable nn.Linear layers of a model in one process, activations [batch, tokens, features].
-
-    `selection` as in `megatron_layers`; `wanted` further restricts by module name. Raises ConfigError.
-    """
-    selection = selection or SelectionConfig()
-    embeddings = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    tokens = [n for n in embeddings.values() if not POSITIONS.search(n)]
-    layers = []
-    for name, module in model.named_modules():
-        is_embedding = isinstance(module, nn.Embedding)
-        if not isinstance(module, nn.Linear | nn.Embedding) or not module.weight.requires_grad:
-            continue
-        tied_to = None if is_embedding else embeddings.get(id(module.weight))
-        if is_embedding and (not selection.score_embedding or name not in tokens):
-            continue
-        if not is_embedding and (_is_output(name) or tied_to) and not selection.score_output_layer:
-            if tied_to in tokens and selection.score_embedding:
-                raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
-            continue
-        if tied_to and not selection.score_embedding:
-            raise ConfigError(_half_of_a_tied_weight("score_output_layer", "score_embedding"))
-        if wanted is not None and not wanted(name):
-            continue
-        weight = model.get_parameter(f"{name}.weight")
-        d_out, d_in = weight.shape
-        layers.append(
-            ScoredLayer(
-                name=tied_to or name,
-                module=module,
-                weight=weight,
-                d_out=d_out,
-                d_in=d_in,
-                rows=((0, d_out),),
-                cols=((0, d_in),),
-                sequence_first=False,
-                embedding=is_embedding,
-            )
-        )
-    return of_blocks(layers, selection.scored_layers)
-
-
 def is_megatron(model: nn.Module) -> bool:
     kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
     return any(isinstance(module, kinds) for module in model.modules())
 
 
 def _is_output(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in OUTPUT_LAYERS
+    return name.rsplit(".", 1)[-1] == OUTPUT_LAYER

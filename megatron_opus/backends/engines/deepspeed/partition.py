@@ -111,3 +111,8 @@ def local_shape(weight: Tensor) -> tuple[int, ...]:
 def is_engine(value: Any) -> bool:
     """Tell whether `value` is a DeepSpeed engine, without importing DeepSpeed."""
     return hasattr(value, "zero_optimization_stage") and hasattr(value, "module")
+
+
+def data_parallel_group(engine: Any) -> dist.ProcessGroup | None:
+    """Return the group over which an engine averages gradients; None where torch.distributed does not run."""
+    return engine.data_parallel_group if dist.is_initialized() else None
