@@ -275,11 +275,10 @@ class WeightGradients(Protocol):
     def weight_gradients(
         self, micro: ScoringMicrobatch, weights: Sequence[torch.nn.Parameter], read: Callable[[int, Tensor], None]
     ) -> None:
-        """Differentiate the objective of one micro-batch by `weights`, the way a training step does.
+        """Differentiate the objective of one micro-batch by `weights`; nothing is added to any `.grad`.
 
-        Hands the gradient of weights[i] to read(i, gradient) as soon as it is there and keeps none; a weight that the
-        objective does not depend on is left out. Collective over the tensor-parallel group. The caller has frozen the
-        weights; nothing is added to any `.grad`.
+        Hands the gradient of weights[i] to read(i, gradient) and keeps none; a weight that the objective does not
+        depend on is left out. Collective over the tensor-parallel group. The caller has frozen all weights.
         """
         ...
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_opus.backends.engines.deepspeed.partition import is_partitioned
 from megatron_opus.types import Batch, Groups, ScoringMicrobatch
 
 
@@ -27,7 +28,7 @@ class WholeModelRunner:
     @property
     def has_whole_weights(self) -> bool:
         # ZeRO 3 gathers a weight while its module runs, and replaces it before autograd could keep a gradient of it
-        return not any(hasattr(p, "ds_id") for p in self._model.parameters())
+        return not any(is_partitioned(p) for p in self._model.parameters())
 
     def losses(self, batches: Sequence[Batch]) -> list[Tensor] | None:
         with torch.no_grad():
