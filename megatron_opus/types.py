@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -260,26 +260,6 @@ class MicrobatchRunner(Protocol):
 
     def backward(self, micros: Sequence[ScoringMicrobatch]) -> None:
         """Run forward and activation-gradient backward of every micro-batch. Weights are frozen by the caller."""
-        ...
-
-
-@runtime_checkable
-class WeightGradients(Protocol):
-    """Differentiates by whole weights with autograd, to check what the hooks of a scoring pass see."""
-
-    @property
-    def has_whole_weights(self) -> bool:
-        """Whether this rank can have the gradient of its own shard of each weight whole. ZeRO 3 cannot."""
-        ...
-
-    def weight_gradients(
-        self, micro: ScoringMicrobatch, weights: Sequence[torch.nn.Parameter], read: Callable[[int, Tensor], None]
-    ) -> None:
-        """Differentiate the objective of one micro-batch by `weights`; nothing is added to any `.grad`.
-
-        Hands the gradient of weights[i] to read(i, gradient) and keeps none; a weight that the objective does not
-        depend on is left out. Collective over the tensor-parallel group. The caller has frozen all weights.
-        """
         ...
 
 

@@ -30,7 +30,7 @@ from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
 from megatron_opus.scoring.undisturbed import undisturbed
-from megatron_opus.scoring.verify import Verifier
+from megatron_opus.scoring.verify import Verifier, WeightGradients
 from megatron_opus.scoring.windows import window_starts
 from megatron_opus.selection import utility
 from megatron_opus.types import (
@@ -41,7 +41,6 @@ from megatron_opus.types import (
     OptimizerState,
     ScoredLayer,
     Signals,
-    WeightGradients,
 )
 
 

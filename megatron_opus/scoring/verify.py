@@ -17,7 +17,8 @@ Under tensor parallelism every rank compares its own shards; all ranks of a mode
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from megatron_opus.errors import Refusal
 from megatron_opus.scoring.capture import Sums
 from megatron_opus.scoring.projections import Part
 from megatron_opus.selection.sketch import indices
-from megatron_opus.types import Batch, Groups, Ranges, ScoredLayer, ScoringMicrobatch, WeightGradients
+from megatron_opus.types import Batch, Groups, Ranges, ScoredLayer, ScoringMicrobatch
 
 PROBES = 8
 # Relative difference that rounding may make. Sums in another order differ by about eps; gradients that went through
@@ -40,6 +41,26 @@ FLOOR_EPSILONS = 16.0  # in units of that rounding error times the largest gradi
 
 class VerificationError(Refusal, RuntimeError):
     """The scoring pass does not see the gradients that autograd computes: its scores would be wrong."""
+
+
+@runtime_checkable
+class WeightGradients(Protocol):
+    """Differentiates by whole weights with autograd, to check what the hooks of a scoring pass see."""
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether this rank can have the gradient of its own shard of each weight whole. ZeRO 3 cannot."""
+        ...
+
+    def weight_gradients(
+        self, micro: ScoringMicrobatch, weights: Sequence[torch.nn.Parameter], read: Callable[[int, Tensor], None]
+    ) -> None:
+        """Differentiate the objective of one micro-batch by `weights`; nothing is added to any `.grad`.
+
+        Hands the gradient of weights[i] to read(i, gradient) and keeps none; a weight that the objective does not
+        depend on is left out. Collective over the tensor-parallel group. The caller has frozen all weights.
+        """
+        ...
 
 
 class Verifier:

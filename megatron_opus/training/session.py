@@ -33,11 +33,12 @@ from megatron_opus.runs.data import Say, open_corpus
 from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.scoring.verify import WeightGradients
 from megatron_opus.selection.strategies import build_strategy, scoring_config
 from megatron_opus.training import checkpoint
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.loop import TrainingLoop
-from megatron_opus.types import Groups, WeightGradients
+from megatron_opus.types import Groups
 from megatron_opus.weights.initial_weights import load_initial_weights
 
 CONFIG_FILE = "config.yaml"
