@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron_opus.backends.engines.base import WholeModelRunner
+from megatron_opus.backends.engines.data_parallel import data_parallel_groups
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
+from megatron_opus.backends.model import coverage
 from megatron_opus.backends.model.gpt import forward_loss
 from megatron_opus.backends.model.parallel import megatron_groups
-from megatron_opus.backends.model.scored_layers import (
-    is_megatron,
-    megatron_layers,
-    plain_layers,
-)
+from megatron_opus.backends.model.plain_layers import bare_model, plain_layers
+from megatron_opus.backends.model.plain_losses import plain_token_losses
+from megatron_opus.backends.model.scored_layers import is_megatron, megatron_layers
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import ModelLayout
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.types import Batch, Groups, Signals
+
+SMALL_COVERAGE = 0.9
 
 
 def build_scorer(
@@ -33,39 +35,51 @@ def build_scorer(
     groups: Groups | None = None,
     layout: ModelLayout | None = None,
     device: torch.device | str | None = None,
+    wanted: Callable[[str], bool] | None = None,
+    verify: bool = True,
 ) -> ScoringPass:
     """Make a scoring pass that is built once and called at every step with (candidates, proxy).
 
-    model: the bare module, not the DeepSpeed engine around it and not a compiled one. A Megatron GPTModel is scored on
-    its Column- and RowParallelLinear layers; `groups` default to megatron-core's parallel state, `layout` to the shapes
-    and cuts of its own layers, `token_losses` to the model's own loss. Any other model is scored on its nn.Linear
-    layers in one process; `token_losses` defaults to the cross entropy of `model(tokens)` (a tensor, or an object with
-    `.logits`) [B, T, V] against the labels. `config` says whether the output layer and the token embedding are scored
-    (`score_output_layer`, `score_embedding`).
+    model: the model, not a compiled one. DistributedDataParallel and DeepSpeed engines are opened. A Megatron GPTModel
+    is scored on its Column- and RowParallelLinear layers; `groups` default to megatron-core's parallel state, `layout`
+    to the shapes and cuts of its own layers, `token_losses` to the model's own loss. Any other model is scored on its
+    nn.Linear and Conv1D layers; `groups` default to the data-parallel group of the DistributedDataParallel or of the
+    DeepSpeed engine, `token_losses` to the cross entropy of `model(tokens)` (see `plain_token_losses`). `config` says
+    whether the output layer and the token embedding are scored (`score_output_layer`, `score_embedding`).
     optimizer: torch Adam / AdamW / SGD, or one of DeepSpeed's Muons, or a DeepSpeed engine at any ZeRO stage.
     config: its `score_length` (512) is the number of tokens of each sequence that are scored.
+    wanted: takes a module's name and says whether it may be scored; None for all.
+    verify: compare the gradients that the first call sees of one candidate with autograd's own; it costs one sequence
+    forward and backward, with weight gradients, and raises VerificationError where they differ. At ZeRO 3, which keeps
+    no whole gradient, nothing is compared; `ScoringPass.verified` says what was.
 
-    Raises ConfigError, UnsupportedOptimizer.
+    A warning names what is left out when less than 0.9 of the trainable numbers in matrices are scored; every result
+    has the share as `coverage`. Raises ConfigError, UnsupportedOptimizer.
     """
     config = config or SelectionConfig()
-    if hasattr(model, "_orig_mod"):
-        raise ConfigError("model: hooks do not fire inside a torch.compile'd module; pass the uncompiled model")
+    groups = groups or data_parallel_groups(model, optimizer)
+    model = bare_model(model)
     if is_megatron(model):
         groups = groups or megatron_groups()
-        token_losses = token_losses or forward_loss
-        layers = megatron_layers(model, layout, config)
+        token_losses = token_losses or _megatron_token_losses
+        layers = [x for x in megatron_layers(model, layout, config) if wanted is None or wanted(x.name)]
     else:
-        layers = plain_layers(model, config)
+        layers = plain_layers(model, config, wanted=wanted)
     if device is None:
         device = next(model.parameters()).device
-    device = torch.device(device)
+    runner = WholeModelRunner(model, token_losses or plain_token_losses, torch.device(device))
+    covered = coverage.coverage(model, layers)
+    if covered.share < SMALL_COVERAGE and layers:
+        warnings.warn(coverage.warning(covered), stacklevel=2)
     return ScoringPass(
-        WholeModelRunner(model, token_losses or _plain_token_losses, device),
+        runner,
         layers,
         optimizer_state(optimizer),
         config,
         groups=groups or Groups(),
-        device=device,
+        device=torch.device(device),
+        verify=runner if verify and runner.has_whole_weights else None,
+        coverage=covered,
     )
 
 
@@ -107,9 +121,10 @@ def as_batch(tokens: Batch | Tensor) -> Batch:
     )
 
 
-def _plain_token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    if batch.document_ids is not None:
-        raise ConfigError("document_ids: a plain model cannot mask documents by itself; pass token_losses that does")
-    output = model(batch.tokens)
-    logits = getattr(output, "logits", output)
-    return functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction="none")
+def _megatron_token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    if batch.attention_mask is not None:
+        raise ConfigError(
+            "attention_mask: a Megatron model masks by document_ids alone; give padding a document of its own, or pad "
+            "on the right with loss_mask 0"
+        )
+    return forward_loss(model, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -76,6 +76,7 @@ class ScoredLayer:
     embedding: bool = False
     cut: Literal["rows", "cols"] = "rows"  # the side that tensor parallelism cuts, at every degree, 1 included
     replicated: bool = False  # every tensor-parallel rank holds the whole matrix: count it once
+    transposed: bool = False  # the layer is y = x W: the rows of W are its inputs
     input_scattered: bool = False  # sequence parallel: each rank holds its slice of the tokens of a
     output_scattered: bool = False  # likewise of b
 
@@ -176,6 +177,7 @@ class Batch:
     loss_mask: Tensor  # [B, L] float32, 0 where the prediction does not count
     position_ids: Tensor  # [B, L] int64
     document_ids: Tensor | None = None  # [B, L] int32; attention stays within equal ids; None: plain causal
+    attention_mask: Tensor | None = None  # [B, L], 0 for padding, which no other token sees; None: no padding
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -192,27 +194,19 @@ class Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def _map(self, f: Any) -> Batch:
-        documents = None if self.document_ids is None else f(self.document_ids)
-        return Batch(
-            tokens=f(self.tokens),
-            labels=f(self.labels),
-            loss_mask=f(self.loss_mask),
-            position_ids=f(self.position_ids),
-            document_ids=documents,
-        )
+        values = {x.name: getattr(self, x.name) for x in fields(self)}
+        moved: dict[str, Any] = {name: None if value is None else f(value) for name, value in values.items()}
+        return Batch(**moved)
 
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
-        documents = [b.document_ids for b in batches if b.document_ids is not None]
-        if documents and len(documents) != len(batches):
-            raise ValueError("Batch.cat: expected document_ids in all batches or in none, got both kinds")
-        return Batch(
-            tokens=torch.cat([b.tokens for b in batches]),
-            labels=torch.cat([b.labels for b in batches]),
-            loss_mask=torch.cat([b.loss_mask for b in batches]),
-            position_ids=torch.cat([b.position_ids for b in batches]),
-            document_ids=torch.cat(documents) if documents else None,
-        )
+        joined: dict[str, Any] = {}
+        for x in fields(Batch):
+            found = [value for b in batches if (value := getattr(b, x.name)) is not None]
+            if found and len(found) != len(batches):
+                raise ValueError(f"Batch.cat: expected {x.name} in all batches or in none, got both kinds")
+            joined[x.name] = torch.cat(found) if found else None
+        return Batch(**joined)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +231,7 @@ class ScoringMicrobatch(Protocol):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Layer outputs at which the backward pass stops; the forward pass fills the list."""
+        """Tensors at which the backward pass stops: layer outputs, after `objective` all that it depends on."""
         ...
 
     def observed(self) -> AbstractContextManager[object]:
@@ -354,6 +348,8 @@ class Signals:
     bytes_sent: int = 0
     geometry: str = ""  # which preconditioner was in force: "adamw-separable", "sgd", ...
     proxy_read: bool = True  # False: the proxy gradient of an earlier step was used again
+    coverage: float | None = None  # share of the model's trainable matrix numbers that are scored; None: not counted
+    left_out: tuple[str, ...] = ()  # what is not scored and why, one sentence for each reason
 
 
 @dataclass(frozen=True, kw_only=True)

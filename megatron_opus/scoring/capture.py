@@ -9,13 +9,16 @@ Per tensor-parallel rank, sequence parallel off (on: the token dimension of the 
     nn.Linear               [B, s, in]     [B, s, out]     everything
     VocabParallelEmbedding  ids [B, s]     [B, s, h]       rows of this rank, all columns
     nn.Embedding            ids [B, s]     [B, s, h]       everything
+    Conv1D (transformers)   [B, s, in]     [B, s, out]     everything, stored [in, out]
 
 An embedding is a linear layer whose sides have changed places: its *row* factor is one-hot(ids), and its column factor
-is the gradient of its output. Plans call the column factor a and the row factor b.
+is the gradient of its output. The sides of a weight stored [in, out] have changed places too: its row factor is the
+layer's input. Plans call the column factor a and the row factor b.
 
 A forward hook projects a and puts a tensor hook on the output. The tensor hook projects b, adds what projections.py
 says to the pass's sums and drops both factors. Weights are frozen during the pass, so no weight gradient is computed;
-the output of a layer whose input needs no gradient becomes a leaf, which is where the backward pass stops.
+the output of a layer whose input needs no gradient becomes a leaf, which is where the backward pass stops. What
+activation checkpointing runs a second time, inside the backward pass, is not counted again.
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ class Sums:
         self.phi = torch.zeros(n, total, dtype=torch.float32, device=device)
         self.psi = torch.zeros(total, dtype=torch.float32, device=device)
         self.align = torch.zeros(n, dtype=torch.float64, device=device)
+        self.probes: dict[int, Tensor] = {}  # of each matrix, [k, k] float32: see verify.py
+        self.epsilon = 0.0  # relative rounding error of the least precise activations that were seen
         self.gradients: list[Tensor | None] = [None] * len(dims)
 
     def columns(self, matrix: int) -> slice:
@@ -74,7 +79,9 @@ class Reading:
 
     parts: Sequence[Sequence[Part]]  # of each matrix
     candidate: bool
+    shape: tuple[int, int]  # sequences and tokens of the micro-batch
     first: int = 0
+    probed: int = 0  # the sequence of the micro-batch that parts with `probe` read
 
 
 class Capture:
@@ -96,6 +103,7 @@ class Capture:
         self._groups, self._traffic = groups, traffic
         self._forward_calls = [0] * len(layers)
         self._backward_calls = [0] * len(layers)
+        self._without_gradient = [0] * len(layers)  # forward calls under no_grad that no call with a graph followed
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Capture:
@@ -109,45 +117,71 @@ class Capture:
         self._handles.clear()
         self.leaves.clear()
 
+    @property
+    def observing(self) -> bool:
+        return bool(self._handles)
+
     def check(self) -> None:
         """Raise CaptureError unless every layer was seen forward and backward equally often, at least once."""
-        for layer, forward, backward in zip(self._layers, self._forward_calls, self._backward_calls, strict=True):
-            if forward == 0 or forward != backward:
-                raise CaptureError(
-                    f"layer {layer.name}: expected its input and its output gradient, got {forward} forward and "
-                    f"{backward} backward calls; compiled modules bypass hooks (score the uncompiled model), and a "
-                    "layer that does not influence the loss cannot be scored (leave it out of the scored layers)"
+        for index, layer in enumerate(self._layers):
+            forward, backward = self._forward_calls[index], self._backward_calls[index]
+            if forward and forward == backward:
+                continue
+            if self._without_gradient[index]:
+                cause = (
+                    "it runs under torch.no_grad() inside the model's forward pass, so that no gradient reaches it; a "
+                    "reentrant activation checkpoint of a library of its own does that too: switch it off for scoring"
                 )
+            elif not forward:
+                cause = (
+                    "the forward pass never calls the module: it is skipped, or other code uses its weight directly; "
+                    "leave it out (build_scorer's `wanted`, or requires_grad=False)"
+                )
+            else:
+                cause = (
+                    "its output, or a part of its calls, does not influence the loss (detached, or not used); leave it "
+                    "out (build_scorer's `wanted`, or requires_grad=False)"
+                )
+            raise CaptureError(
+                f"layer {layer.name}: expected its input and its output gradient equally often, got {forward} forward "
+                f"and {backward} backward calls: {cause}"
+            )
 
     def _make_forward_hook(self, index: int) -> Callable[..., Any]:
         layer = self._layers[index]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
-                return None  # the first, gradient-free half of activation checkpointing: it runs again in backward
+                # the first half of reentrant activation checkpointing, which runs again, inside the backward pass
+                self._without_gradient[index] += 1
+                return None
             out = output[0] if isinstance(output, tuple) else output
             given = args[0] if args else next(iter(kwargs.values()))
             needs_leaf = not out.requires_grad
+            if inside_backward():
+                if not self._without_gradient[index]:
+                    # activations computed again: their graph must be the first one's, but nothing flows back in it
+                    return _with_first(output, out.detach().requires_grad_().clone()) if needs_leaf else None
+                self._without_gradient[index] -= 1
             if needs_leaf:
                 leaf = out.detach().requires_grad_()
                 self.leaves.append(leaf)
                 out = leaf.clone()  # an in-place activation may follow, which a leaf does not allow
             self._forward_calls[index] += 1
+            self._sums.epsilon = max(self._sums.epsilon, torch.finfo(out.dtype).eps)
             kept: list[Tensor] = []
             if not layer.replicated or self._groups.tp_rank == 0:
                 with torch.no_grad():
                     if layer.embedding:
-                        kept = [given.detach()]
+                        kept = [self._by_sequence(given.detach()[..., None], layer, "input")[..., 0]]
                     else:
-                        _check_shape(given, layer)
+                        x = self._by_sequence(given.detach(), layer, "input")
                         kept = [
-                            self._projected(given.detach(), part, part.kept, layer, layer.input_scattered)
+                            self._projected(x, part, _first(part, layer), layer, layer.input_scattered)
                             for part in self._parts_of(index)
                         ]
             out.register_hook(self._make_gradient_hook(index, kept))
-            if needs_leaf:
-                return (out, *output[1:]) if isinstance(output, tuple) else out
-            return None
+            return _with_first(output, out) if needs_leaf else None
 
         return hook
 
@@ -167,22 +201,50 @@ class Capture:
                 # autograd keeps this hook until the whole graph is gone: what it closes over must not keep the factors
                 forward = list(kept)
                 kept.clear()
-                _check_shape(grad, layer)
+                grad = self._by_sequence(grad, layer, "output")
                 if layer.embedding:
                     self._read_embedding(index, forward[0], grad)
                     return
                 forward.reverse()
                 for part in self._parts_of(index):
-                    projected = self._projected(grad, part, part.projected, layer, layer.output_scattered)
-                    self._reduce(index, part, forward.pop(), projected)
+                    factor = self._projected(grad, part, _second(part, layer), layer, layer.output_scattered)
+                    a, b = (factor, forward.pop()) if layer.transposed else (forward.pop(), factor)
+                    self._reduce(index, part, a, b)
 
         return hook
+
+    def _by_sequence(self, x: Tensor, layer: ScoredLayer, side: str) -> Tensor:
+        """Bring a factor [.., d] into [B, tokens, d], or leave Megatron's [tokens, B, d]; no values move.
+
+        Raises CaptureError where the batch is not where it should be: its sequences could not be told apart.
+        """
+        size, length = self._reading.shape
+        if layer.sequence_first and (not layer.embedding or side == "output"):
+            if x.dim() == 3 and x.shape[1] == size:
+                return x
+            expected = f"[tokens, {size}, features]"
+        else:
+            if x.dim() >= 2 and x.shape[0] == size:
+                return x if x.dim() == 3 else x.reshape(size, -1, x.shape[-1])
+            if x.dim() == 2 and x.shape[0] == size * length:
+                return x.view(size, length, -1)
+            expected = f"[{size}, tokens, features]"
+        shape = list(x.shape[:-1] if layer.embedding and side == "input" else x.shape)
+        raise CaptureError(
+            f"layer {layer.name}: expected an {side} of shape {expected} for {size} sequences of {length} tokens, got "
+            f"{shape}; the sequences of a batch cannot be told apart in it (time-major, broadcast over the batch, or "
+            "routed tokens): score one sequence at a time (selection.score_micro_batch_size=1), or leave the layer out "
+            "(build_scorer's `wanted`)"
+        )
 
     def _read_embedding(self, index: int, ids_BT: Tensor, grad: Tensor) -> None:
         layer = self._layers[index]
         start, rows = layer.rows[0]
         local_BT = ids_BT - start
         mine = ((local_BT >= 0) & (local_BT < rows))[..., None]
+        padding = getattr(layer.module, "padding_idx", None)
+        if padding is not None:  # nn.Embedding gives the row of this id no gradient
+            mine &= (ids_BT != padding)[..., None]
         local_BT = local_BT.clamp(0, rows - 1)
         for part in self._parts_of(index):
             kept = self._projected(grad, part, part.kept, layer, layer.output_scattered)
@@ -213,6 +275,11 @@ class Capture:
 
     def _reduce(self, index: int, part: Part, kept: Tensor, projected: Tensor) -> None:
         matrix, sums = self._matrix_of[index], self._sums
+        if part.probe:
+            z = self._reading.probed
+            product = projected[z].float().mT @ kept[z].float()
+            sums.probes[matrix] = product + sums.probes[matrix] if matrix in sums.probes else product
+            return
         if part.gradient:
             # a sum over all tokens, in whatever order they lie: transposed back, nothing is copied
             order = (1, 0) if self._layers[index].sequence_first else (0, 1)
@@ -243,8 +310,19 @@ class Capture:
         self._sums.gradients[matrix] = value if previous is None else previous.add_(value)
 
 
-def _check_shape(x: Tensor, layer: ScoredLayer) -> None:
-    if x.dim() != 3:
-        raise CaptureError(
-            f"layer {layer.name}: expected activations [batch, tokens, features], got shape {list(x.shape)}"
-        )
+def inside_backward() -> bool:
+    """Tell whether this thread runs inside a backward pass of autograd."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _with_first(output: Any, first: Tensor) -> Any:
+    return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+def _first(part: Part, layer: ScoredLayer) -> Projection:
+    """The projection of the factor that the forward pass shows: the layer's input."""
+    return part.projected if layer.transposed else part.kept
+
+
+def _second(part: Part, layer: ScoredLayer) -> Projection:
+    return part.kept if layer.transposed else part.projected

@@ -11,8 +11,9 @@ import time
 import torch
 
 from megatron_opus.config import SelectionConfig
+from megatron_opus.scoring.batches import checked
 from megatron_opus.scoring.collectives import Traffic, all_gather, broadcast
-from megatron_opus.scoring.scoring_pass import undisturbed
+from megatron_opus.scoring.undisturbed import undisturbed
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, Signals
 
 
@@ -37,7 +38,7 @@ class LossPass:
         A candidate without any token that counts in its window, or with a NaN/Inf loss, is marked in `finite`.
         """
         started, sent = time.perf_counter(), self.traffic.bytes_sent
-        candidates = candidates.window(self._config.score_length)
+        candidates = checked(candidates, "candidates").window(self._config.score_length)
         size = self._config.score_micro_batch_size or len(candidates)
         micros = [
             candidates.rows(first, min(first + size, len(candidates))).to(self._device)

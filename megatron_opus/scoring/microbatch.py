@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +53,37 @@ class CapturedMicrobatch:
                 f"token losses: expected unreduced losses of shape {list(mask.shape)}, got "
                 f"{list(token_losses.shape)}; the loss function must not average"
             )
-        means = (token_losses * mask).sum(1) / self._tokens
-        if not token_losses.requires_grad:  # a later stage has no leaf of its own, but an input that is one
-            raise CaptureError(
-                "the forward pass reached no scored layer; hooks do not fire inside compiled modules: score the "
-                "uncompiled model"
-            )
+        # where, not only *: a token that does not count may have any loss, NaN included
+        means = (torch.where(mask != 0, token_losses, 0.0) * mask).sum(1) / self._tokens
         self._losses += means.detach()
         # the gradient of the sum gives every sequence its own b, since sequences do not mix
-        return (means * self._weights).sum()
+        total = (means * self._weights).sum()
+        if not total.requires_grad:
+            self.capture.check()  # names the layer and its cause
+            raise CaptureError(
+                "the losses do not depend on any scored layer: expected losses with a graph, got a constant; does "
+                "token_losses detach them or run under torch.no_grad()?"
+            )
+        if self.capture.observing:  # a pipeline's schedule differentiates by itself, with many graphs at a time
+            self.capture.leaves[:] = graph_leaves(total)
+        return total
+
+
+def graph_leaves(value: Tensor) -> list[Tensor]:
+    """Every tensor that needs a gradient and at which the graph of `value` ends.
+
+    Beside the outputs that the hooks made leaves of, these are tensors that the model itself gave requires_grad, as
+    enable_input_require_grads() of transformers does with the embedding's output.
+    """
+    found: list[Tensor] = []
+    seen = {value.grad_fn}
+    open_nodes = [value.grad_fn]
+    while open_nodes:
+        node: Any = open_nodes.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                open_nodes.append(following)
+    return found

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opus.config import ConfigError, PreconditionerConfig
+from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many
 from megatron_opus.selection.precondition import (
     Buckets,
@@ -68,6 +69,7 @@ class Preconditioners:
         self._rows = [indices(x.rows, device) for x in matrices]
         self._cols = [indices(x.cols, device) for x in matrices]
         self._hypers: list[Hyper] = []
+        self._started: list[bool] = []  # of each matrix: its optimizer state exists
         self._diagonals: dict[int, dict[Side, Tensor]] = {}
         self._muon: dict[int, _Muon] = {}
         self._age = 0
@@ -83,16 +85,25 @@ class Preconditioners:
             return False
         self._age = 1
         self._hypers = self._state.hypers([x.weight for x in self._matrices], self._config.kind)
-        started = [isinstance(h, SgdHyper) or h.step > 0 for h in self._hypers]
+        self._started = [isinstance(h, SgdHyper) or h.step > 0 for h in self._hypers]
         self._diagonals, self._muon = {}, {}
-        self._cached = all(started)
+        self._cached = any(self._started)
         if not self._cached:
             # before the first optimizer step there is no second moment: the geometry is SGD's, and the log says so
             self.geometry = "sgd (no optimizer state yet)"
             return True
         form = self._config.form
-        names = {f"adamw-{form}" if isinstance(h, AdamHyper) else _NAMES[type(h)] for h in self._hypers}
+        names = {
+            f"adamw-{form}" if isinstance(h, AdamHyper) else _NAMES[type(h)]
+            for h, started in zip(self._hypers, self._started, strict=True)
+            if started
+        }
         self.geometry = " + ".join(sorted(names, reverse=True))
+        if not all(self._started):
+            # a weight that was never updated (unfrozen late, or without gradient so far) has the geometry of its own
+            # beginning; it must not turn the others to it
+            late = [x.name for x, started in zip(self._matrices, self._started, strict=True) if not started]
+            self.geometry += f" + sgd ({len(late)} without optimizer state yet: {', '.join(late[:3])})"
         if form == "separable":
             self._read_second_moments()
         self._read_momenta()
@@ -101,7 +112,7 @@ class Preconditioners:
     def kappa(self, index: int) -> float:
         """Return the factor of P that is the same for all elements of one matrix."""
         h = self._hypers[index]
-        if not self._cached or isinstance(h, SgdHyper):
+        if not self._started[index] or isinstance(h, SgdHyper):
             return h.lr
         return adam_kappa(h) if isinstance(h, AdamHyper) else muon_kappa(h)
 
@@ -144,12 +155,13 @@ class Preconditioners:
     def multiplier(self, index: int) -> Tensor | None:
         """Return D of one AdamW matrix on this rank's shard, [O, I] float32; None unless the form is `exact`."""
         hyper = self._hypers[index]
-        if not self._cached or self._config.form != "exact" or not isinstance(hyper, AdamHyper):
+        if not self._started[index] or self._config.form != "exact" or not isinstance(hyper, AdamHyper):
             return None
         shard = self._assemble(index, self._state.second_moment(self._matrices[index].weight))
         if self._state.sharded_over_dp:
             all_reduce(shard, self._groups.state, self._traffic)
-        return exact_multiplier(shard, hyper)
+        # what is no second moment marks every candidate as not finite: an infinite one would only take the weight out
+        return exact_multiplier(torch.where(torch.isfinite(shard), shard, torch.nan), hyper)
 
     def invalidate(self) -> None:
         """Make the next `refresh` read anew. Called when a checkpoint is written: a resumed run has no cache either."""
@@ -165,7 +177,7 @@ class Preconditioners:
 
     def _read_second_moments(self) -> None:
         adam = [(i, x, h) for i, (x, h) in enumerate(zip(self._matrices, self._hypers, strict=True))
-                if isinstance(h, AdamHyper)]  # fmt: skip
+                if isinstance(h, AdamHyper) and self._started[i]]  # fmt: skip
         if not adam:
             return
         sizes = [x.d_out + x.d_in for _, x, _ in adam]
@@ -177,17 +189,25 @@ class Preconditioners:
             rows, cols = self._rows[i], self._cols[i]
             for fragment in self._state.second_moment(x.weight):
                 row_sum, col_sum = fragment_sums(fragment, len(rows), len(cols))
+                # a negative one may vanish in a sum; NaN does not, on no rank
+                row_sum = torch.where((fragment.values >= 0).all(), row_sum, torch.nan)
                 view[: x.d_out].index_add_(0, rows, row_sum.to(self._device))
                 view[x.d_out :].index_add_(0, cols, col_sum.to(self._device))
         if self._state.sharded_over_dp:
             all_reduce(sums, self._groups.state, self._traffic)
         all_reduce(sums, self._groups.tp, self._traffic)
+        if not torch.isfinite(sums).all():
+            bad = [x.name for (_, x, _), view in zip(adam, views, strict=True) if not torch.isfinite(view).all()]
+            raise UnsupportedOptimizer(
+                f"optimizer state of {bad[0]} (of {len(bad)} matrices): expected second moments that are finite and "
+                "not negative, found others; the coming update of this weight is not a number either"
+            )
         for (i, x, hyper), view in zip(adam, views, strict=True):
             r, c = separable_factors(view[: x.d_out], view[x.d_out :], hyper)
             self._diagonals[i] = {"rows": _take(r, self._rows[i]), "cols": _take(c, self._cols[i])}
 
     def _read_momenta(self) -> None:
-        chosen = [i for i, h in enumerate(self._hypers) if isinstance(h, MuonHyper)]
+        chosen = [i for i, h in enumerate(self._hypers) if isinstance(h, MuonHyper) and self._started[i]]
         if not chosen:
             return
         fragments = [self._state.momentum(self._matrices[i].weight) for i in chosen]

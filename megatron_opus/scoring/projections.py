@@ -48,6 +48,7 @@ class Part:
     widths: tuple[int, int] | None = None  # columns of kept and projected that are the operator's; None: all
     aligned: bool = False  # the columns after those are multiplied and summed
     gradient: bool = False
+    probe: bool = False  # the gradient of one sequence between two random sides, to be verified
     own: bool = False  # the projections are this tensor-parallel rank's own: tokens scattered over ranks come first
 
 

@@ -16,24 +16,34 @@ Nothing else is disturbed: parameters, .grad, optimizer state, training mode and
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_opus.config import ConfigError, SelectionConfig
-from megatron_opus.scoring.capture import Capture, Reading, Sums
+from megatron_opus.layout.coverage import Coverage
+from megatron_opus.scoring.batches import checked
+from megatron_opus.scoring.capture import Capture, CaptureError, Reading, Sums
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
 from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
 from megatron_opus.scoring.stages import StageSums
+from megatron_opus.scoring.undisturbed import undisturbed
+from megatron_opus.scoring.verify import Verifier, WeightGradients
 from megatron_opus.scoring.windows import window_starts
 from megatron_opus.selection import utility
-from megatron_opus.types import Batch, Groups, MicrobatchRunner, OptimizerState, ScoredLayer, Signals
+from megatron_opus.types import (
+    Batch,
+    Groups,
+    MicrobatchRunner,
+    OptimizerState,
+    ScoredLayer,
+    Signals,
+)
 
 
 class ScoringPass:
@@ -48,26 +58,41 @@ class ScoringPass:
         *,
         groups: Groups,
         device: torch.device,
+        verify: WeightGradients | None = None,
+        coverage: Coverage | None = None,
     ) -> None:
-        """`runner` runs the model forward and backward; the pass itself does not know how the model is cut."""
+        """`runner` runs the model forward and backward; the pass itself does not know how the model is cut.
+
+        `verify` lets the first call compare what the hooks see of one candidate with autograd's own gradients (see
+        verify.py); None leaves that out. `coverage` is repeated in every result.
+        """
         self.traffic = Traffic()
         self.layers = list(layers)
         self._runner, self._config = runner, config
         self._groups, self._device = groups, device
-        slots: dict[str, int] = {}
-        self._matrix_of = [slots.setdefault(x.name, len(slots)) for x in layers]
+        slots: dict[int, int] = {}  # a matrix is a parameter: modules that share one are uses of it
+        self._matrix_of = [slots.setdefault(id(x.weight), len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
         self._plan = Plan(matrices, config.sketch, device)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
         self._dims = [operator.dim for operator in self._plan.operators]
         shapes = [self._plan.gradient_shape(i) for i in range(len(matrices))]
-        self._stages = StageSums(list(slots), self._dims, shapes, config.sketch.scope, groups, self.traffic, device)
+        self._stages = StageSums(
+            [x.name for x in matrices], self._dims, shapes, config.sketch.scope, groups, self.traffic, device
+        )
         self._psi: Tensor | None = None  # of the last proxy batch, averaged over it
         self._gradients: list[Tensor] | None = None
         self._proxy_age = 0
         self._parts: tuple[bool, list[list[Part]]] | None = None
         self._psi_average: Tensor | None = None
         self._psi_updates = 0
+        self._coverage = coverage
+        self._verifier = None if verify is None else Verifier(verify, matrices, groups, device)
+
+    @property
+    def verified(self) -> str:
+        """What the comparison with autograd's gradients found; empty before it was made, or without one."""
+        return "" if self._verifier is None else self._verifier.result
 
     @property
     def proxy_due(self) -> bool:
@@ -91,14 +116,14 @@ class ScoringPass:
         the last `proxy_padding` proxy sequences fill up a share and do not count.
         With scope `global` the result covers the candidates of all data-parallel ranks in rank order, N = n * dp, and
         is identical on every rank; with `rank_local` it covers this rank's n. A candidate with NaN/Inf scores, or
-        without any token that counts in its windows, is marked in `finite`. Raises CaptureError when a layer gives no
-        factors, ConfigError for a proxy without counting tokens.
+        without any token that counts in its windows, is marked in `finite`. Labels of -100 do not count. Raises
+        CaptureError when a layer gives no factors, ConfigError for a proxy without counting tokens, and, from the first
+        call where it was built with `verify`, VerificationError when the hooks do not see the gradients of autograd.
         """
+        candidates, proxy = checked(candidates, "candidates"), checked(proxy, "proxy")
         started, traffic, groups = time.perf_counter(), self.traffic, self._groups
         sent = traffic.bytes_sent
-        starts = window_starts(self._config, candidates.tokens.shape[1], window_seed)
-        length = min(self._config.score_length, candidates.tokens.shape[1])
-        windows, proxies = ([x.window(length, start) for start in starts] for x in (candidates, proxy))
+        windows, proxies = (self._windows(x, window_seed) for x in (candidates, proxy))
         refreshed = self.preconditioners.refresh()
         due, direct = self.proxy_due, self._plan.direct
         if due:
@@ -108,7 +133,11 @@ class ScoringPass:
         features = interaction or not direct
         if refreshed or self._parts is None or self._parts[0] != features:
             self._parts = (features, self._plan.candidates(self.preconditioners, self._gradients, features))
-        losses, sums = self._read(windows, self._parts[1], features, candidate=True)
+        probing = self._verifier is not None and not self._verifier.result
+        chosen = self._verifier.choose(windows[0]) if self._verifier is not None and probing else None
+        losses, sums = self._read(windows, self._parts[1], features, candidate=True, chosen=chosen)
+        if self._verifier is not None and probing:
+            self._verify(self._verifier, windows, sums, chosen)
         phi = self._stages.features(all_reduce(sums.phi, groups.tp, traffic), sums.all_columns())
         if direct:
             align = self._stages.total(all_reduce(sums.align, groups.tp, traffic))
@@ -137,6 +166,8 @@ class ScoringPass:
             bytes_sent=traffic.bytes_sent - sent,
             geometry=self._stages.spoken(self.preconditioners.geometry),
             proxy_read=due,
+            coverage=None if self._coverage is None else self._coverage.share,
+            left_out=() if self._coverage is None else self._coverage.left_out,
         )
 
     def invalidate(self) -> None:
@@ -193,73 +224,97 @@ class ScoringPass:
         *,
         candidate: bool,
         counted: int | None = None,
+        chosen: int | None = None,
     ) -> tuple[Tensor, Sums]:
         """Read this rank's sequences in micro-batches: their mean losses [B] (on the last stage), and the sums.
 
         The mean of a sequence runs over the counted tokens of all its windows, of which each window gives its part.
-        Sequences from `counted` on are read with weight 0, as are those that fill the micro-batches up.
+        Sequences from `counted` on are read with weight 0, as are those that fill the micro-batches up. In the first
+        window, the gradient of sequence `chosen` is read for the verifier too.
         """
         total = len(windows[0])
         size = min(self._config.score_micro_batch_size or total, total)
         filled = self._runner.padded(total, size, len(windows))
         windows = [Batch.cat([x, *[x.rows(0, 1)] * (filled - total)]) for x in windows] if filled > total else windows
-        sums = Sums(
-            self._dims,
-            filled if candidate else 0,
-            self._config.sketch.scope,
-            self._device,
-            features,
-            self._stages.width,
-        )
-        tokens = torch.stack([x.loss_mask.sum(1) for x in windows]).sum(0).to(self._device)
+        sums = self._sums(filled if candidate else 0, features)
+        tokens = self._counted_tokens(windows)
         weights = torch.ones(filled, device=self._device)
         weights[total if counted is None else counted :] = 0.0
         losses = torch.zeros(filled, dtype=torch.float32, device=self._device)
         micros = []
-        for window in windows:
+        for number, window in enumerate(windows):
             for first in range(0, filled, size):
                 rows = slice(first, min(first + size, filled))
-                capture = Capture(
-                    self.layers,
-                    self._matrix_of,
-                    Reading(parts=parts, candidate=candidate, first=first),
-                    self.preconditioners,
-                    sums,
-                    self._groups,
-                    self.traffic,
+                probed = number == 0 and chosen is not None and rows.start <= chosen < rows.stop
+                reading = Reading(
+                    parts=self._with_probes(parts) if probed else parts,
+                    candidate=candidate,
+                    shape=(rows.stop - rows.start, window.tokens.shape[1]),
+                    first=first,
+                    probed=(chosen or 0) - first,
                 )
                 batch = window.rows(rows.start, rows.stop)
-                micros.append(
-                    CapturedMicrobatch(
-                        batch, capture, tokens[rows], weights[rows], losses[rows], self._config, self._device
-                    )
-                )
+                micros.append(self._micro(batch, reading, sums, tokens[rows], weights[rows], losses[rows]))
+        self._run(micros)
+        sums.phi, sums.align = sums.phi[:total], sums.align[:total]
+        return losses[:total], sums
+
+    def _sums(self, n: int, features: bool) -> Sums:
+        return Sums(self._dims, n, self._config.sketch.scope, self._device, features, self._stages.width)
+
+    def _micro(
+        self, batch: Batch, reading: Reading, sums: Sums, tokens: Tensor, weights: Tensor, losses: Tensor
+    ) -> CapturedMicrobatch:
+        capture = Capture(
+            self.layers,
+            self._matrix_of,
+            reading,
+            self.preconditioners,
+            sums,
+            self._groups,
+            self.traffic,
+        )
+        return CapturedMicrobatch(batch, capture, tokens, weights, losses, self._config, self._device)
+
+    def _run(self, micros: Sequence[CapturedMicrobatch]) -> None:
         with undisturbed(self._runner.chunks):
             self._runner.backward(micros)
         for micro in micros:
             micro.capture.check()
-        sums.phi, sums.align = sums.phi[:total], sums.align[:total]
-        return losses[:total], sums
 
+    def _with_probes(self, parts: Sequence[Sequence[Part]]) -> list[list[Part]]:
+        assert self._verifier is not None
+        return [[*found, probe] for found, probe in zip(parts, self._verifier.parts(), strict=True)]
 
-@contextlib.contextmanager
-def undisturbed(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Freeze the weights and set evaluation mode; on leaving, modes, requires_grad and RNG states are as they were."""
-    modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
-    flags = [(parameter, parameter.requires_grad) for chunk in chunks for parameter in chunk.parameters()]
-    devices = {p.device for p, _ in flags if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index for d in devices], enabled=True), torch.enable_grad():
-        try:
-            for chunk in chunks:
-                chunk.eval()
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            for module, mode in modes:
-                module.training = mode
+    def _windows(self, batch: Batch, seed: int) -> list[Batch]:
+        """The scoring windows of every sequence; candidates and proxy may have lengths of their own."""
+        length = batch.tokens.shape[1]
+        starts = window_starts(self._config, length, seed)
+        return [batch.window(min(self._config.score_length, length), start) for start in starts]
+
+    def _counted_tokens(self, windows: Sequence[Batch]) -> Tensor:
+        return torch.stack([x.loss_mask.sum(1) for x in windows]).sum(0).to(self._device)
+
+    def _verify(self, verifier: Verifier, windows: Sequence[Batch], sums: Sums, chosen: int | None) -> None:
+        """Compare sequence `chosen` with autograd; where they differ, read it once more alone, to say why."""
+        row = slice(chosen or 0, (chosen or 0) + 1)
+        batch, tokens = windows[0].rows(row.start, row.stop), self._counted_tokens(windows)[row]
+
+        def alone(parts: Sequence[Sequence[Part]], into: Sums) -> CapturedMicrobatch:
+            reading = Reading(parts=parts, candidate=True, shape=(1, batch.tokens.shape[1]))
+            one = torch.ones(1, device=self._device)
+            return self._micro(batch, reading, into, tokens, one, torch.zeros_like(one))
+
+        with undisturbed(self._runner.chunks):
+            differ = verifier.compare(alone([[] for _ in sums.dims], sums), sums, known=chosen is not None)
+        if differ:
+            again = self._sums(1, features=False)
+            size = min(self._config.score_micro_batch_size or len(windows[0]), len(windows[0]))
+            try:
+                self._run([alone([[part] for part in verifier.parts()], again)])
+            except CaptureError as error:
+                raise verifier.difference(f"read alone, {error}") from error
+            raise verifier.explained(again, micro_batch=size)
 
 
 def _check_proxy(proxies: Sequence[Batch]) -> None:

@@ -32,6 +32,7 @@ from megatron_opus.runs.data import Say, open_corpus
 from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.scoring.verify import gradient_check
 from megatron_opus.selection.strategies import build_strategy, scoring_config
 from megatron_opus.training import checkpoint
 from megatron_opus.training.driver import SelectionDriver
@@ -109,13 +110,22 @@ class Session:
         if strategy.needs == {"loss"}:
             loss_pass = LossPass(engine.runner(), config.selection, groups=groups, device=device)
         elif strategy.needs:
+            runner = engine.runner()
+            # one sequence forward and backward, once per start: cheap beside a run with wrong scores
+            verified_by, why_not = gradient_check(runner)
+            say(
+                f"scoring: gradients are not compared with autograd's: {why_not}"
+                if verified_by is None
+                else "scoring: the first pass compares the gradients of one candidate with autograd's"
+            )
             scorer = ScoringPass(
-                engine.runner(),
+                runner,
                 megatron_layers(engine.module, layout, config.selection),
                 engine.optimizer_state(),
                 scoring_config(config.selection),
                 groups=groups,
                 device=device,
+                verify=verified_by,
             )
         iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator, loss_pass)

@@ -10,7 +10,7 @@ from small_models import TinyGPT, random_batch, token_losses, train
 
 import megatron_opus
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
-from megatron_opus.backends.model.scored_layers import plain_layers
+from megatron_opus.backends.model.plain_layers import plain_layers
 from megatron_opus.config import ConfigError, PreconditionerConfig, SelectionConfig, SketchConfig
 from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.scoring.capture import CaptureError
@@ -188,7 +188,7 @@ def test_no_weight_gradient_is_computed():
         seen.extend(p.requires_grad for p in m.parameters())
         return token_losses(m, batch)
 
-    megatron_opus.score(model, candidates, proxy, opt, token_losses=losses)
+    megatron_opus.score(model, candidates, proxy, opt, token_losses=losses, verify=False)
     assert not any(seen)
 
 
@@ -306,7 +306,7 @@ def test_factors_are_freed_layer_by_layer(monkeypatch):
     monkeypatch.setattr(TwoSided, "features", counting_features)
     model, opt, candidates, proxy = setup()
     config = SelectionConfig(sketch=SketchConfig(operator="two_sided", dim=64, alignment="features"), score_length=16)
-    megatron_opus.score(model, candidates, proxy, opt, config=config)
+    megatron_opus.score(model, candidates, proxy, opt, config=config, verify=False)
     assert layers == len(plain_layers(model))
     # the proxy, then the candidates: all inputs and one gradient at first, one of each in the end
     assert len(kept) == 4 * layers

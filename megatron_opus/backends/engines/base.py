@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_opus.backends.engines.deepspeed.partition import is_partitioned
 from megatron_opus.config import ConfigError, RunConfig
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, ScoringMicrobatch
 
@@ -23,6 +25,11 @@ class WholeModelRunner:
         """`token_losses(model, batch)` gives the unreduced float32 losses [b, T]; `device` is where batches go."""
         self.chunks: Sequence[nn.Module] = (model,)
         self._model, self._token_losses, self._device = model, token_losses, device
+
+    @property
+    def has_whole_weights(self) -> bool:
+        # ZeRO 3 gathers a weight while its module runs, and replaces it before autograd could keep a gradient of it
+        return not any(is_partitioned(p) for p in self._model.parameters())
 
     def padded(self, sequences: int, size: int, windows: int = 1) -> int:
         return sequences
@@ -44,6 +51,34 @@ class WholeModelRunner:
             objective = micro.objective(token_losses)
             with micro.precision(backward=True):
                 torch.autograd.grad(objective, micro.leaves)
+
+    def weight_gradients(
+        self, micro: ScoringMicrobatch, weights: Sequence[nn.Parameter], read: Callable[[int, Tensor], None]
+    ) -> None:
+        # Megatron's fused kernel would add the gradient to main_grad and give autograd an empty one
+        fused = [m for m in self._model.modules() if getattr(m, "gradient_accumulation_fusion", False)]
+
+        def hook(index: int, gradient: Tensor) -> Tensor:
+            read(index, gradient)
+            return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps what a hook returns: nothing, here
+
+        for module in fused:
+            module.gradient_accumulation_fusion = False  # type: ignore[assignment]
+        handles = []
+        try:
+            for index, weight in enumerate(weights):
+                weight.requires_grad_(True)
+                handles.append(weight.register_hook(functools.partial(hook, index)))
+            with micro.precision():
+                token_losses = self._token_losses(self._model, micro.batch.to(self._device))
+            objective = micro.objective(token_losses)
+            with micro.precision(backward=True):
+                torch.autograd.grad(objective, weights, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in fused:
+                module.gradient_accumulation_fusion = True  # type: ignore[assignment]
 
 
 def accumulation_steps(config: RunConfig, dp_size: int) -> int:

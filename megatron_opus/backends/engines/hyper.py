@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +40,12 @@ def kind_of(optimizer: Any, group: dict[str, Any]) -> Kind:
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:
     """Plain numbers; all tensors among them are read with one synchronisation, not one each."""
+    for value in values:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise UnsupportedOptimizer(
+                f"optimizer: expected one learning rate and one step count for each parameter group, got a tensor of "
+                f"shape {list(value.shape)}"
+            )
     tensors = [v.detach().double().flatten() for v in values if isinstance(v, Tensor)]
     if not tensors:
         return [float(v) for v in values]
@@ -79,6 +86,9 @@ def hypers(
     rates = _numbers([f.group["lr"] for f in found])
     result: list[Hyper] = []
     for f, step, lr in zip(found, steps, rates, strict=True):
+        _check_group(f, lr)
+        if not (math.isfinite(step) and step >= 0):
+            raise UnsupportedOptimizer(f"optimizer: expected a count of completed steps, got {step}")
         wanted = f.kind if geometry == "auto" else geometry
         if wanted == "muon" and f.kind == "adamw" and has_muon:
             wanted = "adamw"  # a Muon run has AdamW weights, and that is what moves them
@@ -98,6 +108,17 @@ def hypers(
     return result
 
 
+def _check_group(f: Found, lr: float) -> None:
+    """Refuse an update that does not go down the gradient at a finite rate: its scores would have the wrong sign."""
+    if f.group.get("maximize"):
+        raise UnsupportedOptimizer(
+            "optimizer: expected one that minimizes, got maximize=True: its update goes up the gradient; minimize the "
+            "negative loss instead"
+        )
+    if not (math.isfinite(lr) and lr >= 0):
+        raise UnsupportedOptimizer(f"optimizer: expected a learning rate that is finite and not negative, got {lr}")
+
+
 def _adam(f: Found, step: int, lr: float) -> AdamHyper:
     missing = f.state and f.steps != 0 and SECOND_MOMENT not in f.state
     if f.group.get("amsgrad") or missing:
@@ -106,11 +127,20 @@ def _adam(f: Found, step: int, lr: float) -> AdamHyper:
             f"state {sorted(map(str, f.state))}, amsgrad {bool(f.group.get('amsgrad'))}"
         )
     beta1, beta2 = (float(b) for b in f.group["betas"])
-    return AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=float(f.group["eps"]), step=step)
+    eps = float(f.group["eps"])
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf):
+        raise UnsupportedOptimizer(
+            f"optimizer: expected 0 <= beta < 1 and eps that is finite and not negative, got betas ({beta1}, {beta2}), "
+            f"eps {eps}"
+        )
+    return AdamHyper(lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step)
 
 
 def _sgd_factor(f: Found) -> float:
     """Share of a new gradient in SGD's coming step: 1, but 1 + mu with Nesterov and 1 - dampening once it runs."""
+    for name in ("momentum", "dampening"):
+        if not math.isfinite(float(f.group.get(name, 0.0))):
+            raise UnsupportedOptimizer(f"optimizer: expected a finite {name}, got {f.group[name]}")
     if f.group.get("nesterov"):
         return 1.0 + float(f.group["momentum"])
     running = f.state.get(MOMENTUM) is not None

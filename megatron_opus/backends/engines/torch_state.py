@@ -8,6 +8,7 @@ import torch
 
 from megatron_opus.backends.engines.deepspeed import muon
 from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, find, hypers, kind_of, kinds
+from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.types import Fragment, Geometry, Hyper
 
 
@@ -38,5 +39,18 @@ class TorchState:
         return self._fragment(weight, MOMENTUM) if kind_of(self._optimizer, group) == "muon" else []
 
     def _fragment(self, weight: torch.nn.Parameter, name: str) -> Sequence[Fragment]:
-        state = self._optimizer.state.get(weight, {})
-        return [Fragment(start=0, values=state[name].flatten())] if state.get(name) is not None else []
+        values = self._optimizer.state.get(weight, {}).get(name)
+        if values is None:
+            return []
+        if hasattr(values, "placements"):
+            raise UnsupportedOptimizer(
+                f"optimizer state {name}: expected whole tensors, got a DTensor, a part of it; gather it "
+                "(torch.distributed.checkpoint.state_dict, full_state_dict=True), or shard with DeepSpeed ZeRO or "
+                "Megatron, whose pieces can be read"
+            )
+        if values.shape != weight.shape:
+            raise UnsupportedOptimizer(
+                f"optimizer state {name}: expected the shape of its weight, {list(weight.shape)}, got "
+                f"{list(values.shape)}"
+            )
+        return [Fragment(start=0, values=values.flatten())]

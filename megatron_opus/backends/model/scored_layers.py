@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core import parallel_state
@@ -16,8 +15,7 @@ from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import Cut, Kind, ModelLayout, ParameterLayout, block_number, scored_blocks
 from megatron_opus.types import ScoredLayer
 
-POSITIONS = re.compile(r"(^|\.)(wpe|pos\w*|embed_positions)(\.|$)")  # embeddings of positions, not of tokens
-OUTPUT_LAYERS = ("output_layer", "lm_head", "embed_out")
+OUTPUT_LAYER = "output_layer"  # the attribute by which megatron-core's own models know theirs
 
 
 def megatron_layers(
@@ -55,7 +53,7 @@ def megatron_layers(
         if not weight.requires_grad:
             continue
         if tied and not selection.score_embedding:
-            raise ConfigError(_half_of_a_tied_weight("score_output_layer", "score_embedding"))
+            raise ConfigError(half_of_a_tied_weight("score_output_layer", "score_embedding"))
         local, found = layout.local_shape(entry.name), local_shape(weight)
         if found != local:
             raise ValueError(f"{entry.name}: expected the local shape {local}, got {found}")
@@ -79,7 +77,7 @@ def megatron_layers(
             )
         )
     if tied_model and selection.score_embedding and not selection.score_output_layer:
-        raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
+        raise ConfigError(half_of_a_tied_weight("score_embedding", "score_output_layer"))
     pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
     blocks = range(stages.pieces(model)[0].config.num_layers) if pipelined else None
     return of_blocks(layers, selection.scored_layers, blocks)
@@ -116,7 +114,8 @@ def built_layout(model: nn.Module) -> ModelLayout:
     return ModelLayout(parameters=tuple(found.values()), tp_size=parallel_state.get_tensor_model_parallel_world_size())
 
 
-def _half_of_a_tied_weight(given: str, missing: str) -> str:
+def half_of_a_tied_weight(given: str, missing: str) -> str:
+    """Say that one of the two uses of a tied weight was asked for without the other."""
     return (
         f"selection.{given}: the output layer and the token embedding share one weight, whose gradient has a part from "
         f"each; expected selection.{missing}=true as well, got false"
@@ -138,50 +137,6 @@ def of_blocks(layers: Sequence[ScoredLayer], which: str, of: Sequence[int] | Non
     return [layer for layer, n in zip(layers, numbers, strict=True) if n is None or n in chosen]
 
 
-def plain_layers(
-    model: nn.Module, selection: SelectionConfig | None = None, *, wanted: Callable[[str], bool] | None = None
-) -> list[ScoredLayer]:
-    """List the trainable nn.Linear layers of a model in one process, with activations [batch, tokens, features].
-
-    `selection` as in `megatron_layers`; `wanted` further restricts by module name. Raises ConfigError.
-    """
-    selection = selection or SelectionConfig()
-    embeddings = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    tokens = [n for n in embeddings.values() if not POSITIONS.search(n)]
-    layers = []
-    for name, module in model.named_modules():
-        is_embedding = isinstance(module, nn.Embedding)
-        if not isinstance(module, nn.Linear | nn.Embedding) or not module.weight.requires_grad:
-            continue
-        tied_to = None if is_embedding else embeddings.get(id(module.weight))
-        if is_embedding and (not selection.score_embedding or name not in tokens):
-            continue
-        if not is_embedding and (_is_output(name) or tied_to) and not selection.score_output_layer:
-            if tied_to in tokens and selection.score_embedding:
-                raise ConfigError(_half_of_a_tied_weight("score_embedding", "score_output_layer"))
-            continue
-        if tied_to and not selection.score_embedding:
-            raise ConfigError(_half_of_a_tied_weight("score_output_layer", "score_embedding"))
-        if wanted is not None and not wanted(name):
-            continue
-        weight = model.get_parameter(f"{name}.weight")
-        d_out, d_in = weight.shape
-        layers.append(
-            ScoredLayer(
-                name=tied_to or name,
-                module=module,
-                weight=weight,
-                d_out=d_out,
-                d_in=d_in,
-                rows=((0, d_out),),
-                cols=((0, d_in),),
-                sequence_first=False,
-                embedding=is_embedding,
-            )
-        )
-    return of_blocks(layers, selection.scored_layers)
-
-
 def is_megatron(model: nn.Module) -> bool:
     """True for a model with tensor-parallel layers of megatron-core."""
     kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
@@ -189,4 +144,4 @@ def is_megatron(model: nn.Module) -> bool:
 
 
 def _is_output(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in OUTPUT_LAYERS
+    return name.rsplit(".", 1)[-1] == OUTPUT_LAYER

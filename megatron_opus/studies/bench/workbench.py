@@ -33,7 +33,8 @@ from megatron_opus.backends.model.scored_layers import megatron_layers
 from megatron_opus.config import ConfigError, DataConfig, ModelConfig, SelectionConfig
 from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
-from megatron_opus.scoring.scoring_pass import ScoringPass, undisturbed
+from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.scoring.undisturbed import undisturbed
 from megatron_opus.selection import reference
 from megatron_opus.types import AdamHyper, Batch, Groups, ScoredLayer
 

@@ -121,6 +121,16 @@ def local_shape(weight: Tensor) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
+def is_partitioned(weight: Tensor) -> bool:
+    """Tell a weight of ZeRO 3, of which each rank keeps a part."""
+    return hasattr(weight, "ds_id")
+
+
 def is_engine(value: Any) -> bool:
     """Tell whether `value` is a DeepSpeed engine, without importing DeepSpeed."""
     return hasattr(value, "zero_optimization_stage") and hasattr(value, "module")
+
+
+def data_parallel_group(engine: Any) -> dist.ProcessGroup | None:
+    """Return the group over which an engine averages gradients; None where torch.distributed does not run."""
+    return engine.data_parallel_group if dist.is_initialized() else None

@@ -197,6 +197,10 @@ class _WholeRunner(WholeModelRunner):
         with self._gathered():
             super().backward(micros)
 
+    def weight_gradients(self, micro: Any, weights: Any, read: Callable[[int, Tensor], None]) -> None:
+        with self._gathered():
+            super().weight_gradients(micro, weights, read)
+
 
 def _wrap(pieces: list[Any], config: RunConfig) -> list[Any]:
     p = config.parallel
