@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_opus.backends.engines.megatron.muon import leaves
 from megatron_opus.errors import CheckpointError
 
 STEPS, MOMENTS = "completed_steps", "moments"
@@ -151,7 +152,7 @@ def _allocate(optimizer: Any) -> list[Any]:
     A step on zero gradients at rate 0 moves no weight.
     """
     fresh = []
-    for part in optimizer.chained_optimizers:
+    for part, _ in leaves(optimizer):
         inner = part.optimizer
         if inner is None or inner.state:
             continue
