@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_opus.config.dimensions import head_channels
 from megatron_opus.config.recipe import OptimizerConfig, RunConfig, keeps_second_moment
 from megatron_opus.config.schema import ConfigError
 
@@ -71,6 +72,8 @@ def _check_megatron(config: RunConfig) -> None:
             "parallel.use_distributed_optimizer: Megatron's distributed optimizer takes AdamW alone, got sgd; set "
             "parallel.use_distributed_optimizer=false"
         )
+    if o.name == "muon" and o.muon_split_qkv:
+        _check_split(config)
     if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
         raise ConfigError(
             "parallel.overlap_param_gather: expected use_distributed_optimizer and overlap_grad_reduce beside it, got "
@@ -88,6 +91,22 @@ def _check_megatron(config: RunConfig) -> None:
         raise ConfigError(
             f"model.num_layers: expected a multiple of pipeline_model_parallel_size x "
             f"virtual_pipeline_model_parallel_size ({stages} x {virtual or 1}), got {config.model.num_layers}"
+        )
+
+
+def _check_split(config: RunConfig) -> None:
+    """Refuse to score queries that are taller than wide and orthogonalised apart from keys and values.
+
+    Their multiplier stands on the columns of a matrix whose other parts have theirs on the rows.
+    """
+    m, s = config.model, config.selection
+    shards = config.parallel.tensor_model_parallel_size if config.optimizer.muon_tp_mode == "blockwise" else 1
+    rows = m.num_attention_heads * head_channels(m) // shards
+    if s.strategy == "opus" and s.preconditioner.kind in ("auto", "muon") and rows > m.hidden_size:
+        raise ConfigError(
+            f"optimizer.muon_split_qkv: expected at most hidden_size ({m.hidden_size}) rows of queries in one matrix, "
+            f"got {rows}, which cannot be scored; set optimizer.muon_split_qkv=false, or "
+            "selection.preconditioner.kind=sgd"
         )
 
 

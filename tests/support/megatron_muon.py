@@ -73,14 +73,19 @@ def _unequal_all_gather(tensors: list[torch.Tensor], own: torch.Tensor, group: A
         dist.broadcast(tensor, dist.get_global_rank(group, rank) if group is not None else rank, group=group)
 
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+QUINTIC = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
 
 
-def orthogonalised(q: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalised(q: torch.Tensor) -> torch.Tensor:
     """Newton-Schulz with the quintic coefficients, in float64, on the matrix itself."""
-    a, b, c = COEFFICIENTS
     x = q.double() / q.double().norm()
-    for _ in range(steps):
+    for a, b, c in QUINTIC:
         gram = x @ x.T
         x = a * x + b * gram @ x + c * gram @ gram @ x
     return x

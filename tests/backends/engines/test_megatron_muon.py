@@ -184,6 +184,39 @@ def test_coefficients_by_name_are_those_of_the_optimizer(steps: int) -> None:
         assert relative(muon_utils.newton_schulz(q, steps, name).double(), x) < 1e-3, (name, steps)
 
 
+def read_unknown(name: str) -> dict[str, Any]:
+    """Let Megatron build another of its optimizers, train a step, and read it."""
+    import dataclasses
+    from unittest import mock
+
+    from megatron_opus.backends.engines.megatron import ddp
+    from megatron_opus.backends.model.scored_layers import megatron_layers
+    from megatron_opus.errors import UnsupportedOptimizer
+
+    own = ddp._optimizer_config
+    config = muon_recipe("plain")
+    with mock.patch.object(ddp, "_optimizer_config", lambda c: dataclasses.replace(own(c), optimizer=name)):
+        engine, groups = start(config)
+    steps(engine, groups, 0, 1)
+    state = engine.optimizer_state()
+    weights = [x.weight for x in megatron_layers(engine.module, None, config.selection)]
+    try:
+        state.hypers(weights)
+    except UnsupportedOptimizer as error:
+        return {"said": str(error), "sgd": state.hypers(weights, "sgd")}
+    return {}
+
+
+@needs_muon
+@pytest.mark.parametrize("name", ["lion", "soap", "adaptive_muon"])
+def test_an_optimizer_of_megatron_whose_geometry_is_not_known(world2: Any, name: str) -> None:
+    """Guards against a live run with Lion or SOAP scored in the geometry of another optimizer: refused by name."""
+    for found in world2.run(read_unknown, name):
+        assert name.replace("_", "") in found["said"].lower()
+        assert "selection.preconditioner.kind=sgd" in found["said"]
+        assert {type(h).__name__ for h in found["sgd"]} == {"SgdHyper"}
+
+
 def refused() -> str:
     from megatron_opus.errors import Refusal
 
