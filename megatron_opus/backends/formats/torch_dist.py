@@ -47,7 +47,7 @@ class TorchDistTensors:
         return tuple(found.size[0 if layer is None else 1 :])
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[_stacked(name)[0]].properties.dtype  # type: ignore[no-any-return]
+        return self._tensors[_stacked(name)[0]].properties.dtype
 
     def read(self, name: str, *ranges: Ranges) -> Tensor:
         """Copy the given ranges of the first dimensions, laid end to end; the others whole.
@@ -90,7 +90,7 @@ class TorchDistTensors:
         try:
             with path.open("rb") as stream:
                 stream.seek(place.offset)
-                return torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+                return torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for torn files
             raise CheckpointError(f"{path}: {key} cannot be read ({str(error).splitlines()[0]})") from error
 

@@ -132,6 +132,41 @@ def muon_coefficients(name: str, steps: int) -> tuple[tuple[float, float, float]
     return tuple(tuple(x) for x in utils.get_coefficient_iterator(steps, sets[name], mode=mode))
 
 
+def torch_dist_strategies() -> ModuleType:
+    """Return megatron-core's module that writes `torch_dist` checkpoints.
+
+    Its parts below, private ones among them, are the same in 0.16 to 0.19. Raises UnsupportedRelease naming what a
+    later release has moved.
+    """
+    module = importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")
+    for name in (
+        "MCoreSavePlanner",
+        "TorchDistSaveShardedStrategy",
+        "_replace_state_dict_keys_with_sharded_keys",
+        "mcore_to_pyt_state_dict",
+    ):
+        if not hasattr(module, name):
+            raise missing("megatron-core", f"{module.__name__}.{name}")
+    return module
+
+
+def distributed_optimizer() -> Any:
+    """Return megatron-core's DistributedOptimizer, whose private methods below are the same in 0.16 to 0.19.
+
+    Beside them its `model_param_group_index_map`, `model_param_gbuf_map`, `gbuf_ranges` and `buffers` say what a rank
+    owns. Raises UnsupportedRelease naming what a later release has moved.
+    """
+    found = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    for name in (
+        "_get_main_param_and_optimizer_states",
+        "_get_model_param_range_map",
+        "_set_main_param_and_optimizer_states",
+    ):
+        if not hasattr(found, name):
+            raise missing("megatron-core", f"DistributedOptimizer.{name}")
+    return found
+
+
 def layer_wise_optimizer() -> type | None:
     """Return Megatron's LayerWiseDistributedOptimizer; None before 0.16, which brought it.
 

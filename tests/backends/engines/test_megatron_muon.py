@@ -199,7 +199,8 @@ def read_unknown(name: str) -> dict[str, Any]:
     config = muon_recipe("plain")
     with mock.patch.object(ddp, "_optimizer_config", lambda c: dataclasses.replace(own(c), optimizer=name)):
         engine, groups = start(config)
-    steps(engine, groups, 0, 1)
+    if name != "adaptive_muon":  # which megatron-core 0.19.2 builds, and cannot step
+        steps(engine, groups, 0, 1)
     state = engine.optimizer_state()
     weights = [x.weight for x in megatron_layers(engine.module, None, config.selection)]
     try:

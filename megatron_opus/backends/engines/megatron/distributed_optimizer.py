@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, find, full_name, hypers, kind_of
 from megatron_opus.backends.engines.megatron import muon
+from megatron_opus.backends.model import releases
 from megatron_opus.types import Fragment, Geometry, Groups, Hyper, MuonHyper
 
 
@@ -55,7 +55,7 @@ class MegatronState:
             self._has_muon = self._has_muon or any(
                 kind_of(part.optimizer, group) == "muon" for group in part.optimizer.param_groups
             )
-            if isinstance(part, DistributedOptimizer):
+            if isinstance(part, releases.distributed_optimizer()):
                 self.sharded_over_dp = True
                 self._add(part, _owned_ranges(part), [p for buffer in part.buffers for p in buffer.params], groups)
             elif layer_wise is not None and layer_wise.dp_cp_params_list is not None:
