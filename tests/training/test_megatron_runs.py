@@ -45,6 +45,31 @@ def test_the_ledger_is_that_of_one_process(server: Any, embedded_cache: Path, tm
     assert others[-1]["validation_loss"] == pytest.approx(rows[-1]["validation_loss"], rel=1e-4)
 
 
+def test_both_engines_train_the_same_run(server: Any, embedded_cache: Path, tmp_path: Path) -> None:
+    """Guards against a recipe whose losses depend on the engine: AdamW, two data-parallel ranks, selection, warm-up,
+    decay, clipping and two accumulation steps. float32 sums in another order are left."""
+    keys = ("training.train_steps=8", "training.micro_batch_size=1", "selection.debug_checks=true")
+    schedule = ("optimizer.lr_warmup_steps=3", "optimizer.lr_decay_steps=7", "optimizer.min_lr=0.0001")
+    found = {}
+    for engine in ("deepspeed", "megatron"):
+        run = server.launch(
+            2,
+            tiny(embedded_cache, tmp_path, engine, *keys, *schedule, f"parallel.engine={engine}"),
+            tmp_path / f"logs_{engine}",
+        )
+        assert set(run.wait().values()) == {0}, run.log(0)
+        found[engine] = read_ledger(run.run_dir / "ledger"), read_metrics(run.run_dir)
+    (one, rows), (other, others) = found["deepspeed"], found["megatron"]
+    for column in ("step", "sample_id", "selected", "draw_order"):
+        assert one[column].equals(other[column]), column
+    for name in ("loss", "grad_norm", "lr"):
+        want = [row[name] for row in rows]
+        assert [row[name] for row in others] == pytest.approx(want, rel=ENGINES_AGREE), name
+    assert others[-1]["validation_loss"] == pytest.approx(rows[-1]["validation_loss"], rel=ENGINES_AGREE)
+
+
+ENGINES_AGREE = 1e-5  # float32
+
 STEPS, INTERVAL, KILLS = 20, 4, 5
 # the distributed optimizer over two data-parallel ranks, returned candidates, proxy momentum and dropout
 ALL_STATE = (
