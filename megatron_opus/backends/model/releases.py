@@ -90,6 +90,16 @@ def generalized_tensor_parallel_size() -> int:
     return max(1, size()) if size is not None else 1  # it answers 0 where there is no such group
 
 
+def name_missing_kernels() -> None:
+    """Give megatron-core's experts the name of a kernel that 0.16 and 0.17 ask for without Transformer Engine.
+
+    Their router compares `te_general_gemm` with None, a name that only an import of Transformer Engine makes there.
+    """
+    module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None  # type: ignore[attr-defined]
+
+
 # --- DeepSpeed ------------------------------------------------------------------------------------------------------
 
 

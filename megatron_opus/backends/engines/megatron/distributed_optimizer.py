@@ -73,9 +73,9 @@ class MegatronState:
         owned = {number[id(p)]: place for p, place in part.model_param_group_index_map.items()}
         # a rank that owns nothing of a parameter has it in no map, but somebody owns some of it and knows its group
         known = [{n: g for n, (g, _) in owned.items()}]
-        if groups.dp is not None:
-            known = known * groups.dp_size
-            dist.all_gather_object(known, known[0], group=groups.dp)
+        if (ranks := dist.get_world_size(part.data_parallel_group)) > 1:  # of experts, the expert-data group
+            known = known * ranks
+            dist.all_gather_object(known, known[0], group=part.data_parallel_group)
         group_of = {n: g for one in known for n, g in one.items()}
         for n, p in enumerate(every):
             if n not in owned:
