@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -215,3 +216,60 @@ def test_scores_are_those_of_one_process(
 def test_every_estimator_over_expert_ranks(world2: Any, alone: Any, partition_table: Any, estimator: str) -> None:
     """Guards against an estimator whose rows of other ranks' sequences, or whose shared slot, are lost."""
     check(world2, alone, partition_table, "EP 2", estimator, "experts")
+
+
+@pytest.mark.parametrize("layout", ["EP 2", "EP 2, all to all", "TP 2 x EP 2, SP", "PP 2 x EP 2"])
+def test_scoring_disturbs_nothing(world2: Any, world4: Any, layout: str) -> None:
+    """Guards against a pass that leaves something behind: the scale of the balancing loss, a router's method that is
+    not put back, or tokens that a dispatcher keeps."""
+    arguments = {k: v for k, v in LAYOUTS[layout].items() if k != "world"} | {"model": "balanced"}
+    pool = world4 if LAYOUTS[layout].get("world") == 4 else world2
+    never, every = (pool.run(train_and_score, "one_sided", arguments, score=score) for score in ("never", "every"))
+    for without, scored in zip(never, every, strict=True):
+        assert scored["steps"] == without["steps"]
+        assert scored["evaluation"] == without["evaluation"]
+        assert scored["weights"].keys() == without["weights"].keys()
+        for name, value in without["weights"].items():
+            assert torch.equal(scored["weights"][name], value), name
+
+
+def scores_with_balance(coefficient: float) -> Any:
+    """Scores of the initial weights, by a model whose balancing loss has this coefficient."""
+    MODELS["this one"] = dataclasses.replace(EXPERTS, moe_aux_loss_coeff=coefficient)
+    config = run_config("one_sided", model="this one")
+    engine, groups = start(config)
+    before = engine.train_step(share_of_rank(batch_of_step(0), groups, 1)).grad_norm
+    engine, groups = start(config)
+    return scorer_of(engine, groups, config)().alignment, before
+
+
+def test_the_balancing_loss_is_kept_out(world1: Any) -> None:
+    """Guards against scores that ask for balanced experts instead of the target."""
+    (without, norm), (with_it, other_norm) = (world1.run(scores_with_balance, c)[0] for c in (0.0, 10.0))
+    assert other_norm != norm  # it does enter training
+    assert torch.equal(with_it, without)
+
+
+def with_fault(fault: str, estimator: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """As `train_and_score`, with one fault put in."""
+    from megatron_opus.backends.model import experts
+    from megatron_opus.types import Groups
+
+    def turned(self: Any, expert: int) -> Any:
+        return self._rows[expert].roll(1)
+
+    where: dict[str, tuple[Any, str, Any]] = {
+        "rows of other sequences": (experts.DispatchedSequences, "sequences", turned),
+        "state of the data-parallel group": (Groups, "state_of", lambda self, layer: (self.state, self.state_rank)),
+    }
+    target, name, wrong = where[fault]
+    with mock.patch.object(target, name, wrong):
+        return train_and_score(estimator, layout)
+
+
+@pytest.mark.parametrize("fault", ["rows of other sequences", "state of the data-parallel group"])
+def test_the_faults_are_seen(world2: Any, alone: Any, fault: str) -> None:
+    """Guards against the tests above being blind: each trap put back moves the alignments or the interactions."""
+    truth = alone("one_sided", "experts")
+    for found in world2.run(with_fault, fault, "one_sided", {"model": "experts", "ep": 2}):
+        assert max(relative(found[name], truth[name]) for name in ("align", "inter")) > 100 * TOLERANCE

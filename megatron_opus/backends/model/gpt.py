@@ -196,7 +196,9 @@ class Norm(nn.Module):
 
 def _layer_specs(config: ModelConfig, layers: int) -> TransformerBlockSubmodules:
     chosen = extras.attention_backend(config.attention_backend, extras.detect_transformer_engine())
-    releases.name_missing_kernels()
+    if config.num_moe_experts is not None:
+        releases.name_missing_kernels()
+        cpu_shims.install_dispatcher()
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=False,

@@ -90,6 +90,19 @@ def generalized_tensor_parallel_size() -> int:
     return max(1, size()) if size is not None else 1  # it answers 0 where there is no such group
 
 
+def all_to_all_dispatcher() -> type:
+    """Return megatron-core's all-to-all dispatcher of experts, whose private names below are the same in 0.16 to 0.19.
+
+    Raises UnsupportedRelease naming what a later release has moved.
+    """
+    module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    kind: type = module.MoEAlltoAllTokenDispatcher
+    for name in ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize"):
+        if not hasattr(kind, name):
+            raise missing("megatron-core", f"MoEAlltoAllTokenDispatcher.{name}")
+    return kind
+
+
 def name_missing_kernels() -> None:
     """Give megatron-core's experts the name of a kernel that 0.16 and 0.17 ask for without Transformer Engine.
 
