@@ -14,10 +14,52 @@ def check_engine(config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.pipeline_model_parallel_size: expected a positive number, got {p.pipeline_model_parallel_size}"
         )
+    _check_experts(config)
     if p.engine == "deepspeed":
         _check_deepspeed(config)
     else:
         _check_megatron(config)
+
+
+def _check_experts(config: RunConfig) -> None:
+    m, p = config.model, config.parallel
+    tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
+    if m.num_moe_experts is None:
+        for key, value in (("parallel.expert_model_parallel_size", ep > 1), ("model.moe_shared_expert_intermediate_size",
+                           m.moe_shared_expert_intermediate_size is not None)):  # fmt: skip
+            if value:
+                raise ConfigError(f"{key}: a model without experts has none; set model.num_moe_experts")
+        return
+    if m.moe_router_topk < 2 or m.moe_router_topk > m.num_moe_experts:
+        raise ConfigError(
+            f"model.moe_router_topk: expected 2 to num_moe_experts ({m.num_moe_experts}), got {m.moe_router_topk}; with "
+            "1, the softmax over the chosen experts would be constant and the router would not learn"
+        )
+    if m.num_moe_experts % ep:
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size: expected a divisor of num_moe_experts ({m.num_moe_experts}), got {ep}"
+        )
+    if m.add_bias_linear:
+        raise ConfigError("model.add_bias_linear: expected false with num_moe_experts, got true")
+    if m.moe_shared_expert_gate and m.moe_shared_expert_intermediate_size is None:
+        raise ConfigError("model.moe_shared_expert_gate: expected moe_shared_expert_intermediate_size beside it, got null")
+    if config.optimizer.name == "muon":
+        raise ConfigError("optimizer.name: expected adamw or sgd with num_moe_experts, got muon, which was not tried")
+    if tp > 1 and p.engine == "deepspeed":
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size: expected 1 with num_moe_experts under DeepSpeed, got {tp}: each rank "
+            "would see its own tokens alone of experts whose gradients nobody adds up; set parallel.engine=megatron"
+        )
+    if tp > 1 and not p.sequence_parallel:
+        raise ConfigError(
+            "parallel.sequence_parallel: expected true with num_moe_experts and tensor parallelism, as Megatron asks for"
+        )
+    if tp > 1 and (ep == 1 or (ep % tp and tp % ep)):
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size: expected more than 1, and a multiple or a divisor of "
+            f"tensor_model_parallel_size ({tp}), got {ep}; Megatron does not add up gradients of experts that "
+            "tensor-parallel ranks hold copies of"
+        )
 
 
 def _check_deepspeed(config: RunConfig) -> None:
@@ -26,6 +68,7 @@ def _check_deepspeed(config: RunConfig) -> None:
     for key, value, fits, shown in (
         ("pipeline_model_parallel_size", p.pipeline_model_parallel_size, p.pipeline_model_parallel_size == 1, "1"),
         ("virtual_pipeline_model_parallel_size", virtual, virtual is None, "null"),
+        ("expert_model_parallel_size", p.expert_model_parallel_size, p.expert_model_parallel_size == 1, "1"),
         ("overlap_grad_reduce", p.overlap_grad_reduce, not p.overlap_grad_reduce, "false"),
         ("overlap_param_gather", p.overlap_param_gather, not p.overlap_param_gather, "false"),
     ):

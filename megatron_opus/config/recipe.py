@@ -65,6 +65,16 @@ class ModelConfig(Section, at="model"):
     add_qkv_bias: bool = True  # The query, key and value projection has a bias.
     qk_layernorm: bool = False  # Queries and keys are normalized per head, as in Qwen3.
     untie_embeddings_and_output_weights: bool = False  # The output layer has a matrix of its own.
+    # Experts in each block's MLP, of which every token takes moe_router_topk. null: one MLP.
+    num_moe_experts: Annotated[int, within("2 <= experts <= 4096")] | None = None
+    moe_router_topk: Annotated[int, positive(4096)] = 2  # Experts that each token is sent to.
+    # Width of each expert. null: ffn_hidden_size.
+    moe_ffn_hidden_size: Annotated[int, positive(10**7)] | None = None
+    # Width of the experts that every token takes beside the chosen ones. null: none.
+    moe_shared_expert_intermediate_size: Annotated[int, positive(10**7)] | None = None
+    moe_shared_expert_gate: bool = False  # The shared experts' output is weighed by a gate, as in Qwen2-MoE.
+    # Weight of the loss that balances the experts' load in training; it never enters a score.
+    moe_aux_loss_coeff: Rate = 0.0
     hidden_dropout: Dropout = 0.0  # Dropout of what each block adds, in training.
     attention_dropout: Dropout = 0.0  # Dropout of attention weights, in training.
     # Standard deviation of random initial weights. Lower it for wide models.
@@ -110,6 +120,10 @@ class ParallelConfig(Section, at="parallel"):
     pipeline_model_parallel_size: Annotated[int, positive(1024)] = 1
     # Pieces of the model on each pipeline stage (interleaved schedule). null: one piece.
     virtual_pipeline_model_parallel_size: Annotated[int, positive(1024)] | None = None
+    # Ranks over which the experts of a layer lie, out of those that tensor and data parallelism have; engine megatron.
+    expert_model_parallel_size: Annotated[int, positive(1024)] = 1
+    # How tokens travel to experts on other ranks: each rank gets all of them, or those alone that it needs.
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
     # Tensor-parallel ranks split the tokens between matrices: less memory for the same result.
     sequence_parallel: bool = False
     # What ZeRO splits over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too; 0: nothing.

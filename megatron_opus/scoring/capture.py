@@ -10,6 +10,11 @@ Per tensor-parallel rank, sequence parallel off (on: the token dimension of the 
     VocabParallelEmbedding  ids [B, s]     [B, s, h]       rows of this rank, all columns
     nn.Embedding            ids [B, s]     [B, s, h]       everything
     Conv1D (transformers)   [B, s, in]     [B, s, out]     everything, stored [in, out]
+    an expert               [rows, in]     [rows, out]     everything, of the tokens that were sent to it
+    router, shared gate     [s/tp, B, in]  [s/tp, B, out]  everything, of this rank's tokens
+
+The rows of an expert are tokens of several sequences in any order, under expert parallelism also of other ranks'.
+Its `routing` says which sequence each of them belongs to. An expert without any token has no row, and adds nothing.
 
 An embedding is a linear layer whose sides have changed places: its *row* factor is one-hot(ids), and its column factor
 is the gradient of its output. The sides of a weight stored [in, out] have changed places too: its row factor is the
@@ -23,6 +28,7 @@ activation checkpointing runs a second time, inside the backward pass, is not co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,20 +54,36 @@ class Sums:
 
     Of the n candidates, phi [n, F] float32 are the features and align [n] float64 the alignment. Of the proxy, psi [F]
     float32 is the sum of the features over its sequences, and gradients [rows, columns] float32 is such a sum for each
-    matrix. F is the sum of the matrices' sketch dimensions (scope `layer`) or their maximum (scope `model`: all share
-    one sketch, with independent hashes). Three matrices of 8192 give F = 24576 or 8192.
+    matrix. F is the sum of the slots' sketch dimensions (scope `layer`; a slot is one matrix, or all experts of a layer,
+    which share one sketch with independent hashes) or their maximum (scope `model`: all share one). Three slots of 8192
+    give F = 24576 or 8192.
+
+    Experts see sequences of `shares` data-parallel ranks: phi is then [shares * n, F] and align [shares * n], of which
+    n rows are this rank's own.
     """
 
     def __init__(
-        self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True, width: int = 0
+        self,
+        dims: Sequence[int],
+        slots: Sequence[int],
+        n: int,
+        scope: str,
+        device: torch.device,
+        *,
+        features: bool = True,
+        width: int = 0,
+        shares: int = 1,
     ) -> None:
-        """`width` is at least the F of scope `model`: other pipeline stages may have larger matrices."""
-        self.offsets = [sum(dims[:i]) if scope == "layer" else 0 for i in range(len(dims))]
-        self.dims = list(dims)
-        total = (sum(dims) if scope == "layer" else max([width, *dims])) if features else 0
-        self.phi = torch.zeros(n, total, dtype=torch.float32, device=device)
+        """`slots` numbers the slot of each matrix, ascending from 0 at their first use. `width` is at least the F of
+        scope `model`: other pipeline stages may have larger matrices."""
+        widest = [max(d for d, s in zip(dims, slots, strict=True) if s == slot) for slot in range(len(set(slots)))]
+        self.offsets = [sum(widest[:slot]) if scope == "layer" else 0 for slot in slots]
+        self.dims, self.slots = list(dims), list(slots)
+        self.n, self.shares = n, shares
+        total = (sum(widest) if scope == "layer" else max([width, *dims])) if features else 0
+        self.phi = torch.zeros(shares * n, total, dtype=torch.float32, device=device)
         self.psi = torch.zeros(total, dtype=torch.float32, device=device)
-        self.align = torch.zeros(n, dtype=torch.float64, device=device)
+        self.align = torch.zeros(shares * n, dtype=torch.float64, device=device)
         self.probes: dict[int, Tensor] = {}  # of each matrix, [k, k] float32: see verify.py
         self.epsilon = 0.0  # relative rounding error of the least precise activations that were seen
         self.gradients: list[Tensor | None] = [None] * len(dims)
@@ -71,6 +93,10 @@ class Sums:
 
     def all_columns(self) -> list[slice]:
         return [self.columns(i) for i in range(len(self.dims))]
+
+    def of_share(self, value: Tensor, share: int, count: int) -> Tensor:
+        """Return of phi or align the first `count` rows of one share."""
+        return value.view(self.shares, self.n, *value.shape[1:])[share, :count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +108,7 @@ class Reading:
     shape: tuple[int, int]  # sequences and tokens of the micro-batch
     first: int = 0
     probed: int = 0  # the sequence of the micro-batch that parts with `probe` read
+    share: int = 0  # of this rank, in `Sums`
 
 
 class Capture:
@@ -105,9 +132,16 @@ class Capture:
         self._backward_calls = [0] * len(layers)
         self._without_gradient = [0] * len(layers)  # forward calls under no_grad that no call with a graph followed
         self._handles: list[RemovableHandle] = []
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
+        # what follows tokens must look at a layer's routing before the experts are called
+        routings = {id(x.routing): x.routing for x in self._layers if x.routing is not None}
+        for routing in routings.values():
+            self._opened.enter_context(routing.observed(self._reading.shape[0], self._reading.share))
         for index, layer in enumerate(self._layers):
+            if layer.shown is not None:
+                self._opened.enter_context(layer.shown())
             self._handles.append(layer.module.register_forward_hook(self._make_forward_hook(index), with_kwargs=True))
         return self
 
@@ -115,6 +149,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._opened.close()
         self.leaves.clear()
 
     @property
@@ -125,8 +160,8 @@ class Capture:
         """Raise CaptureError unless every layer was seen forward and backward equally often, at least once."""
         for index, layer in enumerate(self._layers):
             forward, backward = self._forward_calls[index], self._backward_calls[index]
-            if forward and forward == backward:
-                continue
+            if forward == backward and (forward or layer.routing is not None):
+                continue  # an expert to which no token was sent may never be called
             if self._without_gradient[index]:
                 cause = (
                     "it runs under torch.no_grad() inside the model's forward pass, so that no gradient reaches it; a "
@@ -170,10 +205,14 @@ class Capture:
             self._forward_calls[index] += 1
             self._sums.epsilon = max(self._sums.epsilon, torch.finfo(out.dtype).eps)
             kept: list[Tensor] = []
-            if not layer.replicated or self._groups.tp_rank == 0:
+            if not layer.replicated or layer.own_tokens or self._groups.tp_rank == 0:
                 with torch.no_grad():
                     if layer.embedding:
                         kept = [self._by_sequence(given.detach()[..., None], layer, "input")[..., 0]]
+                    elif layer.routing is not None:
+                        x = given.detach()
+                        kept = [_sequences(layer, x)]
+                        kept += [project(x, _first(part, layer)) for part in self._parts_of(index)]
                     else:
                         x = self._by_sequence(given.detach(), layer, "input")
                         kept = [
@@ -201,6 +240,11 @@ class Capture:
                 # autograd keeps this hook until the whole graph is gone: what it closes over must not keep the factors
                 forward = list(kept)
                 kept.clear()
+                if layer.routing is not None:
+                    for part, a in zip(self._parts_of(index), forward[1:], strict=True):
+                        b = project(grad, _second(part, layer))
+                        self._reduce_rows(index, part, *((b, a) if layer.transposed else (a, b)), forward[0])
+                    return
                 grad = self._by_sequence(grad, layer, "output")
                 if layer.embedding:
                     self._read_embedding(index, forward[0], grad)
@@ -292,7 +336,8 @@ class Capture:
             one = (x.reshape(1, -1, x.shape[-1]) for x in (kept, projected))
             sums.psi[sums.columns(matrix)].add_(part.operator.features(*one)[0])
             return
-        rows = slice(self._reading.first, self._reading.first + len(kept))
+        first = self._reading.share * sums.n + self._reading.first
+        rows = slice(first, first + len(kept))
         kappa = self._preconditioners.kappa(matrix)
         a, b = part.widths or ((0, 0) if part.operator is None else (kept.shape[-1], projected.shape[-1]))
         if part.operator is not None:
@@ -304,10 +349,68 @@ class Capture:
             dots = torch.linalg.vecdot(kept[..., a:].float(), projected[..., b:].float()).sum(1)
             sums.align[rows].add_(dots, alpha=kappa)
 
+    def _reduce_rows(self, index: int, part: Part, kept: Tensor, projected: Tensor, sequences: Tensor) -> None:
+        """Reduce the factors [rows, w] of an expert, whose rows belong to `sequences` [rows] of the micro-batch."""
+        matrix, sums, reading = self._matrix_of[index], self._sums, self._reading
+        if part.probe:
+            mine = sequences == reading.share * reading.shape[0] + reading.probed
+            product = projected[mine].float().mT @ kept[mine].float()
+            sums.probes[matrix] = product + sums.probes[matrix] if matrix in sums.probes else product
+            return
+        if part.gradient:
+            self._add_gradient(index, projected.float().mT @ kept.float())
+            return
+        if not len(sequences):
+            return
+        if not reading.candidate:
+            assert part.operator is not None
+            sums.psi[sums.columns(matrix)].add_(part.operator.features(kept[None], projected[None])[0])
+            return
+        size = reading.shape[0]
+        # the sequence of a share, in the rows that share has in the sums
+        rows = (sequences // size) * sums.n + reading.first + sequences % size
+        kappa = self._preconditioners.kappa(matrix)
+        a, b = part.widths or ((0, 0) if part.operator is None else (kept.shape[-1], projected.shape[-1]))
+        if part.operator is not None:
+            found, places = torch.unique(rows, return_inverse=True)
+            one_each = (by_sequence(x, places, len(found)) for x in (kept[:, :a], projected[:, :b]))
+            phi = part.operator.features(*one_each, self._preconditioners.multiplier(matrix))
+            columns = sums.columns(matrix)
+            sums.phi[:, columns].index_add_(0, found, phi, alpha=kappa)
+        if part.aligned:
+            dots = torch.linalg.vecdot(kept[:, a:].float(), projected[:, b:].float())
+            sums.align.index_add_(0, rows, dots.double(), alpha=kappa)
+
     def _add_gradient(self, index: int, value: Tensor) -> None:
         matrix = self._matrix_of[index]
         previous = self._sums.gradients[matrix]
         self._sums.gradients[matrix] = value if previous is None else previous.add_(value)
+
+
+def by_sequence(x: Tensor, places: Tensor, count: int) -> Tensor:
+    """Sort rows [rows, w] into [count, longest, w] by `places` [rows], filled up with zeros, which add nothing.
+
+    Five rows of sequences 0, 1, 0, 0, 1 become [2, 3, w].
+    """
+    order = torch.argsort(places, stable=True)
+    counts = torch.bincount(places, minlength=count)
+    starts = counts.cumsum(0) - counts
+    sorted_places = places[order]
+    within = torch.arange(len(places), device=x.device) - starts[sorted_places]
+    out = x.new_zeros(count, int(counts.max()), x.shape[-1])
+    out[sorted_places, within] = x[order]
+    return out
+
+
+def _sequences(layer: ScoredLayer, x: Tensor) -> Tensor:
+    assert layer.routing is not None
+    found = layer.routing.sequences(layer.expert)
+    if x.dim() != 2 or len(x) != len(found):
+        raise CaptureError(
+            f"layer {layer.name}: expected the {len(found)} rows of the tokens that were sent to this expert, got "
+            f"{list(x.shape)}; the expert is called with other rows than the dispatcher gave it"
+        )
+    return found
 
 
 def inside_backward() -> bool:

@@ -55,7 +55,7 @@ class Preconditioners:
     """Read the optimizer state that the ranks of `groups.state` hold between them, and apply P with it.
 
     All ranks of the tensor-parallel and the state group must call `refresh` together, and all ranks of the state group
-    `compose` and `multiplier`.
+    `compose` and `multiplier`. Experts that lie apart have a state group of their own (`Groups.state_of`).
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Preconditioners:
         Under Muon one all-reduce over the state group serves all requests (in pieces when large).
         """
         results: list[Projection] = []
-        sent: list[Tensor] = []
+        sent: dict[bool, list[Tensor]] = {False: [], True: []}  # of matrices that lie apart or not
         for index, side, sketch in requests:
             diagonal = self._diagonals.get(index)
             muon = self._muon.get(index)
@@ -147,11 +147,12 @@ class Preconditioners:
                     value = self._times_multiplier(index, muon, sketch)
                 else:
                     value = torch.zeros(size, _width(sketch, size), device=self._device)
-                sent.append(value)
+                sent[self._matrices[index].apart].append(value)
                 results.append(value)
             else:
                 results.append(sketch)
-        all_reduce_many(sent, self._groups.state, self._traffic)
+        all_reduce_many(sent[False], self._groups.state, self._traffic)
+        all_reduce_many(sent[True], self._groups.expert_state, self._traffic)
         return results
 
     def _times_multiplier(self, index: int, muon: _Muon, sketch: Projection) -> Tensor:
@@ -180,7 +181,7 @@ class Preconditioners:
             return None
         shard = self._assemble(index, self._state.second_moment(self._matrices[index].weight))
         if self._state.sharded_over_dp:
-            all_reduce(shard, self._groups.state, self._traffic)
+            all_reduce(shard, self._groups.state_of(self._matrices[index])[0], self._traffic)
         # what is no second moment marks every candidate as not finite: an infinite one would only take the weight out
         return exact_multiplier(torch.where(torch.isfinite(shard), shard, torch.nan), hyper)
 
@@ -201,6 +202,13 @@ class Preconditioners:
                 if isinstance(h, AdamHyper) and self._started[i]]  # fmt: skip
         if not adam:
             return
+        for apart in (False, True):
+            self._read_together([found for found in adam if found[1].apart == apart], apart)
+
+    def _read_together(self, adam: Sequence[tuple[int, ScoredLayer, AdamHyper]], apart: bool) -> None:
+        """Read the second moments of matrices whose state is spread over the same ranks."""
+        if not adam:
+            return
         sizes = [x.d_out + x.d_in for _, x, _ in adam]
         sums = torch.zeros(sum(sizes), dtype=torch.float64, device=self._device)
         views = sums.split(sizes)
@@ -215,8 +223,9 @@ class Preconditioners:
                 view[: x.d_out].index_add_(0, rows, row_sum.to(self._device))
                 view[x.d_out :].index_add_(0, cols, col_sum.to(self._device))
         if self._state.sharded_over_dp:
-            all_reduce(sums, self._groups.state, self._traffic)
-        all_reduce(sums, self._groups.tp, self._traffic)
+            all_reduce(sums, self._groups.state_of(adam[0][1])[0], self._traffic)
+        if not apart:  # each of them lies whole on its ranks
+            all_reduce(sums, self._groups.tp, self._traffic)
         if not torch.isfinite(sums).all():
             bad = [x.name for (_, x, _), view in zip(adam, views, strict=True) if not torch.isfinite(view).all()]
             raise UnsupportedOptimizer(
@@ -229,11 +238,17 @@ class Preconditioners:
 
     def _read_momenta(self) -> None:
         chosen = [i for i, h in enumerate(self._hypers) if isinstance(h, MuonHyper) and self._started[i]]
+        for apart in (False, True):
+            self._read_momenta_of([i for i in chosen if self._matrices[i].apart == apart])
+
+    def _read_momenta_of(self, chosen: Sequence[int]) -> None:
+        """Read the momenta of matrices whose state is spread over the same ranks."""
         if not chosen:
             return
+        group, group_rank = self._groups.state_of(self._matrices[chosen[0]])
         fragments = [self._state.momentum(self._matrices[i].weight) for i in chosen]
         held = torch.tensor([sum(f.values.numel() for f in found) for found in fragments], device=self._device)
-        everywhere = all_gather(held[None], self._groups.state, self._traffic).tolist()  # [dp][matrices]
+        everywhere = all_gather(held[None], group, self._traffic).tolist()  # [dp][matrices]
         load = [0] * len(everywhere)
         for place, (i, found) in enumerate(zip(chosen, fragments, strict=True)):
             rows, cols = len(self._rows[i]), len(self._cols[i])
@@ -245,7 +260,7 @@ class Preconditioners:
             x = self._matrices[i]
             whole = hyper.whole and not x.replicated
             side: Side = "rows" if hyper.split else muon_side(x.d_out, x.d_in) if whole else muon_side(rows, cols)
-            muon = _Muon(side=side, owner=owner == self._groups.state_rank, whole=whole)
+            muon = _Muon(side=side, owner=owner == group_rank, whole=whole)
             momentum = self._assemble(i, found) if muon.owner or not holders else None
             if not holders:
                 if sum(sizes[place] for sizes in everywhere) != rows * cols:
@@ -254,8 +269,8 @@ class Preconditioners:
                         f"{rows * cols} numbers between them, found {[sizes[place] for sizes in everywhere]}"
                     )
                 assert momentum is not None
-                assert self._groups.state is not None
-                dist.reduce(momentum, dist.get_global_rank(self._groups.state, owner), group=self._groups.state)
+                assert group is not None
+                dist.reduce(momentum, dist.get_global_rank(group, owner), group=group)
                 self._traffic.count(momentum)
             if muon.owner:
                 assert momentum is not None

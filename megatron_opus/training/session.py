@@ -237,10 +237,15 @@ class Session:
 
 def _check_weights(model: nn.Module, layout: ModelLayout, groups: Groups) -> None:
     """Replicated weights are the same on every rank, shards on the data-parallel ranks that hold the same one."""
+    parameters = dict(named_parameters(model))
+    apart = {n: p for n, p in parameters.items() if layout.ep_size > 1 and layout[n].expert is not None}
     alike, cut = weight_digests(
-        named_parameters(model), lambda name: layout.tp_size > 1 and layout[name].cut is not None
+        ((n, p) for n, p in parameters.items() if n not in apart),
+        lambda name: layout.tp_size > 1 and layout[name].cut is not None,
     )
     stage = f"pipeline stage {groups.pp_rank}" if groups.pp_size > 1 else ""
+    experts, _ = weight_digests(apart.items(), lambda name: False)
+    check_agreement({"initial weight": experts}, peers=f"expert-parallel rank {groups.ep_rank} {stage}".strip())
     check_agreement({"initial weight": alike}, peers=stage)
     check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank} {stage}".strip())
 

@@ -28,7 +28,7 @@ def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
     layers, state = megatron_layers(engine.module, recipe_layout(config)), engine.optimizer_state()
     selection = dataclasses.replace(SelectionConfig(), score_length=LENGTH // 2)
     runner, device = engine.runner(), torch.device(engine.device)
-    verify = runner if runner.has_whole_weights else None  # the comparison with autograd must disturb nothing either
+    verify = None if runner.incomparable else runner  # the comparison with autograd must disturb nothing either
     scorer = ScoringPass(runner, layers, state, selection, groups=groups, device=device, verify=verify)
     mine = [random_batch(4, LENGTH, seed=i).rows(2 * groups.dp_rank, 2 * groups.dp_rank + 2) for i in (1, 2)]
     return lambda: scorer(*mine)

@@ -185,6 +185,29 @@ def tag_for_layer_wise(pieces: Sequence[Any]) -> None:
     importlib.import_module("megatron.core.optimizer.layer_wise_optimizer").tag_params_for_buffer_routing(pieces)
 
 
+def all_to_all_dispatcher() -> type:
+    """Return megatron-core's all-to-all dispatcher of experts, whose private names below are the same in 0.16 to 0.19.
+
+    Raises UnsupportedRelease naming what a later release has moved.
+    """
+    module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    kind: type = module.MoEAlltoAllTokenDispatcher
+    for name in ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize"):
+        if not hasattr(kind, name):
+            raise missing("megatron-core", f"MoEAlltoAllTokenDispatcher.{name}")
+    return kind
+
+
+def name_missing_kernels() -> None:
+    """Give megatron-core's experts the name of a kernel that 0.16 and 0.17 ask for without Transformer Engine.
+
+    Their router compares `te_general_gemm` with None, a name that only an import of Transformer Engine makes there.
+    """
+    module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None  # type: ignore[attr-defined]
+
+
 # --- DeepSpeed ------------------------------------------------------------------------------------------------------
 
 
