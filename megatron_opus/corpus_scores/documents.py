@@ -3,7 +3,7 @@
     piece   about 4M tokens of one domain: what is scored and kept as one file
     block   about 256k tokens of a piece: what a scorer sees at once
 
-Both are functions of the corpus alone, so that a score depends on neither interruptions nor parts.
+A slow scorer asks for smaller ones. Both are functions of the corpus and the scorer, so that a score depends on neither interruptions nor parts.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class CorpusDocuments(CandidateDocuments):
         if not self.entries:
             raise ScoreError(f"{directory}: expected candidates to score, found none; prepare a corpus with some")
 
-    def blocks(self, piece: DocumentRange) -> Iterator[Block]:
-        """Yield the documents of a piece in order."""
-        yield from _blocks(self.streams[piece.domain], piece)
+    def blocks(self, piece: DocumentRange, tokens: int | None = None) -> Iterator[Block]:
+        """Yield the documents of a piece in order, about `tokens` tokens at once (default 256k)."""
+        yield from _blocks(self.streams[piece.domain], piece, tokens)
 
     def tokens_of(self, piece: DocumentRange) -> int:
         """Count the tokens of a piece."""
@@ -137,12 +137,12 @@ class CorpusDocuments(CandidateDocuments):
             yield Block(ids=ids, ends=np.cumsum([len(one) + 1 for one in encoded], dtype=np.int64))
 
 
-def _blocks(stream: TokenDocuments, piece: DocumentRange) -> Iterator[Block]:
-    ends = stream.document_ends
+def _blocks(stream: TokenDocuments, piece: DocumentRange, tokens: int | None = None) -> Iterator[Block]:
+    ends, size = stream.document_ends, tokens or _BLOCK_TOKENS
     first = piece.first
     while first < piece.stop:
         start = int(ends[first - 1]) if first else 0
-        stop = min(max(int(np.searchsorted(ends, start + _BLOCK_TOKENS)), first + 1), piece.stop)
+        stop = min(max(int(np.searchsorted(ends, start + size)), first + 1), piece.stop)
         ids = stream.tokens(start, int(ends[stop - 1]) - start)
         yield Block(ids=ids, ends=np.asarray(ends[first:stop]) - start, piece=piece, first=first)
         first = stop
