@@ -1,4 +1,4 @@
-"""Published GPT-2, Qwen3 and Llama checkpoints: their config.json, tensor names, and where each row of ours lies in theirs.
+"""Published GPT-2, Qwen3 and Llama checkpoints: config.json, tensor names, and where each row of ours lies in theirs.
 
 Pure functions of the configuration (h hidden, f feed-forward, n heads, g query groups, c channels, V vocabulary):
 
@@ -11,8 +11,8 @@ linear_fc1 [f, h] or [2f, h]      h.i.mlp.c_fc [h, f]                  gate_proj
 linear_fc2 [h, f]                 h.i.mlp.c_proj [f, h]                down_proj
 output_layer [V', h]              lm_head [V, h]                       lm_head [V, h]
 
-Llama is Qwen3 without the norms of queries and keys. GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its columns. V' is V rounded up; no
-published tensor holds its last rows, which are zeros.
+Llama is Qwen3 without the norms of queries and keys. GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its
+columns. V' is V rounded up; no published tensor holds its last rows, which are zeros.
 """
 
 from __future__ import annotations
