@@ -45,12 +45,12 @@ rows = [json.dumps({"text": text}) + "\n" for text in parts_of("noisy")["prose",
 PYTHON
 fi
 
-# the models: 200 steps on the whole corpus, and 40 more on the target's text, of other seeds than those of the arms
+# the models: 150 steps on the whole corpus, and 40 more on the target's text, of other seeds than those of the arms
 small=(configs/pretrain_gpt2_tiny.yaml output_dir="$out" selection.strategy=random data.domain_weights=null seed=1000
-  model.num_layers=3 model.hidden_size=96 model.num_attention_heads=4 optimizer.lr=1e-3 optimizer.min_lr=1e-4
+  model.num_layers=2 model.hidden_size=64 model.num_attention_heads=4 optimizer.lr=2e-3 optimizer.min_lr=2e-4
   training.eval_interval=0 training.checkpoint_interval=0 training.tensorboard=false training.log_interval=50)
 tokenizer=$out/whole/tokenizer
-counted prior "$python" -m megatron_opus.training "${small[@]}" name=prior data.path="$out/whole" training.train_steps=200
+counted prior "$python" -m megatron_opus.training "${small[@]}" name=prior data.path="$out/whole" training.train_steps=150
 counted target_corpus megatron prepare-data --output "$out/target" --tokenizer "sentencepiece:$tokenizer/sentencepiece.model" \
   --candidates target="$out/target.jsonl" --candidates-holdout 0.1
 counted conditional "$python" -m megatron_opus.training "${small[@]}" name=conditional data.path="$out/target" \

@@ -99,7 +99,7 @@ def test_losses_are_those_of_transformers(corpus: Path, models: dict[str, Path],
             assert loss.of[entry.name][i] == pytest.approx(tokens.mean().item(), abs=1e-4)
             worst = tokens.sort().values[-max(1, int(0.3 * len(tokens))) :]
             assert least.of[entry.name][i] == pytest.approx(-worst.mean().item(), abs=1e-4)
-    assert {1, 2, 3} <= {*lengths}
+    assert {2, 3} <= {*lengths}
     assert max(len(ids) for ids in every_document(documents, 0)) > 3 * 80 + 2  # some windows are passed over
 
 
@@ -175,10 +175,11 @@ def test_a_checkpoint_brings_its_optimizer_along(corpus: Path, trained: Path, tm
     auto = scored(corpus, scorer, tmp_path / "auto")
     assert scorer._passes[0].preconditioners.geometry.startswith("adamw")
     plain = scored(corpus, Opus([trained], geometry="sgd", windowing=windowing), tmp_path / "sgd")
-    ranks = [np.argsort(np.argsort(x.of["mixed"])) for x in (auto, plain)]
-    assert 0.2 < np.corrcoef(*ranks)[0, 1] < 0.9999
-    science = [np.median(auto.of[name]) for name in ("science", "sports")]
-    assert np.isfinite(science).all()
+    found, other = auto.of["mixed"], plain.of["mixed"]
+    assert abs(np.corrcoef(found, other)[0, 1]) < 0.99
+    assert (
+        0.1 < found.std() / (tiny_runs.recipe(tmp_path, tmp_path, "x").optimizer.lr * other.std()) < 1e6
+    )  # not 1 / eps
 
 
 # --- parts and interruptions ----------------------------------------------------------------------------------------
@@ -232,7 +233,12 @@ def refused(corpus: Path, scorer: ModelScorer | Opus, output: Path, message: str
 def test_another_tokenizer_is_refused(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
     """Guards against losses of ids that mean other words to the model: they look like numbers of junk."""
     small = hf_models.save(tmp_path / "small", "gpt2")
-    refused(corpus, Loss([small], windowing=SHORT), tmp_path / "s", r"at most the model's 91 token ids, found \d+")
+    refused(
+        corpus,
+        Loss([small], windowing=Windowing(tokens=32)),
+        tmp_path / "s",
+        r"at most the model's 91 token ids, found \d+",
+    )
     other = shutil.copytree(models["gpt2"], tmp_path / "with_tokenizer")
     vocabulary = {"<|endoftext|>": 0, **{chr(97 + i): i + 1 for i in range(26)}}
     tokenizer = {
@@ -254,7 +260,12 @@ def test_another_tokenizer_is_refused(corpus: Path, models: dict[str, Path], tmp
 def test_the_run_s_own_tokenizer_is_compared(trained: Path, tmp_path: Path) -> None:
     """Guards against a corpus of another training of SentencePiece, of the same size as the run's."""
     other = topic_corpus(tmp_path / "other", documents=60)
-    refused(other, Loss([trained], windowing=SHORT), tmp_path / "t", "prepared with the model's own tokenizer")
+    refused(
+        other,
+        Loss([trained], windowing=Windowing(tokens=32)),
+        tmp_path / "t",
+        "prepared with the model's own tokenizer",
+    )
 
 
 def test_models_that_cannot_score_are_refused(
