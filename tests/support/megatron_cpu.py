@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -99,7 +100,7 @@ class FusedAdam(torch.optim.Optimizer):
 def install() -> None:
     """Import Megatron's training loop while torch still tells the truth, then put the stand-ins in its place."""
     import megatron.core.datasets.utils as dataset_utils
-    import megatron.core.models.gpt  # noqa: F401
+    import megatron.core.models.gpt
     import megatron.core.optimizer as optimizers
     import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.training.training  # noqa: F401
@@ -119,6 +120,7 @@ def install() -> None:
     cuda.Stream = cuda.Event = _Nothing
     cuda.memory_stats = lambda *args, **kwargs: {}
     cuda.get_device_capability = lambda *args, **kwargs: (8, 0)
+    cuda.get_device_properties = lambda *args, **kwargs: SimpleNamespace(major=8, minor=0, name="cpu")
     cuda.is_current_stream_capturing = lambda: False
     torch.accelerator.current_stream = lambda *args, **kwargs: _Nothing()  # type: ignore[assignment,return-value]
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
