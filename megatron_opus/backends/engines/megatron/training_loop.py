@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -27,7 +28,6 @@ from megatron_opus.backends.engines.megatron.pipeline import ScheduleRunner
 from megatron_opus.backends.model.parallel import megatron_groups
 from megatron_opus.backends.model.scored_layers import megatron_layers
 from megatron_opus.config import ConfigError, SelectionConfig
-from megatron_opus.scoring.collectives import Traffic, broadcast
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, OptimizerState, ScoredLayer
 
 ForwardStep = Callable[..., tuple[Tensor, Any]]
@@ -164,9 +164,11 @@ class SequenceLosses:
 
     def gathered(self) -> Tensor:
         """Return [K] losses on the CPU in the order micro-batch, data-parallel rank, row. Collective."""
-        own = broadcast(self._own.flatten(), self._groups.pp, Traffic(), source=self._groups.pp_size - 1)
-        every = of_all_ranks(own, self._groups).cpu()
-        return every.view(self._groups.dp_size, -1, self._size).transpose(0, 1).reshape(-1)
+        groups, own = self._groups, self._own.flatten()
+        if groups.pp is not None:
+            dist.broadcast(own, src=dist.get_global_rank(groups.pp, groups.pp_size - 1), group=groups.pp)
+        every = of_all_ranks(own, groups).cpu()
+        return every.view(groups.dp_size, -1, self._size).transpose(0, 1).reshape(-1)
 
 
 # --- datasets -------------------------------------------------------------------------------------------------------
