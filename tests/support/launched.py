@@ -1,7 +1,7 @@
 """Real runs of the trainer, one operating system process for each rank, that tests may signal, stop and kill.
 
 The ranks start as under a launcher, through launch/start.py, but are forked from one process that has imported torch,
-megatron-core and deepspeed already: that takes most of the time of a short run.
+megatron-core and deepspeed already: that takes most of the time of a short run. Other programs are run in the same way.
 """
 
 from __future__ import annotations
@@ -89,12 +89,26 @@ class Launched:
         return "\n".join(f"--- rank {r}:\n{self.log(r)[-3000:]}" for r in range(len(self.pids)))
 
 
-class Server:
-    """Forks ranks. One for all tests; `close` kills whatever is left."""
+def trainer() -> None:
+    """Import what takes the time of a short run of the trainer."""
+    import megatron_opus.training.session  # noqa: F401
 
-    def __init__(self) -> None:
+
+def train(arguments: list[str]) -> int:
+    """Run the trainer on this rank; its exit status."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    import start
+
+    return start.start(RECIPE)
+
+
+class Server:
+    """Forks ranks that run `program`. One for all tests; `close` kills whatever is left."""
+
+    def __init__(self, prepare: Callable[[], None] = trainer, program: Callable[[list[str]], int] = train) -> None:
+        """`prepare()` runs once, before any rank is forked; `program(arguments)` gives the exit status of a rank."""
         self._connection, theirs = mp.get_context("spawn").Pipe()
-        self._process = mp.get_context("spawn").Process(target=_serve, args=(theirs,))
+        self._process = mp.get_context("spawn").Process(target=_serve, args=(theirs, prepare, program))
         self._process.start()
         theirs.close()
         self._started: list[Launched] = []
@@ -120,7 +134,7 @@ class Server:
             files.append(logs / f"rank{rank}.log")
             pids.append(self.ask("fork", arguments, environment, str(files[-1]), prepare))
         values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-        launched = Launched(self, pids, files, Path(values["output_dir"]) / values["name"])
+        launched = Launched(self, pids, files, Path(values.get("output_dir", logs)) / values.get("name", ""))
         self._started.append(launched)
         return launched
 
@@ -131,12 +145,11 @@ class Server:
         self._process.join()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None], program: Callable[[list[str]], int]) -> None:
     import torch
 
-    import megatron_opus.training.session  # noqa: F401  what takes the time
-
     torch.set_num_threads(1)
+    prepare()
     while True:
         try:
             request = connection.recv()
@@ -149,13 +162,19 @@ def _serve(connection: Connection) -> None:
             pid = os.fork()
             if pid == 0:
                 try:
-                    _rank(*request[1:])
+                    _rank(program, *request[1:])
                 finally:
                     os._exit(99)
             connection.send(pid)
 
 
-def _rank(arguments: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None) -> None:
+def _rank(
+    program: Callable[[list[str]], int],
+    arguments: list[str],
+    environment: dict[str, str],
+    log: str,
+    prepare: Callable[[], None] | None,
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -164,9 +183,6 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str, prepare: 
     os.environ.update(environment)
     os.setsid()
     sys.argv = ["run", *arguments]
-    sys.path.insert(0, str(ROOT / "launch"))
-    import start
-
     if prepare is not None:
         prepare()
-    os._exit(start.start(RECIPE))
+    os._exit(program(arguments))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class MegatronEngine:
     def runner(self) -> MicrobatchRunner:
         pieces = stages.pieces(self._model)
         if self.groups.pp is None:
-            return _WholeRunner(pieces[0], self.device, self._gathered)
+            return WholeRunner(pieces[0], forward_loss, self.device, self._gathered)
         return ScheduleRunner(pieces, self.device, self._gathered)
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -161,20 +161,8 @@ class MegatronEngine:
             dist.broadcast(values, src=last, group=self.groups.pp)
         return values
 
-    @contextlib.contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """Gather the weights that the last step has updated, and keep them: outside a training step nothing waits.
-
-        The hooks of `overlap_param_gather` gather them in the next forward pass of training, and refuse frozen ones.
-        """
-        hooked = [wrapped for wrapped in self._wrapped if wrapped.remove_forward_pre_hook_handles]
-        for wrapped in hooked:
-            wrapped.disable_forward_pre_hook(param_sync=True)
-        try:
-            yield
-        finally:
-            for wrapped in hooked:
-                wrapped.enable_forward_pre_hook()
+    def _gathered(self) -> contextlib.AbstractContextManager[None]:
+        return gathered(self._wrapped)
 
     # --- evaluation and checkpoints ---------------------------------------------------------------------------------
 
@@ -194,11 +182,34 @@ class MegatronEngine:
         self._set_rates()
 
 
-class _WholeRunner(WholeModelRunner):
+@contextlib.contextmanager
+def gathered(wrapped: Sequence[Any]) -> Iterator[None]:
+    """Gather the weights that the last step has updated, and keep them: outside a training step nothing waits.
+
+    The hooks of `overlap_param_gather` gather them in the next forward pass of training, and refuse frozen ones.
+    `wrapped` are this stage's pieces inside their DistributedDataParallel.
+    """
+    hooked = [piece for piece in wrapped if piece.remove_forward_pre_hook_handles]
+    for piece in hooked:
+        piece.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for piece in hooked:
+            piece.enable_forward_pre_hook()
+
+
+class WholeRunner(WholeModelRunner):
     """Runs micro-batches through the bare model, between or inside the accumulation steps of its wrapper."""
 
-    def __init__(self, model: nn.Module, device: torch.device, gathered: Callable[[], Any]) -> None:
-        super().__init__(model, forward_loss, device)
+    def __init__(
+        self,
+        model: nn.Module,
+        token_losses: Callable[[Any, Batch], Tensor],
+        device: torch.device,
+        gathered: Callable[[], Any],
+    ) -> None:
+        super().__init__(model, token_losses, device)
         self._gathered = gathered
 
     def losses(self, batches: Any) -> list[Tensor] | None:
