@@ -20,6 +20,7 @@ from megatron_opus.data.buffer import CandidateBuffer
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.data.permutation import key
+from megatron_opus.errors import Refusal
 from megatron_opus.runs.ledger import REASONS, exclusions
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
@@ -29,7 +30,7 @@ from megatron_opus.types import Candidates, Groups, Selection, SelectionStrategy
 ENTROPY_WARNING = 0.99
 
 
-class TooManyFallbacks(RuntimeError):
+class TooManyFallbacks(Refusal, RuntimeError):
     """Selection fell back to random more often than `selection.max_fallbacks` allows."""
 
 
