@@ -65,8 +65,8 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
     # megatron-core warns six times that Apex and Transformer Engine are absent; the run reports both in its own words
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # imported late: a mistyped key should not take the seconds that torch, megatron-core and deepspeed need
-    from megatron_opus.ranks.agreement import software
     from megatron_opus.files import explain
+    from megatron_opus.ranks.agreement import software
     from megatron_opus.ranks.lost_ranks import Watch, failure_message, is_lost_peer, prepare_nccl
     from megatron_opus.ranks.stopping import STOPPED, SignalWatch
     from megatron_opus.runs.lock import RunLock

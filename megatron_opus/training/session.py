@@ -204,8 +204,8 @@ class Session:
             exists = (self.run_dir / CONFIG_FILE).exists()
             if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
                 problem[0] = (
-                    "training.tensorboard: expected the package tensorboard, found none; pip install tensorboard, or set "
-                    "training.tensorboard=false (metrics.jsonl has the same numbers)"
+                    "training.tensorboard: expected the package tensorboard, found none; pip install tensorboard, or "
+                    "set training.tensorboard=false (metrics.jsonl has the same numbers)"
                 )
             elif exists and not resume:
                 problem[0] = (

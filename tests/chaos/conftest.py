@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,15 @@ from launched import Server
 
 
 @pytest.fixture(scope="session")
-def arena(server: Server, embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+def arena(server: Server, embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """DeepSpeed's engine with ZeRO 1 on two ranks, and its undisturbed run."""
-    yield Arena(server, embedded_cache, tmp_path_factory.mktemp("deepspeed"))
+    return Arena(server, embedded_cache, tmp_path_factory.mktemp("deepspeed"))
 
 
 @pytest.fixture(scope="session")
-def megatron_arena(server: Server, embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+def megatron_arena(server: Server, embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """Megatron's engine with the distributed optimizer."""
-    yield Arena(server, embedded_cache, tmp_path_factory.mktemp("megatron"), "parallel.engine=megatron")
+    return Arena(server, embedded_cache, tmp_path_factory.mktemp("megatron"), "parallel.engine=megatron")
 
 
 @pytest.fixture(scope="session")
