@@ -18,6 +18,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, pretrain
@@ -55,6 +56,9 @@ datasets.is_distributed = True  # type: ignore[attr-defined]
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     mask = loss_mask.view(-1).float()
     loss, tokens = torch.sum(losses.view(-1).float() * mask), mask.sum().detach().to(torch.int)
+    get_rerun_state_machine().validate_result(  # a step with a loss of NaN is run again (--rerun-mode)
+        result=loss, rejection_func=torch.isnan, message="a loss is NaN", tolerance=0.0, fatal=True
+    )
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
 
 

@@ -27,7 +27,7 @@ CPU = (
 TINY = (
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", f"{LENGTH}"),
     *("--max-position-embeddings", f"{LENGTH}", "--micro-batch-size", "1", "--global-batch-size", "4"),
-    *("--train-iters", "4", "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--log-interval", "1"),
+    *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--log-interval", "1"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", f"{VOCABULARY}", "--make-vocab-size-divisible-by", "64"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--eval-iters", "2", "--eval-interval", "1000"),
     *("--save-interval", "1000", "--ckpt-format", "torch", "--split", "80,20,0"),
@@ -114,12 +114,23 @@ class LoopRuns:
         opus: Mapping[str, Any] | None = None,
         script: Path = SCRIPT,
         data: Sequence[str] = ("--mock-data",),
+        length: Sequence[str] = ("--train-iters", "4"),
         folder: Path | None = None,
     ) -> tuple[Path, Launched]:
         """Start a run; opus: the keys of its opus.yaml, None for a run without the hook."""
         folder = folder or self.root / name
         folder.mkdir(parents=True, exist_ok=True)
-        arguments = [str(script), *TINY, *CPU, *data, "--save", str(folder), "--data-cache-path", str(self.root / "c")]
+        arguments = [
+            str(script),
+            *TINY,
+            *CPU,
+            *data,
+            *length,
+            "--save",
+            str(folder),
+            "--data-cache-path",
+            str(self.root / "c"),
+        ]
         if opus is not None:
             path = self.root / f"{name}.yaml"
             path.write_text(yaml.safe_dump(dict(opus)))
