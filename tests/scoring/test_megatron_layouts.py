@@ -99,6 +99,33 @@ def train_and_score(optimizer: str, layout: dict[str, Any], with_oracle: bool = 
     return found
 
 
+def train(optimizer: str, layout: dict[str, Any], scored: bool) -> dict[str, Any]:
+    """Train three steps, with a scoring pass before each of them or without; losses, norms, weights and state."""
+    from megatron_opus.backends.engines.megatron.muon import leaves
+    from megatron_opus.backends.model.scored_layers import megatron_layers
+    from megatron_opus.backends.model.stages import named_parameters
+    from megatron_opus.scoring.scoring_pass import ScoringPass
+
+    config = config_of(optimizer, **layout)
+    engine, groups = start(config)
+    layers = megatron_layers(engine.module, recipe_layout(config), SelectionConfig())
+    scorer = ScoringPass(
+        engine.runner(), layers, engine.optimizer_state(), SelectionConfig(), groups=groups, device=engine.device
+    )
+    mine = [random_batch(2, LENGTH, seed=10 * groups.dp_rank + i) for i in range(2)]
+    steps = []
+    for step in range(STEPS + 1):
+        if scored:
+            assert torch.isfinite(scorer(*mine).alignment).all()
+        result = engine.train_step(share_of_rank(batch_of_step(step), groups, 1))
+        steps.append((result.loss, result.grad_norm))
+    found = {name: p.detach().clone() for name, p in named_parameters(engine.module)}
+    states = [state for part, _ in leaves(engine._optimizer) for state in part.optimizer.state.values()]
+    for i, state in enumerate(states):
+        found |= {f"state {i} {key}": torch.as_tensor(value).clone() for key, value in state.items()}
+    return {"steps": steps, "tensors": found}
+
+
 def oracle(engine: Any, layers: Any, state: Any, candidates: Any, proxy: Any) -> dict[str, torch.Tensor]:
     """Utilities from gradients of one sequence at a time in float64, with the preconditioner of each weight's state."""
     from megatron_opus.backends.model.gpt import forward_loss
@@ -213,3 +240,16 @@ def test_muon_on_shards_of_tensor_parallel_ranks(world2: Any, world4: Any, parti
     results = (world2 if world == 2 else world4).run(train_and_score, "Muon, shards", arguments)
     check(results, truth, partition_table, layout, "Muon, shards",
           {name: ("the same at TP 2", truth[name]) for name in ESTIMATORS})  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["TP 2, SP x PP 2", "PP 4, interleaved"])
+@pytest.mark.parametrize("optimizer", ALL)
+def test_scoring_disturbs_no_optimizer_over_stages(world4: Any, optimizer: str, layout: str) -> None:
+    """Guards against a pass over pipeline stages that leaves a gradient, a momentum or a schedule changed."""
+    arguments = LAYOUTS[layout][1]
+    never, always = (world4.run(train, optimizer, arguments, scored) for scored in (False, True))
+    for without, scored in zip(never, always, strict=True):
+        assert scored["steps"] == without["steps"]
+        assert scored["tensors"].keys() == without["tensors"].keys()
+        for name, value in without["tensors"].items():
+            assert torch.equal(scored["tensors"][name], value), name

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from launched import VOLATILE, tiny
+from megatron_muon import needs_muon
 
 from megatron_opus.runs.ledger import read_ledger
 from megatron_opus.runs.metrics import read_metrics
@@ -66,6 +67,28 @@ def test_both_engines_train_the_same_run(server: Any, embedded_cache: Path, tmp_
         want = [row[name] for row in rows]
         assert [row[name] for row in others] == pytest.approx(want, rel=ENGINES_AGREE), name
     assert others[-1]["validation_loss"] == pytest.approx(rows[-1]["validation_loss"], rel=ENGINES_AGREE)
+
+
+@needs_muon
+def test_a_run_of_megatrons_muon(server: Any, embedded_cache: Path, tmp_path: Path) -> None:
+    """Guards against a start, a report or a checkpoint that knows DeepSpeed's Muon alone: whole matrices over TP 2 x
+    PP 2 draw what one process draws, and a layer-wise run in bf16 resumes as the undisturbed one."""
+    muon = ("parallel.engine=megatron", "optimizer.name=muon", "optimizer.muon_lr=0.001")
+    whole = (*muon, "parallel.use_distributed_optimizer=false", "optimizer.muon_fp32_matmul_prec=highest")
+    one, rows = ledger_of(server, embedded_cache, tmp_path, "one", 1, *whole)
+    layout = (*LAYOUTS["TP 2 x PP 2"], "optimizer.muon_tp_mode=duplicated")
+    four, others = ledger_of(server, embedded_cache, tmp_path, "four", 4, *whole, *layout)
+    for column in ("step", "sample_id", "selected"):
+        assert one[column].equals(four[column]), column
+    assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert {row["geometry"] for row in others[1:]} == {"muon"}
+    layer_wise = (*muon, "training.precision=bf16", "training.checkpoint_interval=2")
+    schedule = ("training.train_steps=2", "optimizer.lr_decay_steps=4", "optimizer.min_lr=0.0001")
+    straight, rows = ledger_of(server, embedded_cache, tmp_path, "long", 2, *layer_wise, *schedule[1:])
+    ledger_of(server, embedded_cache, tmp_path, "part", 2, *layer_wise, *schedule)
+    resumed, others = ledger_of(server, embedded_cache, tmp_path, "part", 2, *layer_wise, *schedule[1:], "--resume")
+    assert straight.equals(resumed)
+    assert [row["loss"] for row in others] == [row["loss"] for row in rows]
 
 
 ENGINES_AGREE = 1e-5  # float32

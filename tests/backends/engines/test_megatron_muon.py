@@ -155,6 +155,8 @@ def test_the_preconditioner_is_that_of_the_state(world2: Any, alone: Any, kind: 
         assert max(result["worst"].values()) < MULTIPLIER, result["worst"]
         for name, momentum in result["momenta"].items():
             assert relative(momentum, want["momenta"][name]) < (BF16_TOLERANCE if bf16 else TOLERANCE), name
+        splits = {bool(h.split) for name, h in result["hypers"].items() if "linear_qkv" in name}
+        assert splits == {muon.get("muon_split_qkv", True)}
         held = {sum(x) for x in result["holders"].values()}
         assert held == ({1} if kind.startswith("layer-wise") else {2})
 

@@ -42,7 +42,7 @@ class MegatronState:
     """Reads a Megatron optimizer, replicated, distributed or layer-wise, in float32 or bf16 (see `OptimizerState`)."""
 
     def __init__(self, optimizer: Any, groups: Groups, completed_steps: Callable[[], int]) -> None:
-        """Find out where everything lies. Collective over `groups.dp`; reading is not.
+        """Find out where everything lies. Collective over `groups.state`; reading is not.
 
         `completed_steps()` is the number of optimizer steps taken so far: a rank that owns nothing has nothing else to
         tell it by.
@@ -72,10 +72,10 @@ class MegatronState:
         Those are in no map of this rank's optimizer, but somebody owns some of them and knows their group.
         """
         self._where |= {id(p): place for p, place in owned.items()}
-        ranks = getattr(part, "data_parallel_group", groups.dp)  # of experts, the expert-data-parallel group
+        ranks = getattr(part, "data_parallel_group", groups.state)  # of experts, the expert-data-parallel group
         if not everyone or ranks is None:
             return
-        number = {id(p): i for i, p in enumerate(everyone)}  # the same on every data-parallel rank
+        number = {id(p): i for i, p in enumerate(everyone)}  # the same on every rank of the group
         known: list[Any] = [None] * dist.get_world_size(ranks)
         mine = {number[id(p)]: (place.group, place.how) for p, place in owned.items()}
         dist.all_gather_object(known, mine, group=ranks)
