@@ -10,9 +10,12 @@ computed, sent and written is the real thing. Only for tests: the package's own 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,7 +151,27 @@ def run(arguments: list[str]) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
+def use_checkout(root: Path) -> None:
+    """Import the Megatron-LM of a checkout from now on, with the compiled dataset helpers of the installed wheel."""
+    [compiled] = Path(importlib.metadata.distribution("megatron-core").locate_file("megatron/core/datasets")).glob(
+        "helpers_cpp*.so"
+    )
+    name = "megatron.core.datasets.helpers_cpp"
+    spec = importlib.util.spec_from_file_location(name, compiled)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    sys.path.insert(0, str(root))
+    kernels = root / "megatron" / "legacy" / "fused_kernels"
+    if kernels.is_dir():  # of 0.16: would be compiled for a GPU
+        importlib.import_module("megatron.legacy.fused_kernels").load = lambda arguments: None  # type: ignore[attr-defined]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    script = next(Path(word) for word in sys.argv[1:] if word.endswith(".py"))
+    if (script.parent / "megatron" / "training").is_dir():
+        use_checkout(script.parent)
     install()
     run(sys.argv[1:])
