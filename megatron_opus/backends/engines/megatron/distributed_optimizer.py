@@ -72,12 +72,13 @@ class MegatronState:
         Those are in no map of this rank's optimizer, but somebody owns some of them and knows their group.
         """
         self._where |= {id(p): place for p, place in owned.items()}
-        if not everyone or groups.state is None:
+        ranks = getattr(part, "data_parallel_group", groups.state)  # of experts, the expert-data-parallel group
+        if not everyone or ranks is None:
             return
         number = {id(p): i for i, p in enumerate(everyone)}  # the same on every rank of the group
-        known: list[Any] = [None] * groups.state_size
+        known: list[Any] = [None] * dist.get_world_size(ranks)
         mine = {number[id(p)]: (place.group, place.how) for p, place in owned.items()}
-        dist.all_gather_object(known, mine, group=groups.state)
+        dist.all_gather_object(known, mine, group=ranks)
         for n, (group, how) in {n: x for one in known for n, x in one.items()}.items():
             self._where.setdefault(id(everyone[n]), _Place(part, group, None, 0, how))
 
