@@ -109,7 +109,8 @@ def test_a_run_of_megatrons_engine_goes_the_same_way(
     opus_to_hf(folder, tmp_path / "exported")
     got = hf_models.published_logits(tmp_path / "exported")
     torch.testing.assert_close(result["logits"][..., : got.shape[-1]], got, rtol=0, atol=1e-4)
-    again = recipe(folder, embedded_cache, tmp_path / "again", "parallel.engine=megatron", "optimizer.lr=1e-12")
+    keys = ("parallel.engine=megatron", f"model.init_from={folder}", "optimizer.lr=1e-12")
+    again = recipe(model, embedded_cache, tmp_path / "again", *keys)
     started = world2.run(run, again)[0]
     torch.testing.assert_close(started["logits"], result["logits"], rtol=0, atol=1e-4)
 

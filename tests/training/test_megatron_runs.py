@@ -50,7 +50,7 @@ def test_both_engines_train_the_same_run(server: Any, embedded_cache: Path, tmp_
     """Guards against a recipe whose losses depend on the engine: AdamW, two data-parallel ranks, selection, warm-up,
     decay, clipping and two accumulation steps. float32 sums in another order are left."""
     keys = ("training.train_steps=8", "training.micro_batch_size=1", "selection.debug_checks=true")
-    schedule = ("optimizer.lr_warmup_steps=3", "optimizer.lr_decay_steps=7", "optimizer.min_lr=0.0001")
+    schedule = ("optimizer.lr_warmup_fraction=0.45", "optimizer.lr_decay_steps=7", "optimizer.min_lr=0.0001")
     found = {}
     for engine in ("deepspeed", "megatron"):
         run = server.launch(
