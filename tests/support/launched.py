@@ -104,7 +104,12 @@ class Server:
         return self._connection.recv()
 
     def launch(
-        self, world: int, arguments: list[str], logs: Path, prepare: Callable[[], None] | None = None
+        self,
+        world: int,
+        arguments: list[str],
+        logs: Path,
+        prepare: Callable[[], None] | None = None,
+        recipe: str = RECIPE,
     ) -> Launched:
         """`prepare` runs first on every rank, with RANK set: a fault to put in."""
         logs.mkdir(parents=True, exist_ok=True)
@@ -118,7 +123,7 @@ class Server:
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
             }
             files.append(logs / f"rank{rank}.log")
-            pids.append(self.ask("fork", arguments, environment, str(files[-1]), prepare))
+            pids.append(self.ask("fork", arguments, environment, str(files[-1]), prepare, recipe))
         values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
         launched = Launched(self, pids, files, Path(values["output_dir"]) / values["name"])
         self._started.append(launched)
@@ -155,7 +160,9 @@ def _serve(connection: Connection) -> None:
             connection.send(pid)
 
 
-def _rank(arguments: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None) -> None:
+def _rank(
+    arguments: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None, recipe: str
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -169,4 +176,4 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str, prepare: 
 
     if prepare is not None:
         prepare()
-    os._exit(start.start(RECIPE))
+    os._exit(start.start(recipe))
