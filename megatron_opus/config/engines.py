@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_opus.config.dimensions import head_channels
 from megatron_opus.config.recipe import OptimizerConfig, RunConfig, keeps_second_moment
-from megatron_opus.config.schema import ConfigError
+from megatron_opus.config.schema import ConfigError, require
 
 
 def check_engine(config: RunConfig) -> None:
@@ -23,43 +23,48 @@ def check_engine(config: RunConfig) -> None:
 
 def _check_experts(config: RunConfig) -> None:
     m, p = config.model, config.parallel
-    tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
-    if m.num_moe_experts is None:
-        for key, value in (("parallel.expert_model_parallel_size", ep > 1), ("model.moe_shared_expert_intermediate_size",
-                           m.moe_shared_expert_intermediate_size is not None)):  # fmt: skip
-            if value:
-                raise ConfigError(f"{key}: a model without experts has none; set model.num_moe_experts")
+    tp, ep, experts = p.tensor_model_parallel_size, p.expert_model_parallel_size, m.num_moe_experts
+    shared = m.moe_shared_expert_intermediate_size
+    if experts is None:
+        require(ep == 1, f"parallel.expert_model_parallel_size: expected 1 without model.num_moe_experts, got {ep}")
+        require(
+            shared is None,
+            f"model.moe_shared_expert_intermediate_size: expected null without num_moe_experts, got {shared}",
+        )
         return
-    if m.moe_router_topk < 2 or m.moe_router_topk > m.num_moe_experts:
-        raise ConfigError(
-            f"model.moe_router_topk: expected 2 to num_moe_experts ({m.num_moe_experts}), got {m.moe_router_topk}; with "
-            "1, the softmax over the chosen experts would be constant and the router would not learn"
-        )
-    if m.num_moe_experts % ep:
-        raise ConfigError(
-            f"parallel.expert_model_parallel_size: expected a divisor of num_moe_experts ({m.num_moe_experts}), got {ep}"
-        )
-    if m.add_bias_linear:
-        raise ConfigError("model.add_bias_linear: expected false with num_moe_experts, got true")
-    if m.moe_shared_expert_gate and m.moe_shared_expert_intermediate_size is None:
-        raise ConfigError("model.moe_shared_expert_gate: expected moe_shared_expert_intermediate_size beside it, got null")
-    if config.optimizer.name == "muon":
-        raise ConfigError("optimizer.name: expected adamw or sgd with num_moe_experts, got muon, which was not tried")
-    if tp > 1 and p.engine == "deepspeed":
-        raise ConfigError(
-            f"parallel.tensor_model_parallel_size: expected 1 with num_moe_experts under DeepSpeed, got {tp}: each rank "
-            "would see its own tokens alone of experts whose gradients nobody adds up; set parallel.engine=megatron"
-        )
-    if tp > 1 and not p.sequence_parallel:
-        raise ConfigError(
-            "parallel.sequence_parallel: expected true with num_moe_experts and tensor parallelism, as Megatron asks for"
-        )
-    if tp > 1 and (ep == 1 or (ep % tp and tp % ep)):
-        raise ConfigError(
-            f"parallel.expert_model_parallel_size: expected more than 1, and a multiple or a divisor of "
-            f"tensor_model_parallel_size ({tp}), got {ep}; Megatron does not add up gradients of experts that "
-            "tensor-parallel ranks hold copies of"
-        )
+    require(
+        2 <= m.moe_router_topk <= experts,
+        f"model.moe_router_topk: expected 2 to num_moe_experts ({experts}), got {m.moe_router_topk}; the softmax over "
+        "one chosen expert would be 1, and the router would learn nothing",
+    )
+    require(
+        experts % ep == 0,
+        f"parallel.expert_model_parallel_size: expected a divisor of num_moe_experts ({experts}), got {ep}",
+    )
+    require(not m.add_bias_linear, "model.add_bias_linear: expected false with num_moe_experts, got true")
+    require(
+        not m.moe_shared_expert_gate or shared is not None,
+        "model.moe_shared_expert_gate: expected false without moe_shared_expert_intermediate_size, got true",
+    )
+    require(
+        config.optimizer.name != "muon",
+        "optimizer.name: expected adamw or sgd with model.num_moe_experts, got muon, which was not tried",
+    )
+    require(
+        tp == 1 or p.engine == "megatron",
+        f"parallel.tensor_model_parallel_size: expected 1 with model.num_moe_experts under DeepSpeed, got {tp}: ranks "
+        "would see different tokens of experts whose gradients nobody adds up; set parallel.engine=megatron",
+    )
+    require(
+        tp == 1 or p.sequence_parallel,
+        "parallel.sequence_parallel: expected true with model.num_moe_experts and tensor parallelism, got false",
+    )
+    require(
+        tp == 1 or (ep > 1 and (ep % tp == 0 or tp % ep == 0)),
+        f"parallel.expert_model_parallel_size: expected more than 1, and a multiple or a divisor of "
+        f"tensor_model_parallel_size ({tp}), got {ep}; Megatron does not add up the gradients of copies of an expert "
+        "on tensor-parallel ranks",
+    )
 
 
 def _check_deepspeed(config: RunConfig) -> None:

@@ -76,8 +76,8 @@ class ParameterLayout:
     def by_muon(self) -> bool:
         """True for what a Muon run trains with Muon: matrices of the blocks.
 
-        Embeddings (positions too), the output layer, routers, norms and biases are trained with AdamW. DeepSpeed's own rule goes
-        by names and would give Muon to a position embedding.
+        Embeddings (positions too), the output layer, routers, norms and biases are trained with AdamW. DeepSpeed's own
+        rule goes by names and would give Muon to a position embedding.
         """
         return self.kind == "linear" and self.block is not None
 

@@ -31,12 +31,13 @@ from torch import Tensor
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.coverage import Coverage
 from megatron_opus.scoring.batches import checked
-from megatron_opus.scoring.capture import Capture, CaptureError, Reading, Sums
+from megatron_opus.scoring.capture import Capture, CaptureError
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
 from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
 from megatron_opus.scoring.stages import StageSums
+from megatron_opus.scoring.sums import Reading, Sums
 from megatron_opus.scoring.undisturbed import undisturbed
 from megatron_opus.scoring.verify import Verifier, WeightGradients
 from megatron_opus.scoring.windows import window_starts
@@ -329,9 +330,7 @@ class ScoringPass:
         batch, tokens = windows[0].rows(row.start, row.stop), self._counted_tokens(windows)[row]
 
         def alone(parts: Sequence[Sequence[Part]], into: Sums) -> CapturedMicrobatch:
-            reading = Reading(
-                parts=parts, candidate=True, shape=(1, batch.tokens.shape[1]), share=self._groups.share
-            )
+            reading = Reading(parts=parts, candidate=True, shape=(1, batch.tokens.shape[1]), share=self._groups.share)
             one = torch.ones(1, device=self._device)
             return self._micro(batch, reading, into, tokens, one, torch.zeros_like(one))
 

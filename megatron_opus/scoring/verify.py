@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opus.errors import Refusal
-from megatron_opus.scoring.capture import Sums
 from megatron_opus.scoring.projections import Part
+from megatron_opus.scoring.sums import Sums
 from megatron_opus.selection.sketch import indices
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, Ranges, ScoredLayer, ScoringMicrobatch
 

@@ -192,7 +192,8 @@ def _layout(engine: TrainEngine) -> dict[str, Any]:
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
     }
-    return layout if groups.pp_size == 1 else {**layout, "pipeline_model_parallel_size": groups.pp_size}
+    more = {"pipeline_model_parallel_size": groups.pp_size, "expert_model_parallel_size": groups.ep_size}
+    return layout | {key: size for key, size in more.items() if size > 1}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -132,10 +132,11 @@ def gradients_of_one_process(model: str) -> dict[str, tuple[Any, Any]]:
     from megatron_opus.backends.engines.base import WholeModelRunner
     from megatron_opus.backends.model.gpt import forward_loss
     from megatron_opus.backends.model.scored_layers import megatron_layers
-    from megatron_opus.scoring.capture import Capture, Reading, Sums
+    from megatron_opus.scoring.capture import Capture
     from megatron_opus.scoring.collectives import Traffic
     from megatron_opus.scoring.microbatch import CapturedMicrobatch
     from megatron_opus.scoring.projections import Part
+    from megatron_opus.scoring.sums import Reading, Sums
     from megatron_opus.scoring.undisturbed import undisturbed
     from megatron_opus.selection import reference
 

@@ -44,7 +44,8 @@ class DispatchedSequences:
         def routed(module: nn.Module, args: Any, output: Any) -> None:
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    self._rows = self._follow(args[0], *output, sequences, share)
+                    probs, routing_map = output
+                    self._rows = self._follow(args[0], probs, routing_map, sequences, share)
 
         # counts for a bias that balances the load: the router adds to them whenever gradients are on
         counts = getattr(router, "local_tokens_per_expert", None)
@@ -152,4 +153,3 @@ def check(layer: MoELayer) -> None:
         if refused:
             got = etp.size() if name == "expert_tensor_parallel_size" else getattr(c, name)
             raise ConfigError(f"mixture of experts: {name}: expected {expected}, got {got}")
-

@@ -37,9 +37,9 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
     if tp > 1:
         # Overlapping tensor-parallel communication with matmuls relies on kernels starting in issue order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if (wanted := world // pp) % ep:
+    if (stage := world // pp) % ep:
         raise ConfigError(
-            f"parallel.expert_model_parallel_size: {ep} does not divide the {wanted} processes of a pipeline stage"
+            f"parallel.expert_model_parallel_size: {ep} does not divide the {stage} processes of a pipeline stage"
         )
     if parallel_state.model_parallel_is_initialized() and (tp, pp, vpp, ep) != (
         parallel_state.get_tensor_model_parallel_world_size(),

@@ -167,7 +167,9 @@ class MegatronEngine:
     # --- evaluation and checkpoints ---------------------------------------------------------------------------------
 
     def evaluate(self, batches: Mapping[str, Batch], micro_batch_size: int) -> dict[str, float]:
-        return evaluate(self.runner(), batches, self.groups, micro_batch_size, self.device, equally_often=self.groups.ep is not None)
+        return evaluate(
+            self.runner(), batches, self.groups, micro_batch_size, self.device, equally_often=self.groups.ep is not None
+        )
 
     def save(self, path: Path) -> None:
         with self._gathered(), cpu_shims.cuda_names():
