@@ -61,6 +61,7 @@ class Session:
         stop_requested: Callable[[], int] = lambda: 0,
         watch: Watch | None = None,
         verify: bool = True,
+        verify_data: bool = False,
         trust_checkpoint: bool = False,
         claim: Callable[[Path], str] = lambda run_dir: "",
     ) -> None:
@@ -68,7 +69,9 @@ class Session:
 
         `stop_requested` gives the number of the signal by which this process was asked to stop, 0 for none. `watch` is
         told what this rank is doing. `verify` and `trust_checkpoint` say how a checkpoint is read at resume
-        (`checkpoint.load`). `claim` takes the run folder for this process, on rank 0, or says why it cannot be had.
+        (`checkpoint.load`). The data's files are compared with their manifest by a sample, and whole at a resume with
+        `verify`, or with `verify_data`. `claim` takes the run folder for this process, on rank 0, or says why it cannot
+        be had.
         """
         self._claim = claim
         self._say = say
@@ -81,7 +84,8 @@ class Session:
         # before the data where the vocabulary is known: preparing a corpus for a model that does not fit is a waste
         if recipe.model.vocab_size is not None:
             together(lambda: _check_memory(recipe, say), "comparing the model with the memory of its machine")
-        corpus = together(lambda: open_corpus(recipe, say), "opening the data")
+        whole, share = verify_data or (resume and verify), (dist.get_rank(), dist.get_world_size())
+        corpus = together(lambda: open_corpus(recipe, say, whole=whole, share=share), "opening the data")
         config = together(lambda: resolve(recipe, corpus.tokenizer.vocab_size), "resolving the configuration")
         if recipe.model.vocab_size is None:
             together(lambda: _check_memory(config, say), "comparing the model with the memory of its machine")

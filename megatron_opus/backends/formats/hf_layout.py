@@ -37,6 +37,12 @@ ARCHITECTURE: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
 }
 HEAD = "lm_head.weight"
+GPT2_NAMES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
 # Causal masks (GPT-2) and rotary frequencies (Qwen3) that old files carry as if they were weights.
 _BUFFERS = re.compile(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
 
@@ -156,10 +162,31 @@ def read_config(directory: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
 def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 128) -> ModelConfig:
     """Our description of a published model. Raises ConfigError for keys missing or not computed here."""
 
-    def need(key: str) -> Any:
+    def need(key: str) -> int:
         if raw.get(key) is None:
             raise ConfigError(f"{CONFIG_FILE}: missing key {key}")
-        return raw[key]
+        return whole(key, raw[key])
+
+    def whole(key: str, value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
+            raise ConfigError(f"{CONFIG_FILE}: {key}: expected a positive whole number, got {value!r}")
+        return value
+
+    def optional(key: str, value: int | None = None) -> int | None:
+        return value if raw.get(key) is None else whole(key, raw[key])
+
+    def small(key: str, value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise ConfigError(f"{CONFIG_FILE}: {key}: expected a number above 0 and at most 1, got {value!r}")
+        return float(value)
+
+    def truth(key: str, value: bool) -> bool:
+        found = raw.get(key, value)
+        if not isinstance(found, bool):
+            raise ConfigError(f"{CONFIG_FILE}: {key}: expected true or false, got {found!r}")
+        return found
 
     def only(key: str, allowed: tuple[Any, ...]) -> None:
         if raw.get(key, allowed[0]) not in allowed:
@@ -170,16 +197,28 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
         only("scale_attn_weights", (True,))
         only("scale_attn_by_inverse_layer_idx", (False,))
         only("add_cross_attention", (False,))
+        # `transformers` knows these facts under a second name each, and takes the one or the other by its release
+        for key, other in GPT2_NAMES.items():
+            if other in raw and raw[other] != raw.get(key):
+                raise ConfigError(
+                    f"{CONFIG_FILE}: {key} is {raw.get(key)!r}, and {other}, which means the same, is {raw[other]!r}; "
+                    f"leave {other} out, or make them equal"
+                )
+        if optional("head_dim", 0) not in (0, need("n_embd") // need("n_head")):
+            raise ConfigError(
+                f"{CONFIG_FILE}: head_dim: GPT-2 has n_embd / n_head numbers per head, "
+                f"{need('n_embd') // need('n_head')}, got {raw['head_dim']!r}; leave it out"
+            )
         return ModelConfig(
             num_layers=need("n_layer"),
             hidden_size=need("n_embd"),
             num_attention_heads=need("n_head"),
-            ffn_hidden_size=raw.get("n_inner"),
+            ffn_hidden_size=optional("n_inner"),
             vocab_size=need("vocab_size"),
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             max_position_embeddings=need("n_positions"),
-            layernorm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
-            untie_embeddings_and_output_weights=not raw.get("tie_word_embeddings", True),
+            layernorm_epsilon=small("layer_norm_epsilon", raw.get("layer_norm_epsilon", 1e-5)),
+            untie_embeddings_and_output_weights=not truth("tie_word_embeddings", True),
         )
     llama = raw["model_type"] == "llama"
     only("hidden_act", ("silu",))
@@ -192,29 +231,29 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ConfigError(f"{CONFIG_FILE}: rope scaling: expected none, got {rope!r}")
     # `transformers` takes what rope_parameters says, and the older key at the top where that says nothing.
-    theta = float(rope.get("rope_theta") or (raw.get("rope_theta") or 10000.0 if llama else need("rope_theta")))
-    if theta != int(theta):
-        raise ConfigError(f"{CONFIG_FILE}: rope_theta: expected a whole number, got {theta}")
+    if llama and raw.get("rope_theta") is None:
+        raw = {**raw, "rope_theta": 10000}
+    theta = need("rope_theta") if rope.get("rope_theta") is None else whole("rope_theta", rope["rope_theta"])
     heads = need("num_attention_heads")
     return ModelConfig(
         num_layers=need("num_hidden_layers"),
         hidden_size=need("hidden_size"),
         num_attention_heads=heads,
-        num_query_groups=(raw.get("num_key_value_heads") or heads) if llama else need("num_key_value_heads"),
-        kv_channels=raw.get("head_dim") or (need("hidden_size") // heads if llama else 128),
+        num_query_groups=optional("num_key_value_heads", heads) if llama else need("num_key_value_heads"),
+        kv_channels=optional("head_dim", need("hidden_size") // heads if llama else 128),
         ffn_hidden_size=need("intermediate_size"),
         vocab_size=need("vocab_size"),
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         max_position_embeddings=need("max_position_embeddings"),
         position_embedding_type="rope",
-        rotary_base=int(theta),
+        rotary_base=theta,
         normalization="RMSNorm",
-        layernorm_epsilon=float(need("rms_norm_eps")),
+        layernorm_epsilon=small("rms_norm_eps", raw.get("rms_norm_eps")),
         swiglu=True,
         add_bias_linear=False,
         add_qkv_bias=False,
         qk_layernorm=not llama,
-        untie_embeddings_and_output_weights=not raw.get("tie_word_embeddings", False),
+        untie_embeddings_and_output_weights=not truth("tie_word_embeddings", False),
     )
 
 
