@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron_lm_runs import SELECTION, VOCABULARY, LoopRuns, Outcome, loop_runs
+from megatron_lm_runs import SELECTION, SPLIT, VOCABULARY, LoopRuns, Outcome, loop_runs
 
 from megatron_opus.runs.ledger import read_ledger
 from megatron_opus.runs.metrics import read_metrics
@@ -57,7 +57,7 @@ def blended(runs: LoopRuns, corpora: dict[str, str]) -> Outcome:
         *("--tensorboard-dir", str(runs.root / "events"), "--reset-attention-mask", "--reset-position-ids"),
         *("--eod-mask-loss", "--ckpt-format", "torch_dist", "--lr-warmup-samples", "0"),
         opus=opus,
-        data=("--data-path", "0.4", corpora["web"], "0.6", corpora["code"]),
+        data=("--data-path", "0.4", corpora["web"], "0.6", corpora["code"], *SPLIT),
         length=("--train-samples", "16", "--lr-decay-samples", "16"),
         batch=("--step-batch-size-schedule", "0:2 128:4"),  # from 128 tokens on, 4 sequences a step
     )
@@ -124,7 +124,7 @@ def test_ado_learns_from_losses_of_all_ranks(runs: LoopRuns, corpora: dict[str, 
             "ado": {"enabled": True, "skip_steps": 0, "first_fit": 9, "refit_every": 1, "block_steps": 1},
         },
     }
-    data = ("--data-path", "0.5", corpora["web"], "0.5", corpora["code"])
+    data = ("--data-path", "0.5", corpora["web"], "0.5", corpora["code"], *SPLIT)
     length = ("--train-iters", "14")
     common = runs.run("ado_common", "--ckpt-format", "torch_dist", "--exit-interval", "1", data=data, length=length)
     more = ("--load", str(common.folder), "--ckpt-format", "torch_dist")
@@ -171,6 +171,29 @@ def test_recomputed_activations(runs: LoopRuns) -> None:
     alone = runs.start("recompute_alone", *recompute)
     hooked = runs.run("recompute_hooked", *recompute, opus=ALL)
     assert runs.finish(alone).steps == hooked.steps
+    assert np.isfinite(hooked.alignments()).all()
+
+
+def test_selecting_nothing_costs_little(runs: LoopRuns) -> None:
+    """Guards against a hook that a run pays for without selecting: less than 1% of a step, reading included."""
+    larger = ("--hidden-size", "128", "--seq-length", "256", "--max-position-embeddings", "256")
+    opus = {"selection": {"strategy": "random", "rho": 1.0}}
+    length, batch = ("--train-iters", "12"), ("--global-batch-size", "16", "--micro-batch-size", "4")
+    outcome = runs.run("nothing", *larger, opus=opus, length=length, batch=batch)
+    shares = [row["choose_seconds"] / row["step_seconds"] for row in outcome.metrics()]
+    print(
+        f"choosing nothing: {np.median(shares):.4f} of {np.median([r['step_seconds'] for r in outcome.metrics()]):.3f} s"
+    )
+    assert np.median(shares) < 0.01
+
+
+@pytest.mark.slow
+def test_virtual_stages(runs: LoopRuns) -> None:
+    """Guards against virtual stages that read the batches of one another."""
+    layout = ("--num-layers", "8", "--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2")
+    alone = runs.run("virtual_alone", *layout, world=4)
+    hooked = runs.run("virtual_hooked", *layout, world=4, opus=ALL)
+    assert alone.steps == hooked.steps
     assert np.isfinite(hooked.alignments()).all()
 
 

@@ -30,8 +30,10 @@ TINY = (
     *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--log-interval", "1"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", f"{VOCABULARY}", "--make-vocab-size-divisible-by", "64"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--eval-iters", "2", "--eval-interval", "1000"),
-    *("--save-interval", "1000", "--ckpt-format", "torch", "--split", "80,20,0"),
+    *("--save-interval", "1000", "--ckpt-format", "torch"),
 )
+SPLIT = ("--split", "80,20,0")
+MOCK = ("--mock-data", *SPLIT)
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 SELECTION: dict[str, Any] = {
     "rho": 0.5,
@@ -113,7 +115,7 @@ class LoopRuns:
         world: int = 1,
         opus: Mapping[str, Any] | None = None,
         script: Path = SCRIPT,
-        data: Sequence[str] = ("--mock-data",),
+        data: Sequence[str] = MOCK,
         length: Sequence[str] = ("--train-iters", "4"),
         batch: Sequence[str] = ("--global-batch-size", "4"),
         folder: Path | None = None,
