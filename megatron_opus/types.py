@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,7 +25,11 @@ class Groups:
 
     A group of one process is None: no communication. `state` is the group over which the optimizer state of a weight is
     spread, at every ZeRO stage: the data-parallel one unless `state_size` is given. With context parallelism it is the
-    data x context group, for experts the expert-data group.
+    data x context group. `expert_state` is that of experts which lie on different ranks.
+
+    `tokens` holds the ranks among which the tokens of this rank's sequences lie: the tensor-parallel group unless
+    `shares` is given, with context parallelism the tensor x context group. Expert parallelism sends tokens to ranks of
+    other data-parallel shares: then the group holds the tokens of `shares` such shares, and this rank's is `share`.
     """
 
     tp: ProcessGroup | None = None
@@ -46,14 +50,50 @@ class Groups:
     ep_size: int = 1
     state_rank: int = 0
     state_size: int = 0  # 0: as data parallelism
+    expert_state: ProcessGroup | None = None
+    expert_state_rank: int = 0
+    tokens: ProcessGroup | None = None
+    share: int = 0
+    shares: int = 0  # 0: `tokens` is the tensor-parallel group
 
     def __post_init__(self) -> None:
         if self.state_size == 0:
             for name in ("", "_rank", "_size"):
                 object.__setattr__(self, f"state{name}", getattr(self, f"dp{name}"))
+        if self.shares == 0:
+            object.__setattr__(self, "tokens", self.tp)
+            object.__setattr__(self, "shares", 1)
+
+    def state_of(self, layer: ScoredLayer) -> tuple[ProcessGroup | None, int]:
+        """Return the group over which the optimizer state of a layer's weight is spread, and this rank's place in it.
+
+        The gradients of the weight are added up over the same ranks.
+        """
+        if layer.apart:
+            return self.expert_state, self.expert_state_rank
+        return self.state, self.state_rank
 
 
 # --- layers and optimizer state, as a backend describes them --------------------------------------------------------
+
+
+class Routing(Protocol):
+    """Follows the tokens of a micro-batch to the experts of one layer."""
+
+    def observed(self, sequences: int, share: int) -> AbstractContextManager[object]:
+        """Follow the tokens of forward passes of `sequences` sequences while the context is open.
+
+        `share` is this rank's place among the data-parallel shares whose tokens these experts see (see `Groups`).
+        """
+        ...
+
+    def sequences(self, expert: int) -> Tensor:
+        """Return [rows] int64: the sequence that each row belongs to which this rank's expert number `expert` gets.
+
+        Sequence i of share s is s * sequences + i. With 2 sequences on each of 2 ranks, 0 and 1 are those of the first
+        rank and 2 and 3 those of the second.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +119,12 @@ class ScoredLayer:
     transposed: bool = False  # the layer is y = x W: the rows of W are its inputs
     input_scattered: bool = False  # sequence parallel: each rank holds its slice of the tokens of a
     output_scattered: bool = False  # likewise of b
+    own_tokens: bool = False  # each tensor-parallel rank holds the whole matrix and reads its own tokens alone
+    routing: Routing | None = None  # of an expert: activations are [rows, d], of tokens that were sent to it
+    expert: int = 0  # its number among the experts of this rank
+    apart: bool = False  # an expert that lies on the ranks of `Groups.expert_state` alone
+    slot: str = ""  # layers of one slot share one sketch, with independent hashes; empty: a slot of its own
+    shown: Callable[[], AbstractContextManager[object]] | None = None  # inside it, the model calls `module`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +152,11 @@ class MuonHyper:
 
     Each Newton-Schulz step (a, b, c) is X <- a X + b (X X^T) X + c (X X^T)^2 X on the smaller side of the matrix,
     started from q / ||q||_F. All of it is read from the optimizer in use.
+
+    Under tensor parallelism either each shard is such a matrix, or (`whole`) the shards of all ranks together are. With
+    `split` the rows of a matrix (of a shard, where it is not `whole`) are groups of so many rows of each part, and each
+    part is orthogonalised apart with a scale of its own; `scale` is 1 then. Example: 4 query groups with
+    `split` ((16, 2.0), (8, 1.5), (8, 1.5)) are 128 rows: the first part has rows 0 to 15, 32 to 47, ... with scale 2.
     """
 
     lr: float
@@ -114,6 +165,8 @@ class MuonHyper:
     scale: float  # of this matrix: the optimizer's factor for its shape
     coefficients: tuple[tuple[float, float, float], ...]  # one (a, b, c) for each Newton-Schulz step
     step: int  # completed optimizer steps; 0: no momentum yet
+    whole: bool = False
+    split: tuple[tuple[int, float], ...] = ()  # (rows in each group, scale) of each part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +242,22 @@ class Batch:
     def window(self, length: int, start: int = 0) -> Batch:
         """`length` tokens from `start` of every sequence as a view; they keep their positions and documents."""
         return self._map(lambda x: x[:, start : start + length])
+
+    def of_context_rank(self, rank: int, size: int) -> Batch:
+        """The tokens of one context-parallel rank: of 2 * size chunks of every sequence, numbers rank and -1 - rank.
+
+        That is how Megatron cuts sequences, so that causal attention gives every rank as much to do: 16 tokens over two
+        ranks are 0-3 and 12-15 on the first, 4-11 on the second. Raises ValueError for a length that cannot be cut so.
+        """
+        length = self.tokens.shape[1]
+        if length % (2 * size):
+            raise ValueError(
+                f"sequence length: context parallelism cuts it into 2 x {size} chunks; expected a multiple of "
+                f"{2 * size}, got {length}"
+            )
+        chunk = length // (2 * size)
+        first, second = rank * chunk, (2 * size - 1 - rank) * chunk
+        return self._map(lambda x: torch.cat([x[:, first : first + chunk], x[:, second : second + chunk]], 1))
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))

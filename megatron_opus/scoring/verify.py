@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opus.errors import Refusal
-from megatron_opus.scoring.capture import Sums
 from megatron_opus.scoring.projections import Part
+from megatron_opus.scoring.sums import Sums
 from megatron_opus.selection.sketch import indices
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, Ranges, ScoredLayer, ScoringMicrobatch
 
@@ -48,8 +48,8 @@ class WeightGradients(Protocol):
     """Differentiates by whole weights with autograd, to check what the hooks of a scoring pass see."""
 
     @property
-    def has_whole_weights(self) -> bool:
-        """Whether this rank can have the gradient of its own shard of each weight whole. ZeRO 3 cannot."""
+    def incomparable(self) -> str:
+        """Why this rank cannot have the gradient of each weight for one of its sequences; empty where it can."""
         ...
 
     def weight_gradients(
@@ -67,9 +67,7 @@ def gradient_check(runner: MicrobatchRunner) -> tuple[WeightGradients | None, st
     """Return the runner if it can differentiate by weights; otherwise None, and the reason why nothing is compared."""
     if not isinstance(runner, WeightGradients):
         return None, f"{type(runner).__name__} cannot differentiate by weights (the model is cut into pipeline stages)"
-    if not runner.has_whole_weights:
-        return None, "ZeRO 3 keeps no whole one"
-    return runner, ""
+    return (None, runner.incomparable) if runner.incomparable else (runner, "")
 
 
 class Verifier:

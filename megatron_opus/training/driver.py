@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_opus.config import ConfigError, RunConfig
 from megatron_opus.data.permutation import key
+from megatron_opus.errors import Refusal
 from megatron_opus.runs.ledger import REASONS, exclusions
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
@@ -27,7 +28,7 @@ from megatron_opus.types import Batch, Candidates, Groups, Selection, SelectionS
 ENTROPY_WARNING = 0.99
 
 
-class TooManyFallbacks(RuntimeError):
+class TooManyFallbacks(Refusal, RuntimeError):
     """Selection fell back to random more often than `selection.max_fallbacks` allows."""
 
 

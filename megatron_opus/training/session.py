@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -201,7 +202,12 @@ class Session:
         problem = [""]
         if dist.get_rank() == 0 and not (problem := [self._claim(self.run_dir)])[0]:
             exists = (self.run_dir / CONFIG_FILE).exists()
-            if exists and not resume:
+            if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
+                problem[0] = (
+                    "training.tensorboard: expected the package tensorboard, found none; pip install tensorboard, or "
+                    "set training.tensorboard=false (metrics.jsonl has the same numbers)"
+                )
+            elif exists and not resume:
                 problem[0] = (
                     f"{self.run_dir} already holds a run: continue it with --resume, or choose another name with "
                     "name=<new name>"
@@ -237,10 +243,15 @@ class Session:
 
 def _check_weights(model: nn.Module, layout: ModelLayout, groups: Groups) -> None:
     """Replicated weights are the same on every rank, shards on the data-parallel ranks that hold the same one."""
+    parameters = dict(named_parameters(model))
+    apart = {n: p for n, p in parameters.items() if layout.ep_size > 1 and layout[n].expert is not None}
     alike, cut = weight_digests(
-        named_parameters(model), lambda name: layout.tp_size > 1 and layout[name].cut is not None
+        ((n, p) for n, p in parameters.items() if n not in apart),
+        lambda name: layout.tp_size > 1 and layout[name].cut is not None,
     )
     stage = f"pipeline stage {groups.pp_rank}" if groups.pp_size > 1 else ""
+    experts, _ = weight_digests(apart.items(), lambda name: False)
+    check_agreement({"initial weight": experts}, peers=f"expert-parallel rank {groups.ep_rank} {stage}".strip())
     check_agreement({"initial weight": alike}, peers=stage)
     check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank} {stage}".strip())
 

@@ -94,19 +94,19 @@ def trainer() -> None:
     import megatron_opus.training.session  # noqa: F401
 
 
-def train(arguments: list[str]) -> int:
-    """Run the trainer on this rank; its exit status."""
+def train(arguments: list[str], recipe: str) -> int:
+    """Run the trainer on this rank; its exit status. The arguments stand in `sys.argv` as well."""
     sys.path.insert(0, str(ROOT / "launch"))
     import start
 
-    return start.start(RECIPE)
+    return start.start(recipe)
 
 
 class Server:
     """Forks ranks that run `program`. One for all tests; `close` kills whatever is left."""
 
-    def __init__(self, prepare: Callable[[], None] = trainer, program: Callable[[list[str]], int] = train) -> None:
-        """`prepare()` runs once, before any rank is forked; `program(arguments)` gives the exit status of a rank."""
+    def __init__(self, prepare: Callable[[], None] = trainer, program: Callable[[list[str], str], int] = train) -> None:
+        """`prepare()` runs once, before any rank is forked; `program(arguments, recipe)` gives a rank's status."""
         self._connection, theirs = mp.get_context("spawn").Pipe()
         self._process = mp.get_context("spawn").Process(target=_serve, args=(theirs, prepare, program))
         self._process.start()
@@ -118,7 +118,12 @@ class Server:
         return self._connection.recv()
 
     def launch(
-        self, world: int, arguments: list[str], logs: Path, prepare: Callable[[], None] | None = None
+        self,
+        world: int,
+        arguments: list[str],
+        logs: Path,
+        prepare: Callable[[], None] | None = None,
+        recipe: str = RECIPE,
     ) -> Launched:
         """`prepare` runs first on every rank, with RANK set: a fault to put in."""
         logs.mkdir(parents=True, exist_ok=True)
@@ -132,7 +137,7 @@ class Server:
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
             }
             files.append(logs / f"rank{rank}.log")
-            pids.append(self.ask("fork", arguments, environment, str(files[-1]), prepare))
+            pids.append(self.ask("fork", arguments, environment, str(files[-1]), prepare, recipe))
         values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
         launched = Launched(self, pids, files, Path(values.get("output_dir", logs)) / values.get("name", ""))
         self._started.append(launched)
@@ -145,7 +150,7 @@ class Server:
         self._process.join()
 
 
-def _serve(connection: Connection, prepare: Callable[[], None], program: Callable[[list[str]], int]) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None], program: Callable[[list[str], str], int]) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -169,11 +174,12 @@ def _serve(connection: Connection, prepare: Callable[[], None], program: Callabl
 
 
 def _rank(
-    program: Callable[[list[str]], int],
+    program: Callable[[list[str], str], int],
     arguments: list[str],
     environment: dict[str, str],
     log: str,
     prepare: Callable[[], None] | None,
+    recipe: str,
 ) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -185,4 +191,4 @@ def _rank(
     sys.argv = ["run", *arguments]
     if prepare is not None:
         prepare()
-    os._exit(program(arguments))
+    os._exit(program(arguments, recipe))

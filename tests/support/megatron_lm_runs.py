@@ -52,7 +52,7 @@ def prepare() -> None:
     import megatron_opus.integrations.megatron_lm.patches  # noqa: F401
 
 
-def program(arguments: list[str]) -> int:
+def program(arguments: list[str], _recipe: str) -> int:
     """Run a script on this rank; its exit status."""
     import megatron_cpu
 
