@@ -256,6 +256,15 @@ class Corpus:
             document_ids=documents,
         )
 
+    def tokens(self, sample_ids: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Return [n, L] int64: the tokens of these sequences alone, as `batch` has them. Raises CorpusError."""
+        ids = self._checked(sample_ids)
+        tokens = np.empty((len(ids), self.seq_length), dtype=np.int64)
+        for row, (sample_id, number) in enumerate(zip(ids, self._domain_of(ids), strict=True)):
+            domain = self._domains[number]
+            tokens[row] = domain.documents.tokens(int(sample_id - domain.offset) * self.seq_length, self.seq_length)
+        return torch.from_numpy(tokens)
+
     def describe(self, sample_id: int) -> SampleInfo:
         """Domain, place in its stream and documents of one sequence."""
         (number,) = self._domain_of(self._checked([sample_id]))

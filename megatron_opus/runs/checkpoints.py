@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_opus.nested import flatten
 MARKER = "complete.json"
 DELETING = "deleting.json"  # a marker withdrawn: what is left of the directory may go
 FORMAT = 1
+CHANGES_FILE = "changes.jsonl"  # of a run: settings that were changed at a resume, a line each: step, key, was, now
 
 
 # Keys that may differ between the run that saved and the run that resumes: they decide what is printed, written and
@@ -47,6 +49,11 @@ FREE_KEYS = frozenset(
         "selection.debug_checks",
     }
 )
+
+
+# Keys that may change at a resume and are recorded where they do: which domains the coming candidates are drawn from
+# follows from them at every step anew, and no state depends on what they were.
+RECORDED_KEYS = ("data.domain_weights", "data.domain_schedule", "data.domain_max_epochs")
 
 
 def check(
@@ -119,8 +126,8 @@ def read_marker(path: Path) -> dict[str, Any]:
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        found = complete(path.parent)
-        last = found[-1] if found else "none"
+        others = complete(path.parent)
+        last = others[-1] if others else "none"
         raise CheckpointError(
             f"checkpoint {path}: no {MARKER}, it was never finished; last complete one: {last}"
         ) from None
@@ -193,12 +200,28 @@ def _versions() -> dict[str, str]:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys that must be equal; an open schedule length is that of the run."""
-    flat = flatten(without_removed(config))
+    flat = {**_defaults(), **flatten(without_removed(config))}
     if flat["optimizer.lr_decay_steps"] is None:
         flat["optimizer.lr_decay_steps"] = flat["training.train_steps"]
     # a checkpoint makes the next step read the preconditioner anew: with a longer refresh, when matters
     bound = {"training.checkpoint_interval"} if flat["selection.preconditioner.refresh_every"] > 1 else set()
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS - bound}
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS - bound and not _recorded(key)}
+
+
+def recorded_changes(saved: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return (key, saved, now) of the mixture's settings that differ from those of a run recorded with `saved`."""
+    then, now = ({**_defaults(), **flatten(x)} for x in (without_removed(saved), to_dict(config)))
+    return _differences("", *({k: v for k, v in x.items() if _recorded(k)} for x in (then, now)))
+
+
+def _recorded(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in RECORDED_KEYS)
+
+
+def _defaults() -> dict[str, Any]:
+    """Dotted keys with their defaults: a run of an earlier release has not recorded keys that are new since."""
+    sections = {f.name: f.default_factory for f in fields(RunConfig) if f.default_factory is not MISSING}
+    return flatten({name: asdict(made()) for name, made in sections.items()})
 
 
 def settings_that_differ(saved: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:

@@ -103,6 +103,8 @@ class TrainingLoop:
         choose_seconds = time.perf_counter() - started
         self._watch.now(f"training step {step}")
         result = self._engine.train_step(self._iterator, per_sequence=self._driver.wants_sequence_loss)
+        step_seconds = time.perf_counter() - started
+        self._driver.took(choose_seconds, step_seconds - choose_seconds)
         row = metrics_row(
             self._driver,
             self._corpus,
@@ -112,7 +114,7 @@ class TrainingLoop:
             lr=result.lr,
             skipped=result.skipped,
             choose_seconds=choose_seconds,
-            step_seconds=time.perf_counter() - started,
+            step_seconds=step_seconds,
             step_cpu_seconds=time.process_time() - worked,
         )
         if result.sequence_loss is not None:

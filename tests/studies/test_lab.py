@@ -100,7 +100,8 @@ def test_every_protocol_is_complete_and_runs_random_as_its_baseline(path):
         runs = variant.runs(Path("x"), None)
         assert {run.config.selection.strategy for run in runs if run.arm == found.baseline} == {"random"}
         # an arm of another size says so by its name
-        same = [run.config for run in runs if not run.arm.startswith(("rho_", "random_longer", experiment.START))]
+        sized = ("rho_", "random_longer", "random_matched", "composition", experiment.START)
+        same = [run.config for run in runs if not run.arm.startswith(sized)]
         assert len({(config.buffer_size, config.training.train_steps) for config in same}) == 1
         assert len({str(run.config.data.domain_weights) for run in runs}) == 1
 
@@ -330,4 +331,4 @@ def test_arms_of_a_failed_start_are_not_run(tmp_path, monkeypatch):
     assert any(line.startswith("start-2: FAILED") for line in said)
     failed = dict(report.collect(found, runs, {"added_later": []}).failed)
     assert {*failed} == {"start-2", "random-2", "opus-2"}
-    assert failed["opus-2"] == "not started: the run it starts from is not finished"
+    assert failed["opus-2"] == "not started: start-2 is not finished"

@@ -95,7 +95,7 @@ def damaged_run(config: RunConfig, kind: str, wanted: str) -> dict[str, Any]:
     return {
         "clean": clean,
         "damaged": damaged,
-        "psi": (clean_state["psi_average"][0], damaged_state["psi_average"][0]),  # of the only stage
+        "psi": tuple(x["proxy_average"][0][0][0] for x in (clean_state, damaged_state)),  # of the only stage and rank
         "holds": [token in row for row in corpus.batch(np.array(table["sample_id"])).tokens.numpy()],
         "ledger": table,
         "notices": driver.notices.all,
