@@ -283,12 +283,14 @@ def test_every_axis_keeps_its_share() -> None:
 
 def copied_corpus(tmp_path: Path) -> Path:
     """Ten documents, the first of them again at place 10, and changed in one word of 60 at place 11."""
-    texts = [sentence("science", i, 60) for i in range(10)]
+    random = np.random.default_rng(5)
+    texts = [" ".join("".join(random.choice([*"abcdefghij"], 5)) for _ in range(60)) for _ in range(10)]
     words = texts[0].split()
     texts += [texts[0], " ".join([*words[:30], "changed", *words[31:]])]
     file = write_jsonl(tmp_path / "text.jsonl", texts)
     held = write_jsonl(tmp_path / "held.jsonl", [sentence("finance", i) for i in range(8)])
-    sets = [spec("web", "candidates", file), spec("money", "validation", held), spec("goal", "proxy", held)]
+    goal = write_jsonl(tmp_path / "goal.jsonl", [sentence("sports", i) for i in range(8)])
+    sets = [spec("web", "candidates", file), spec("money", "validation", held), spec("goal", "proxy", goal)]
     prepared(tmp_path / "corpus", *sets, duplicates="keep")
     return tmp_path / "corpus"
 
