@@ -54,8 +54,8 @@ def _similarity(kind: str, value: str) -> float:
         similarity = float(value)
     except ValueError:
         similarity = 0.0
-    if not 0.0 < similarity <= 1.0:
-        raise ScoreError(f"duplicates {kind!r}: expected near:SIMILARITY, a number above 0 and at most 1, as near:0.8")
+    if not 0.1 <= similarity <= 0.95:  # beyond that, the bands of the library cannot tell
+        raise ScoreError(f"duplicates {kind!r}: expected near:SIMILARITY, a number from 0.1 to 0.95, as near:0.8")
     return similarity
 
 
