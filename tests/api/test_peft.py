@@ -69,9 +69,9 @@ def test_other_adapters_are_right_or_refused(settings: dict[str, Any]) -> None:
     model = adapted(**settings)
     candidates, proxy = tokens(5), tokens(3, seed=4)
     want = oracle(model, candidates, proxy)
+    refused = ""
     try:
         got = found(model, candidates, proxy)
     except Refusal as error:
-        assert "lora" in str(error)
-    else:
-        assert relative(got.alignment, want) < 1e-5
+        refused = str(error)
+    assert "lora" in refused if refused else relative(got.alignment, want) < 1e-5
