@@ -19,6 +19,20 @@ from megatron_opus.runs.metrics import read_metrics
 
 OPUS = {"selection": SELECTION}
 ALL = {"selection": {**SELECTION, "rho": 1.0}}
+MORE: dict[str, tuple[int, tuple[str, ...]]] = {
+    "recompute": (
+        1,
+        ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+    ),
+    "muon": (1, ("--optimizer", "muon")),
+    "experts": (
+        2,
+        (
+            *("--num-experts", "4", "--moe-router-topk", "2", "--expert-model-parallel-size", "2"),
+            *("--moe-token-dispatcher-type", "allgather", "--moe-aux-loss-coeff", "0.01"),
+        ),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +179,12 @@ def test_a_step_that_is_run_again_trains_on_the_same_sequences(runs: LoopRuns) -
     assert [row["loss"] for row in resumed.metrics()] == [row["loss"] for row in plain.metrics()]
 
 
-def test_recomputed_activations(runs: LoopRuns) -> None:
-    """Guards against hooks that are gone when a layer is computed again in the backward pass."""
-    recompute = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
-    alone = runs.start("recompute_alone", *recompute)
-    hooked = runs.run("recompute_hooked", *recompute, opus=ALL)
+@pytest.mark.parametrize("kind", MORE)
+def test_with_rho_1_nothing_changes(runs: LoopRuns, kind: str) -> None:
+    """Guards against scoring that disturbs what few runs use: recomputed layers, Muon's momentum, experts."""
+    world, arguments = MORE[kind]
+    alone = runs.start(f"alone_{kind}", *arguments, world=world)
+    hooked = runs.run(f"hooked_{kind}", *arguments, world=world, opus=ALL)
     assert runs.finish(alone).steps == hooked.steps
     assert np.isfinite(hooked.alignments()).all()
 

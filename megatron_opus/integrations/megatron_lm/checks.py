@@ -88,7 +88,6 @@ REFUSED: tuple[_Refused, ...] = (
         "use --context-parallel-size 1",
     ),
     (_given("hybrid_context_parallel"), "--hybrid-context-parallel", "leave it out"),
-    (_more_than("num_experts", 0), "--num-experts {num_experts}: the tokens of experts are not scored", "leave it out"),
     (
         _other_than("transformer_impl", "local"),
         "--transformer-impl {transformer_impl}: Transformer Engine's layers are not scored",
