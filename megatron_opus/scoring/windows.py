@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_opus.config import ConfigError, SelectionConfig
+from megatron_opus.types import Batch, Groups
 
 
 def window_starts(config: SelectionConfig, length: int, seed: int) -> list[int]:
@@ -25,3 +26,8 @@ def window_starts(config: SelectionConfig, length: int, seed: int) -> list[int]:
         return [i * wanted for i in range(count)]
     generator = torch.Generator().manual_seed(seed)
     return sorted((torch.randperm(slots, generator=generator)[:count] * wanted).tolist())
+
+
+def own_tokens(batch: Batch, groups: Groups) -> Batch:
+    """Cut this context-parallel rank's tokens out of whole sequences; without context parallelism all of them."""
+    return batch if groups.cp_size == 1 else batch.of_context_rank(groups.cp_rank, groups.cp_size)
