@@ -230,32 +230,17 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Sequences start..stop-1 as a view."""
-        return self._map(lambda x: x[start:stop])
+        return self.map(lambda x: x[start:stop])
 
     def window(self, length: int, start: int = 0) -> Batch:
         """`length` tokens from `start` of every sequence as a view; they keep their positions and documents."""
-        return self._map(lambda x: x[:, start : start + length])
-
-    def of_context_rank(self, rank: int, size: int) -> Batch:
-        """The tokens of one context-parallel rank: of 2 * size chunks of every sequence, numbers rank and -1 - rank.
-
-        That is how Megatron cuts sequences, so that causal attention gives every rank as much to do: 16 tokens over two
-        ranks are 0-3 and 12-15 on the first, 4-11 on the second. Raises ValueError for a length that cannot be cut so.
-        """
-        length = self.tokens.shape[1]
-        if length % (2 * size):
-            raise ValueError(
-                f"sequence length: context parallelism cuts it into 2 x {size} chunks; expected a multiple of "
-                f"{2 * size}, got {length}"
-            )
-        chunk = length // (2 * size)
-        first, second = rank * chunk, (2 * size - 1 - rank) * chunk
-        return self._map(lambda x: torch.cat([x[:, first : first + chunk], x[:, second : second + chunk]], 1))
+        return self.map(lambda x: x[:, start : start + length])
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
-    def _map(self, f: Any) -> Batch:
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """`f` of every tensor."""
         values = {x.name: getattr(self, x.name) for x in fields(self)}
         moved: dict[str, Any] = {name: None if value is None else f(value) for name, value in values.items()}
         return Batch(**moved)

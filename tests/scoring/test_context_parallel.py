@@ -17,7 +17,8 @@ from small_models import TinyGPT, random_batch, token_losses, train
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_opus.config import PreconditionerConfig, SelectionConfig, SketchConfig
+from megatron_opus.config import ConfigError, PreconditionerConfig, SelectionConfig, SketchConfig
+from megatron_opus.scoring.windows import own_tokens
 from megatron_opus.types import Batch, Fragment, Groups
 
 N, K_P, LENGTH = 8, 4, 16
@@ -148,8 +149,6 @@ def scores(estimator: str, cp: int, fault: str = "") -> dict[str, Any]:
 
 
 def _own_count(self: Any, windows: Any) -> Tensor:
-    from megatron_opus.scoring.windows import own_tokens
-
     return torch.stack([own_tokens(x, self._groups).loss_mask.sum(1) for x in windows]).sum(0).clamp(min=1)
 
 
@@ -188,7 +187,7 @@ def test_the_faults_are_seen(world4: Any, fault: str) -> None:
 def test_a_length_that_cannot_be_cut() -> None:
     """Guards against tokens that no rank has."""
     batch = random_batch(2, 16)
-    cut = [batch.of_context_rank(rank, 2).position_ids[0].tolist() for rank in (0, 1)]
+    cut = [own_tokens(batch, Groups(cp_rank=rank, cp_size=2)).position_ids[0].tolist() for rank in (0, 1)]
     assert cut == [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]
-    with pytest.raises(ValueError, match="expected a multiple of 8, got 18"):
-        random_batch(2, 18).of_context_rank(0, 4)
+    with pytest.raises(ConfigError, match="expected a multiple of 8, got 18"):
+        own_tokens(random_batch(2, 18), Groups(cp_size=4))
