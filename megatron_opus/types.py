@@ -152,6 +152,11 @@ class MuonHyper:
 
     Each Newton-Schulz step (a, b, c) is X <- a X + b (X X^T) X + c (X X^T)^2 X on the smaller side of the matrix,
     started from q / ||q||_F. All of it is read from the optimizer in use.
+
+    Under tensor parallelism either each shard is such a matrix, or (`whole`) the shards of all ranks together are. With
+    `split` the rows of a matrix (of a shard, where it is not `whole`) are groups of so many rows of each part, and each
+    part is orthogonalised apart with a scale of its own; `scale` is 1 then. Example: 4 query groups with
+    `split` ((16, 2.0), (8, 1.5), (8, 1.5)) are 128 rows: the first part has rows 0 to 15, 32 to 47, ... with scale 2.
     """
 
     lr: float
@@ -160,6 +165,8 @@ class MuonHyper:
     scale: float  # of this matrix: the optimizer's factor for its shape
     coefficients: tuple[tuple[float, float, float], ...]  # one (a, b, c) for each Newton-Schulz step
     step: int  # completed optimizer steps; 0: no momentum yet
+    whole: bool = False
+    split: tuple[tuple[int, float], ...] = ()  # (rows in each group, scale) of each part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ COMMANDS = {
     "build-proxy": "take a proxy out of a prepared corpus",
     "score-corpus": "give every candidate document of a corpus a score",
     "keep": "take part of a corpus by its scores",
+    "score-report": "write one HTML page about the scores of a corpus",
+    "score-auc": "print how well scores tell two domains apart",
     "train": "train by one recipe, in this process alone",
     "convert-checkpoint": "convert Hugging Face weights to sharded ones, and back",
     "evaluate": "run benchmarks and perplexity of a checkpoint, offline",

@@ -141,6 +141,7 @@ class OptimizerConfig(Section, at="optimizer"):
     """Linear warm-up and cosine decay of every rate together; the learning rate of step s (from 0) is always positive.
 
     `muon` is the hybrid of the paper: Muon for the matrices of the transformer blocks, AdamW for everything else.
+    Megatron's own (engine megatron) takes learned position embeddings too.
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest.
@@ -159,6 +160,20 @@ class OptimizerConfig(Section, at="optimizer"):
     adam_eps: Epsilon = 1e-8  # Added to the root of AdamW's second moment.
     weight_decay: Rate = 0.1  # Of AdamW's and SGD's matrices; norms and biases are never decayed.
     muon_weight_decay: Rate = 0.0  # Of Muon's matrices.
+    muon_nesterov: bool = False  # Engine megatron: Nesterov momentum of Muon; DeepSpeed's always has it.
+    # Engine megatron: queries, keys and values of one matrix are orthogonalised apart.
+    muon_split_qkv: bool = True
+    # Engine megatron: tensor-parallel ranks orthogonalise their shards (blockwise), or the whole matrix, each of them
+    # (duplicated) or together (distributed).
+    muon_tp_mode: Literal["blockwise", "duplicated", "distributed"] = "blockwise"
+    # Engine megatron: coefficients of Muon's Newton-Schulz steps, by Megatron's name.
+    muon_coefficient_type: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"] = "quintic"
+    muon_num_ns_steps: Annotated[int, positive(100)] = 5  # Engine megatron: Newton-Schulz steps of Muon.
+    # Engine megatron: factor for a matrix of shape o x i: sqrt(max(o, i)), sqrt(o / i), or sqrt(max(1, o / i)).
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    muon_extra_scale_factor: Annotated[float, above(0, 1000)] = 1.0  # Engine megatron: a further factor of the update.
+    # Engine megatron: precision of Newton-Schulz products; medium is bf16.
+    muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = "medium"
 
     def check_together(self) -> None:
         require(

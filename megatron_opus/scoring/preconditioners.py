@@ -6,7 +6,9 @@ AdamW, separable   Every rank sums the second moments that it owns over rows [d_
 AdamW, exact       The whole local shard is gathered, one matrix at a time.
 Muon               One data-parallel rank that holds the momentum forms the multiplier S and keeps it. Where no rank
                    holds all of it (ZeRO 3), it is gathered to one rank, one matrix at a time. The other ranks
-                   receive the sketched sides S X [d, m] that they need, never S.
+                   receive the sketched sides S X [d, m] that they need, never S. Where Megatron orthogonalises the
+                   shards of all tensor-parallel ranks together, the momentum is gathered over them, and each of these
+                   ranks forms the S of the whole matrix.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from megatron_opus.selection.precondition import (
     muon_multiplier,
     muon_side,
     separable_factors,
+    split_multiplier,
 )
 from megatron_opus.selection.sketch import indices
 from megatron_opus.types import AdamHyper, Groups, Hyper, MuonHyper, OptimizerState, ScoredLayer, SgdHyper
@@ -44,6 +47,7 @@ class _Muon:
 
     side: Side
     owner: bool  # this rank forms and keeps S
+    whole: bool = False  # of the whole matrix, the same on every tensor-parallel rank; else of this rank's shard
     multiplier: Tensor | None = None  # S, on the owner
 
 
@@ -122,7 +126,8 @@ class Preconditioners:
         Where S stands on the side that is cut, the other side has the sketch alone, the same on every rank.
         """
         whole: Side = "cols" if self._matrices[index].cut == "rows" else "rows"
-        return index in self._muon and self._muon[index].side == whole
+        muon = self._muon.get(index)
+        return muon is not None and not muon.whole and muon.side == whole
 
     def compose(self, requests: Sequence[tuple[int, Side, Projection]]) -> list[Projection]:
         """Return for each (matrix, side, sketch) the projection that applies this shard's side of P, then the sketch.
@@ -139,10 +144,7 @@ class Preconditioners:
             elif muon is not None and muon.side == side:
                 size = len(self._rows[index] if side == "rows" else self._cols[index])
                 if muon.owner:
-                    assert muon.multiplier is not None
-                    value = compose(muon.multiplier, sketch)
-                    assert isinstance(value, Tensor)
-                    value = value.clone() if value is muon.multiplier else value
+                    value = self._times_multiplier(index, muon, sketch)
                 else:
                     value = torch.zeros(size, _width(sketch, size), device=self._device)
                 sent[self._matrices[index].apart].append(value)
@@ -152,6 +154,25 @@ class Preconditioners:
         all_reduce_many(sent[False], self._groups.state, self._traffic)
         all_reduce_many(sent[True], self._groups.expert_state, self._traffic)
         return results
+
+    def _times_multiplier(self, index: int, muon: _Muon, sketch: Projection) -> Tensor:
+        """Multiply S with a sketch of its side: [local indices, m]. Collective over the ranks that share a whole S."""
+        s = muon.multiplier
+        assert s is not None
+        if muon.whole and muon.side == self._matrices[index].cut:
+            # this rank sketches its own indices alone: S X is a sum over the ranks, of which it needs its own rows
+            if sketch is None:
+                raise ConfigError(
+                    f"{self._matrices[index].name}: Muon's multiplier joins rows of all tensor-parallel ranks, which "
+                    "operator materialise cannot apply; expected selection.sketch.operator two_sided or two_stage"
+                )
+            own = self._rows[index] if muon.side == "rows" else self._cols[index]
+            value = compose(s[:, own], sketch)
+            assert isinstance(value, Tensor)
+            return _take(all_reduce(value, self._groups.tp, self._traffic), own)
+        value = compose(s, sketch)
+        assert isinstance(value, Tensor)
+        return value.clone() if value is s else value
 
     def multiplier(self, index: int) -> Tensor | None:
         """Return D of one AdamW matrix on this rank's shard, [O, I] float32; None unless the form is `exact`."""
@@ -236,7 +257,10 @@ class Preconditioners:
             holders = [rank for rank, sizes in enumerate(everywhere) if sizes[place] == rows * cols]
             owner = min(holders or range(len(load)), key=lambda rank: load[rank])
             load[owner] += min(rows, cols) ** 2 * max(rows, cols)
-            muon = _Muon(side=muon_side(rows, cols), owner=owner == group_rank)
+            x = self._matrices[i]
+            whole = hyper.whole and not x.replicated
+            side: Side = "rows" if hyper.split else muon_side(x.d_out, x.d_in) if whole else muon_side(rows, cols)
+            muon = _Muon(side=side, owner=owner == group_rank, whole=whole)
             momentum = self._assemble(i, found) if muon.owner or not holders else None
             if not holders:
                 if sum(sizes[place] for sizes in everywhere) != rows * cols:
@@ -250,8 +274,20 @@ class Preconditioners:
                 self._traffic.count(momentum)
             if muon.owner:
                 assert momentum is not None
-                muon.multiplier = muon_multiplier(momentum, self._steps(hyper))
+                momentum = self._joined(i, momentum) if whole else momentum
+                steps = self._steps(hyper)
+                if hyper.split:
+                    muon.multiplier = split_multiplier(momentum, steps, hyper.split)
+                else:
+                    muon.multiplier = muon_multiplier(momentum, steps)
             self._muon[i] = muon
+
+    def _joined(self, index: int, shard: Tensor) -> Tensor:
+        """Put the shards [O, I] of all tensor-parallel ranks together to the whole matrix."""
+        x = self._matrices[index]
+        found = torch.zeros(x.d_out, x.d_in, dtype=shard.dtype, device=self._device)
+        found[self._rows[index][:, None], self._cols[index]] = shard
+        return all_reduce(found, self._groups.tp, self._traffic)
 
     def _steps(self, hyper: MuonHyper) -> tuple[tuple[float, float, float], ...]:
         wanted = self._config.muon_steps

@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from megatron_opus.backends.formats.torch_files import load_plain, pickles_below
 from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
 from megatron_opus.errors import CheckpointError
-from megatron_opus.files import write_json
+from megatron_opus.files import explain, write_json
 from megatron_opus.ranks.agreement import environment, gathered, on_all_ranks, on_rank_0
 from megatron_opus.runs.checkpoints import (
     DELETING,
@@ -46,6 +46,8 @@ from megatron_opus.runs.checkpoints import (
     verify_contents,
 )
 from megatron_opus.types import TrainEngine
+
+T = TypeVar("T")
 
 
 def save(
@@ -66,7 +68,7 @@ def save(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     own = engine.rank_state()
-    path = on_rank_0(lambda: _new_directory(directory, step))
+    path = on_rank_0(lambda: _explained(directory, lambda: _new_directory(directory, step)))
     engine.save(path)
 
     def write_local() -> None:
@@ -76,7 +78,7 @@ def save(
         if own is not None:
             torch.save(own, path / f"moment_{rank:05d}.pt")
 
-    on_all_ranks(write_local)
+    on_all_ranks(lambda: _explained(path, write_local))
     names: list[str] = on_rank_0(lambda: sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
     # every rank flushes and digests a share of all files, whichever rank wrote them
     digests = gathered(lambda: _synced(path, names[rank::world]))
@@ -104,7 +106,7 @@ def save(
         _prune(directory, keep)
         return path
 
-    return on_rank_0(mark_complete)
+    return on_rank_0(lambda: _explained(path, mark_complete))
 
 
 def load(
@@ -209,6 +211,16 @@ def _new_directory(directory: Path, step: int) -> Path:
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
+
+
+def _explained(folder: Path, write: Callable[[], T]) -> T:
+    """Run `write`. Raises CheckpointError, with the remedy, where the disk below `folder` refuses it."""
+    try:
+        return write()
+    except (OSError, RuntimeError) as error:
+        if why := explain(error, folder):
+            raise CheckpointError(f"the checkpoint could not be written: {why}") from error
+        raise
 
 
 def _synced(path: Path, names: Sequence[str]) -> dict[str, str]:

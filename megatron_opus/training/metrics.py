@@ -16,11 +16,10 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from megatron_opus.data.corpus import Corpus
 from megatron_opus.files import write_text
 from megatron_opus.nested import flatten
 from megatron_opus.runs.metrics import METRICS_FILE, read_metrics
-from megatron_opus.training.driver import SelectionDriver
+from megatron_opus.training.driver import SelectionDriver, Sequences
 from megatron_opus.types import Candidates, Selection, Signals
 
 
@@ -42,7 +41,7 @@ class MetricsWriter:
         self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
         self._file.flush()
         if self._events is not None:
-            for tag, value in _scalars(row):
+            for tag, value in scalars(row):
                 self._events.add_scalar(tag, value, row["step"])
 
     def sync(self) -> None:
@@ -72,7 +71,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+def scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Yield (TensorBoard tag, value) of every number in a row of metrics."""
     for tag, value in flatten(row, "/").items():
         if isinstance(value, int | float) and not isinstance(value, bool) and tag != "step":
             yield tag, value
@@ -123,7 +123,7 @@ class ProgressLine:
 
 def metrics_row(
     driver: SelectionDriver,
-    corpus: Corpus,
+    corpus: Sequences,
     candidates: Candidates,
     signals: Signals,
     selection: Selection,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -201,7 +202,12 @@ class Session:
         problem = [""]
         if dist.get_rank() == 0 and not (problem := [self._claim(self.run_dir)])[0]:
             exists = (self.run_dir / CONFIG_FILE).exists()
-            if exists and not resume:
+            if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
+                problem[0] = (
+                    "training.tensorboard: expected the package tensorboard, found none; pip install tensorboard, or "
+                    "set training.tensorboard=false (metrics.jsonl has the same numbers)"
+                )
+            elif exists and not resume:
                 problem[0] = (
                     f"{self.run_dir} already holds a run: continue it with --resume, or choose another name with "
                     "name=<new name>"

@@ -80,7 +80,7 @@ def hf_to_opus(
     """Write tp_RR_of_TT.safetensors with the local shards of every rank, and weights.json last.
 
     Raises ConfigError (before any tensor is read) for an output that exists, a degree that does not divide the model,
-    files that are not those of a GPT-2 or Qwen3 model.
+    files that are not those of a GPT-2, Qwen3 or Llama model.
     """
     _refuse_existing(output, overwrite)
     raw = hf_layout.read_config(source)

@@ -4,6 +4,7 @@
     HfWeights       Hugging Face directory  published tensors (hf_layout.py)
     ShardedWeights  hf-to-opus directory    tensor-parallel degree of the conversion
     ShardedWeights  checkpoints/step_*      tensor-parallel degree of the run, under ZeRO 3 data-parallel parts as well
+    MegatronWeights checkpoints/step_*      of Megatron's engine: chunks of the whole model's tensors
 
 A rank that starts from such weights reads its own rows and columns only, so the degree need not be the files'.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_opus.backends.formats import hf_layout
 from megatron_opus.backends.formats.deepspeed_shards import DeepSpeedShards
 from megatron_opus.backends.formats.safetensors_files import SafetensorsFiles
+from megatron_opus.backends.formats.torch_dist import TorchDistTensors
 from megatron_opus.backends.model.build import DTYPES
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig, from_dict
 from megatron_opus.layout.model_layout import model_layout
@@ -219,6 +221,23 @@ class ShardedWeights(WeightSource):
         return value if columns is None else torch.cat([value[:, start : start + n] for start, n in columns], dim=1)
 
 
+class MegatronWeights(WeightSource):
+    """Reads a checkpoint of Megatron's engine, whatever layout wrote it. Raises WeightsError when it does not fit."""
+
+    def __init__(self, model: ModelConfig, where: Path, engine: Path) -> None:
+        super().__init__(model, where)
+        self._tensors = TorchDistTensors(engine)
+        expected = {p.name: p.shape for p in self.layout.parameters}
+        found = {name: shape for name in expected if (shape := self._tensors.shape(name)) is not None}
+        refuse_unless_equal(expected, found, f"{where} does not hold the tensors of its configuration")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors.dtype(name)
+
+    def _read(self, name: str, rows: Ranges, columns: Ranges | None) -> Tensor:
+        return self._tensors.read(name, rows, *(() if columns is None else (columns,)))
+
+
 # --- places ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,9 +314,11 @@ def _open_converted(path: Path) -> ShardedWeights:
     return ShardedWeights(model, path, ConvertedShards(path, tp_size), tp_size)
 
 
-def _open_checkpoint(path: Path) -> ShardedWeights:
+def _open_checkpoint(path: Path) -> WeightSource:
     config, marker = checkpoint_config(path)
     checkpoints.verify_files(path, marker)
+    if config.parallel.engine == "megatron":
+        return MegatronWeights(config.model, path, path / "engine")
     layout = marker["layout"]
     tp_size = layout["tensor_model_parallel_size"]
     shards = DeepSpeedShards(

@@ -17,13 +17,13 @@ LENGTH = 24
 
 def config(kind: str, tied: bool, **changes: Any) -> Any:
     """Shapes in which everything that can be mixed up has another size."""
-    from transformers import GPT2Config, Qwen3Config
+    from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
     common = {"vocab_size": VOCAB, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "gpt2":
         shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "n_inner": 48}
         return GPT2Config(**{**common, **shape, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **changes})
-    return Qwen3Config(
+    return {"qwen3": Qwen3Config, "llama": LlamaConfig}[kind](
         **{
             **common,
             "hidden_size": 32,

@@ -173,7 +173,8 @@ def test_a_degree_that_does_not_divide_is_refused_before_anything_is_read(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "llama"}, "model_type: expected one of gpt2, qwen3, got 'llama'"),
+        ({"model_type": "mistral"}, "model_type: expected one of gpt2, qwen3, llama, got 'mistral'"),
+        ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope scaling: expected none"),

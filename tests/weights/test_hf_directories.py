@@ -17,7 +17,7 @@ from megatron_opus.backends.formats.safetensors_files import INDEX, SINGLE, Safe
 from megatron_opus.config import ConfigError
 from megatron_opus.weights.sources import HfWeights
 
-TABLE = {"gpt2": "transformer.wte.weight", "qwen3": "model.embed_tokens.weight"}
+TABLE = {"gpt2": "transformer.wte.weight", "qwen3": "model.embed_tokens.weight", "llama": "model.embed_tokens.weight"}
 
 
 def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -26,7 +26,7 @@ def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> N
     save_file(tensors, directory / SINGLE, {"format": "pt"})
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", [*TABLE])
 def test_a_tied_table_under_the_head_s_name_alone(tmp_path: Path, kind: str) -> None:
     """Guards against a whole tied model refused as incomplete: some exporters keep the head and drop the table."""
     source = hf_models.save(tmp_path / "hf", kind, tied=True)

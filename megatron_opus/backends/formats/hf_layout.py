@@ -1,8 +1,8 @@
-"""Published GPT-2 and Qwen3 checkpoints: their config.json, tensor names, and where each row of ours lies in theirs.
+"""Published GPT-2, Qwen3 and Llama checkpoints: config.json, tensor names, and where each row of ours lies in theirs.
 
 Pure functions of the configuration (h hidden, f feed-forward, n heads, g query groups, c channels, V vocabulary):
 
-ours                              GPT-2 (transformer.)                 Qwen3 (model.)
+ours                              GPT-2 (transformer.)                 Qwen3 and Llama (model.)
 embedding.word_embeddings [V', h] wte [V, h]                           embed_tokens [V, h]
 embedding.position_embeddings     wpe                                  -
 linear_qkv, by query group        h.i.attn.c_attn [h, 3h] = q | k | v  q_proj, k_proj, v_proj
@@ -11,8 +11,8 @@ linear_fc1 [f, h] or [2f, h]      h.i.mlp.c_fc [h, f]                  gate_proj
 linear_fc2 [h, f]                 h.i.mlp.c_proj [f, h]                down_proj
 output_layer [V', h]              lm_head [V, h]                       lm_head [V, h]
 
-GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its columns. V' is V rounded up; no
-published tensor holds its last rows, which are zeros.
+Llama is Qwen3 without the norms of queries and keys. GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its
+columns. V' is V rounded up; no published tensor holds its last rows, which are zeros.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ from megatron_opus.config import ConfigError, ModelConfig
 from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
 from megatron_opus.layout.model_layout import ModelLayout, ParameterLayout
 
-Family = Literal["gpt2", "qwen3"]
+Family = Literal["gpt2", "qwen3", "llama"]
 CONFIG_FILE = "config.json"
-PREFIX: dict[Family, str] = {"gpt2": "transformer.", "qwen3": "model."}
-ARCHITECTURE: dict[Family, str] = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}
+PREFIX: dict[Family, str] = {"gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
+ARCHITECTURE: dict[Family, str] = {
+    "gpt2": "GPT2LMHeadModel",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 HEAD = "lm_head.weight"
 # Causal masks (GPT-2) and rotary frequencies (Qwen3) that old files carry as if they were weights.
 _BUFFERS = re.compile(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
@@ -52,6 +56,12 @@ _NAMES: dict[Family, dict[str, str]] = {
         "pre_mlp_layernorm": "post_attention_layernorm",
         "mlp.linear_fc2": "mlp.down_proj",
     },
+    "llama": {
+        "input_layernorm": "input_layernorm",
+        "self_attention.linear_proj": "self_attn.o_proj",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+        "mlp.linear_fc2": "mlp.down_proj",
+    },
 }
 _SHARED: dict[Family, dict[str, str]] = {
     "gpt2": {
@@ -61,6 +71,10 @@ _SHARED: dict[Family, dict[str, str]] = {
         "decoder.final_layernorm.bias": "ln_f.bias",
     },
     "qwen3": {
+        "embedding.word_embeddings.weight": "embed_tokens.weight",
+        "decoder.final_layernorm.weight": "norm.weight",
+    },
+    "llama": {
         "embedding.word_embeddings.weight": "embed_tokens.weight",
         "decoder.final_layernorm.weight": "norm.weight",
     },
@@ -88,7 +102,14 @@ class HfLayout:
 
 
 def family(model: ModelConfig) -> Family:
-    """The published architecture of this shape. Raises ConfigError with what keeps it from being either."""
+    """The published architecture of this shape. Raises ConfigError with what keeps it from being any."""
+    rotary: dict[str, tuple[Any, Any]] = {
+        "position_embedding_type": ("rope", model.position_embedding_type),
+        "normalization": ("RMSNorm", model.normalization),
+        "swiglu": (True, model.swiglu),
+        "add_bias_linear": (False, model.add_bias_linear),
+        "add_qkv_bias": (False, model.add_qkv_bias),
+    }
     asked: dict[Family, dict[str, tuple[Any, Any]]] = {
         "gpt2": {
             "position_embedding_type": ("learned_absolute", model.position_embedding_type),
@@ -99,14 +120,8 @@ def family(model: ModelConfig) -> Family:
             "num_query_groups": (model.num_attention_heads, query_groups(model)),
             "kv_channels": (model.hidden_size / model.num_attention_heads, head_channels(model)),
         },
-        "qwen3": {
-            "position_embedding_type": ("rope", model.position_embedding_type),
-            "normalization": ("RMSNorm", model.normalization),
-            "swiglu": (True, model.swiglu),
-            "add_bias_linear": (False, model.add_bias_linear),
-            "add_qkv_bias": (False, model.add_qkv_bias),
-            "qk_layernorm": (True, model.qk_layernorm),
-        },
+        "qwen3": {**rotary, "qk_layernorm": (True, model.qk_layernorm)},
+        "llama": {**rotary, "qk_layernorm": (False, model.qk_layernorm)},
     }
     faults = {
         name: [f"model.{key}: expected {want}, got {got}" for key, (want, got) in keys.items() if want != got]
@@ -116,7 +131,9 @@ def family(model: ModelConfig) -> Family:
         if not faults[name]:
             return name
     lines = "\n".join(f"  as {name}: {'; '.join(found)}" for name, found in faults.items())
-    raise ConfigError(f"this model has no published architecture, only GPT-2 and Qwen3 can be converted:\n{lines}")
+    raise ConfigError(
+        f"this model has no published architecture, only GPT-2, Qwen3 and Llama can be converted:\n{lines}"
+    )
 
 
 def read_config(directory: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
@@ -164,8 +181,10 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
             layernorm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
             untie_embeddings_and_output_weights=not raw.get("tie_word_embeddings", True),
         )
+    llama = raw["model_type"] == "llama"
     only("hidden_act", ("silu",))
     only("attention_bias", (False,))
+    only("mlp_bias", (False,))
     only("use_sliding_window", (False,))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -173,15 +192,16 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ConfigError(f"{CONFIG_FILE}: rope scaling: expected none, got {rope!r}")
     # `transformers` takes what rope_parameters says, and the older key at the top where that says nothing.
-    theta = float(rope.get("rope_theta") or need("rope_theta"))
+    theta = float(rope.get("rope_theta") or (raw.get("rope_theta") or 10000.0 if llama else need("rope_theta")))
     if theta != int(theta):
         raise ConfigError(f"{CONFIG_FILE}: rope_theta: expected a whole number, got {theta}")
+    heads = need("num_attention_heads")
     return ModelConfig(
         num_layers=need("num_hidden_layers"),
         hidden_size=need("hidden_size"),
-        num_attention_heads=need("num_attention_heads"),
-        num_query_groups=need("num_key_value_heads"),
-        kv_channels=raw.get("head_dim", 128),
+        num_attention_heads=heads,
+        num_query_groups=(raw.get("num_key_value_heads") or heads) if llama else need("num_key_value_heads"),
+        kv_channels=raw.get("head_dim") or (need("hidden_size") // heads if llama else 128),
         ffn_hidden_size=need("intermediate_size"),
         vocab_size=need("vocab_size"),
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
@@ -193,7 +213,7 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
         swiglu=True,
         add_bias_linear=False,
         add_qkv_bias=False,
-        qk_layernorm=True,
+        qk_layernorm=not llama,
         untie_embeddings_and_output_weights=not raw.get("tie_word_embeddings", False),
     )
 
@@ -236,9 +256,10 @@ def published_config(model: ModelConfig, dtype: str, base: Mapping[str, Any] | N
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": model.attention_dropout,
+            **({"mlp_bias": False} if kind == "llama" else {}),
         }
     kept = {k: v for k, v in (base or {}).items() if k not in ("dtype", "torch_dtype", "transformers_version")}
-    if "rope_parameters" in kept and kind == "qwen3":  # where newer versions of the library keep it
+    if "rope_parameters" in kept and kind != "gpt2":  # where newer versions of the library keep it
         own.pop("rope_theta")
         kept.pop("rope_theta", None)  # one place: an older key beside it may say something else
         kept["rope_parameters"] = {

@@ -223,7 +223,7 @@ def _mark_parameters(model: nn.Module, layout: ModelLayout) -> None:
         for attribute, value in (
             ("model_parallel", sharded),
             ("tensor_model_parallel", sharded),
-            ("partition_dim", 1 if layout[name].cut == "columns" else 0),
+            ("partition_dim", {"rows": 0, "columns": 1, None: -1}[layout[name].cut]),
             ("partition_stride", 1),
         ):
             setattr(parameter, attribute, value)

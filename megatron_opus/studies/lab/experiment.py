@@ -31,7 +31,7 @@ from megatron_opus.nested import flatten
 RECORD = "experiment.json"
 ROOT = Path(__file__).resolve().parents[3]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
-OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts", "start")
+OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts", "start", "before")
 CLOCKS = ("wall", "cpu")
 RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
 START, START_SEEDS = "start", 1000  # a run that arms begin with; its seeds are others, so that its data is too
@@ -78,6 +78,7 @@ class Experiment:
     start: Mapping[str, Any]  # dotted overrides, beside `settings`, of a run that all arms of a seed begin with
     shared: Mapping[str, Any]  # metric and settings that replace those above on larger text, whose domains differ
     clock: str  # `wall`, or `cpu`: the seconds a processor worked for a run, which other work beside it leaves alone
+    before: Path | None = None  # JSON, arm -> seconds spent for it before its first step, as on scoring its data
 
     def on_shared_text(self) -> Experiment:
         """The same experiment on the larger text: another name, its own metric and settings. Raises LabError."""
@@ -183,6 +184,7 @@ def read_experiment(path: Path) -> Experiment:
         contrasts=tuple((arm, other) for arm, other in contrasts),
         shared=shared,
         clock=clock,
+        before=Path(raw["before"]) if raw.get("before") else None,
     )
 
 
