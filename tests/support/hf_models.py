@@ -119,18 +119,16 @@ def logits_of(gpt: Any, groups: Any, dist: Any, forward_loss: Any, batch_type: A
     positions = torch.arange(LENGTH).expand_as(ids)
     with torch.no_grad():
         part = gpt(input_ids=ids, position_ids=positions, attention_mask=None).float()
-        losses = (
-            None
-            if gpt.config.sequence_parallel and LENGTH % 2 == 0
-            else forward_loss(
-                gpt,
-                batch_type(
-                    tokens=ids[:, :-1],
-                    labels=ids[:, 1:],
-                    loss_mask=torch.ones(2, LENGTH - 1),
-                    position_ids=positions[:, :-1],
-                ),
-            )
+        even = gpt.config.sequence_parallel  # which splits the tokens over two ranks
+        length = LENGTH - 2 if even else LENGTH - 1
+        losses = forward_loss(
+            gpt,
+            batch_type(
+                tokens=ids[:, :length],
+                labels=ids[:, 1 : length + 1],
+                loss_mask=torch.ones(2, length),
+                position_ids=positions[:, :length],
+            ),
         )
     parts = [part]
     if groups.tp is not None:

@@ -42,8 +42,8 @@ def test_a_model_started_from_published_weights_computes_the_same(world2: Any, m
     losses = functional.cross_entropy(want[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     for result in world2.run(hf_models.our_logits, recipe(model, layout)):
         torch.testing.assert_close(result["logits"][..., : hf_models.VOCAB], want, rtol=0, atol=TOLERANCE)
-        if layout != "TP 2 x EP 2":  # the sequence of 23 cannot be split there
-            torch.testing.assert_close(result["losses"], losses, rtol=0, atol=TOLERANCE)
+        found = result["losses"]
+        torch.testing.assert_close(found, losses[:, : found.shape[1]], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
