@@ -41,7 +41,7 @@ from megatron_opus.scoring.stages import StageSums
 from megatron_opus.scoring.sums import Reading, Sums
 from megatron_opus.scoring.undisturbed import undisturbed
 from megatron_opus.scoring.verify import Verifier, WeightGradients
-from megatron_opus.scoring.windows import window_starts
+from megatron_opus.scoring.windows import own_tokens, window_starts
 from megatron_opus.selection import utility
 from megatron_opus.types import (
     Batch,
@@ -255,9 +255,7 @@ class ScoringPass:
                     probed=(chosen or 0) - first,
                     share=self._groups.share,
                 )
-                batch = window.rows(rows.start, rows.stop)
-                if self._groups.cp_size > 1:
-                    batch = batch.of_context_rank(self._groups.cp_rank, self._groups.cp_size)
+                batch = own_tokens(window.rows(rows.start, rows.stop), self._groups)
                 micros.append(self._micro(batch, reading, sums, tokens[rows], weights[rows], losses[rows]))
         self._run(micros)
         return losses[:total], sums
@@ -314,7 +312,8 @@ class ScoringPass:
     def _verify(self, verifier: Verifier, windows: Sequence[Batch], sums: Sums, chosen: int | None) -> None:
         """Compare sequence `chosen` with autograd; where they differ, read it once more alone, to say why."""
         row = slice(chosen or 0, (chosen or 0) + 1)
-        batch, tokens = windows[0].rows(row.start, row.stop), self._counted_tokens(windows)[row]
+        batch = own_tokens(windows[0].rows(row.start, row.stop), self._groups)
+        tokens = self._counted_tokens(windows)[row]
 
         def alone(parts: Sequence[Sequence[Part]], into: Sums) -> CapturedMicrobatch:
             reading = Reading(parts=parts, candidate=True, shape=(1, batch.tokens.shape[1]), share=self._groups.share)

@@ -124,7 +124,7 @@ class Verifier:
         worst = max((d / s for d, s in zip(differences_, sizes_, strict=True) if s > 0), default=0.0)
         summary = torch.tensor([float(bool(self._wrong)), float(known and not finite), float(known), worst])
         summary = summary.nan_to_num(0.0, 0.0, 0.0).to(self._device)
-        for group in (self._groups.tp, self._groups.dp):
+        for group in (self._groups.tp, self._groups.cp, self._groups.dp):
             if group is not None:
                 dist.all_reduce(summary, op=dist.ReduceOp.MAX, group=group)
         wrong, unusable, compared, worst = summary.tolist()

@@ -1,4 +1,4 @@
-"""Published GPT-2, Qwen3 and Llama checkpoints: config.json, tensor names, and where each row of ours lies in theirs.
+"""Published GPT-2, Qwen3, Qwen3-MoE and Llama checkpoints: config.json, names, and where each row of ours lies.
 
 Pure functions of the configuration (h hidden, f feed-forward, n heads, g query groups, c channels, V vocabulary):
 
@@ -11,8 +11,10 @@ linear_fc1 [f, h] or [2f, h]      h.i.mlp.c_fc [h, f]                  gate_proj
 linear_fc2 [h, f]                 h.i.mlp.c_proj [f, h]                down_proj
 output_layer [V', h]              lm_head [V, h]                       lm_head [V, h]
 
-Llama is Qwen3 without the norms of queries and keys. GPT-2's `Conv1D` stores [d_in, d_out]: the rows of ours are its
-columns. V' is V rounded up; no published tensor holds its last rows, which are zeros.
+Llama is Qwen3 without the norms of queries and keys. Qwen3-MoE is Qwen3 with `mlp.gate` [E, h] for our `mlp.router`,
+and with gate_proj, up_proj and down_proj of every expert e under `mlp.experts.e` in place of one MLP's. GPT-2's
+`Conv1D` stores [d_in, d_out]: the rows of ours are its columns. V' is V rounded up; no published tensor holds its last
+rows, which are zeros.
 """
 
 from __future__ import annotations
@@ -25,15 +27,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opus.config import ConfigError, ModelConfig
-from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
+from megatron_opus.config.dimensions import expert_ffn_size, ffn_size, head_channels, query_groups
 from megatron_opus.layout.model_layout import ModelLayout, ParameterLayout
 
-Family = Literal["gpt2", "qwen3", "llama"]
+Family = Literal["gpt2", "qwen3", "qwen3_moe", "llama"]
 CONFIG_FILE = "config.json"
-PREFIX: dict[Family, str] = {"gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
+PREFIX: dict[Family, str] = {"gpt2": "transformer.", "qwen3": "model.", "qwen3_moe": "model.", "llama": "model."}
 ARCHITECTURE: dict[Family, str] = {
     "gpt2": "GPT2LMHeadModel",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
 }
 HEAD = "lm_head.weight"
@@ -62,6 +65,14 @@ _NAMES: dict[Family, dict[str, str]] = {
         "pre_mlp_layernorm": "post_attention_layernorm",
         "mlp.linear_fc2": "mlp.down_proj",
     },
+    "qwen3_moe": {
+        "input_layernorm": "input_layernorm",
+        "self_attention.linear_proj": "self_attn.o_proj",
+        "self_attention.q_layernorm": "self_attn.q_norm",
+        "self_attention.k_layernorm": "self_attn.k_norm",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+        "mlp.router": "mlp.gate",
+    },
     "llama": {
         "input_layernorm": "input_layernorm",
         "self_attention.linear_proj": "self_attn.o_proj",
@@ -77,6 +88,10 @@ _SHARED: dict[Family, dict[str, str]] = {
         "decoder.final_layernorm.bias": "ln_f.bias",
     },
     "qwen3": {
+        "embedding.word_embeddings.weight": "embed_tokens.weight",
+        "decoder.final_layernorm.weight": "norm.weight",
+    },
+    "qwen3_moe": {
         "embedding.word_embeddings.weight": "embed_tokens.weight",
         "decoder.final_layernorm.weight": "norm.weight",
     },
@@ -129,6 +144,14 @@ def family(model: ModelConfig) -> Family:
         "qwen3": {**rotary, "qk_layernorm": (True, model.qk_layernorm)},
         "llama": {**rotary, "qk_layernorm": (False, model.qk_layernorm)},
     }
+    experts, shared = model.num_moe_experts, model.moe_shared_expert_intermediate_size
+    for found in asked.values():
+        found["num_moe_experts"] = (None, experts)
+    asked["qwen3_moe"] = {
+        **asked["qwen3"],
+        "num_moe_experts": (experts or "a number", experts),
+        "moe_shared_expert_intermediate_size": (None, shared),
+    }
     faults = {
         name: [f"model.{key}: expected {want}, got {got}" for key, (want, got) in keys.items() if want != got]
         for name, keys in asked.items()
@@ -138,7 +161,7 @@ def family(model: ModelConfig) -> Family:
             return name
     lines = "\n".join(f"  as {name}: {'; '.join(found)}" for name, found in faults.items())
     raise ConfigError(
-        f"this model has no published architecture, only GPT-2, Qwen3 and Llama can be converted:\n{lines}"
+        f"this model has no published architecture, only GPT-2, Qwen3, Qwen3-MoE and Llama can be converted:\n{lines}"
     )
 
 
@@ -235,6 +258,21 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
         raw = {**raw, "rope_theta": 10000}
     theta = need("rope_theta") if rope.get("rope_theta") is None else whole("rope_theta", rope["rope_theta"])
     heads = need("num_attention_heads")
+    experts: dict[str, Any] = {}
+    if raw["model_type"] == "qwen3_moe":
+        # every block is a mixture, and the weights of the chosen experts add up to 1
+        only("decoder_sparse_step", (1,))
+        if raw.get("mlp_only_layers") or not raw.get("norm_topk_prob"):
+            raise ConfigError(
+                f"{CONFIG_FILE}: expected mlp_only_layers [] and norm_topk_prob true, got "
+                f"{raw.get('mlp_only_layers')} and {raw.get('norm_topk_prob')}"
+            )
+        experts = {
+            "num_moe_experts": need("num_experts"),
+            "moe_router_topk": need("num_experts_per_tok"),
+            "moe_ffn_hidden_size": need("moe_intermediate_size"),
+            "moe_aux_loss_coeff": float(raw.get("router_aux_loss_coef") or 0.0),
+        }
     return ModelConfig(
         num_layers=need("num_hidden_layers"),
         hidden_size=need("hidden_size"),
@@ -254,6 +292,7 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
         add_qkv_bias=False,
         qk_layernorm=not llama,
         untie_embeddings_and_output_weights=not truth("tie_word_embeddings", False),
+        **experts,
     )
 
 
@@ -297,6 +336,16 @@ def published_config(model: ModelConfig, dtype: str, base: Mapping[str, Any] | N
             "attention_dropout": model.attention_dropout,
             **({"mlp_bias": False} if kind == "llama" else {}),
         }
+    if kind == "qwen3_moe":
+        own |= {
+            "num_experts": model.num_moe_experts,
+            "num_experts_per_tok": model.moe_router_topk,
+            "moe_intermediate_size": expert_ffn_size(model),
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        }
     kept = {k: v for k, v in (base or {}).items() if k not in ("dtype", "torch_dtype", "transformers_version")}
     if "rope_parameters" in kept and kind != "gpt2":  # where newer versions of the library keep it
         own.pop("rope_theta")
@@ -330,10 +379,11 @@ def _layout(kind: Family, prefix: str, entry: ParameterLayout, model: ModelConfi
     transposed = kind == "gpt2" and entry.kind == "linear"
     if module == "self_attention.linear_qkv":
         return HfLayout(pieces=_qkv(kind, layer, leaf, model), transposed=transposed)
+    mlp = f"{layer}.mlp" if entry.expert is None else f"{layer}.mlp.experts.{entry.expert}"
     if entry.halves:
-        halves = (f"{layer}.mlp.{part}_proj.{leaf}" for part in ("gate", "up"))
+        halves = (f"{mlp}.{part}_proj.{leaf}" for part in ("gate", "up"))
         return HfLayout(pieces=tuple(PublishedRows(tensor=half, start=0, length=rows // 2) for half in halves))
-    tensor = f"{layer}.{_NAMES[kind][module]}.{leaf}"
+    tensor = f"{mlp}.down_proj.{leaf}" if entry.expert is not None else f"{layer}.{_NAMES[kind][module]}.{leaf}"
     return HfLayout(pieces=(PublishedRows(tensor=tensor, start=0, length=rows),), transposed=transposed)
 
 
