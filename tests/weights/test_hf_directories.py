@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_opus.backends.formats.hf_layout import model_config, published_config, read_config
+from megatron_opus.backends.formats.hf_config import model_config, published_config, read_config
 from megatron_opus.backends.formats.safetensors_files import INDEX, SINGLE, SafetensorsFiles, WeightFileError
 from megatron_opus.config import ConfigError
 from megatron_opus.weights.sources import HfWeights
