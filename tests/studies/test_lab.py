@@ -281,7 +281,7 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
 
 
 def test_seconds_before_the_first_step_are_counted(tmp_path):
-    """Guards against a filter that scored for an hour and passes for as fast as random, and a misspelt arm without it."""
+    """Guards against a filter that scored for an hour and passes for as fast as random, and against a misspelt arm."""
     before = tmp_path / "before.json"
     before.write_text(json.dumps({"opus": 2.0}))
     found = experiment.read_experiment(experiment_file(tmp_path, clock="cpu", seeds=[1], before=str(before)))
