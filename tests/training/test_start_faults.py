@@ -28,6 +28,9 @@ class Hidden:
     def __init__(self, finder: Any, package: str) -> None:
         self._finder, self._package = finder, package
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
     def find_spec(self, name: str, *more: Any) -> Any:
         return None if name.partition(".")[0] == self._package else self._finder.find_spec(name, *more)
 
