@@ -134,8 +134,8 @@ def read_marker(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"checkpoint {path}: {MARKER} is not valid JSON ({error}); {_other_one(path)}") from error
     if not isinstance(marker, dict) or marker.get("format") != FORMAT:
-        found = marker.get("format") if isinstance(marker, dict) else type(marker).__name__
-        raise CheckpointError(f"checkpoint {path}: {MARKER}: expected format {FORMAT}, got {found!r}")
+        told = marker.get("format") if isinstance(marker, dict) else type(marker).__name__
+        raise CheckpointError(f"checkpoint {path}: {MARKER}: expected format {FORMAT}, got {told!r}")
     kinds = {"step": int, "layout": dict, "config": dict, "fingerprints": dict, "versions": dict, "files": dict}
     for key, kind in kinds.items():
         if not isinstance(marker.get(key), kind):

@@ -84,7 +84,7 @@ def test_ids_out_of_the_vocabulary_name_their_file(prepared: Path) -> None:
     """Guards against an IndexError of the embedding, deep in a step, for a file that another tokenizer has made."""
     path = prepared / manifests.FILE_NAME
     data = json.loads(path.read_text())
-    entry = data["datasets"][0]
+    entry = next(entry for entry in data["datasets"] if entry["role"] == "candidates")
     tokens = np.memmap(f"{prepared / entry['prefix']}.bin", entry["dtype"], "r+")
     tokens[40] = 65535
     tokens.flush()

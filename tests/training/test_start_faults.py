@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launched import Server, tiny
-
-
-class Settings:
-    """Environment variables of a rank, set before it begins."""
-
-    def __init__(self, **variables: str) -> None:
-        self._variables = variables
-
-    def __call__(self) -> None:
-        os.environ.update(self._variables)
+from launched import Server, Variables, tiny
 
 
 class Hidden:
@@ -27,6 +16,9 @@ class Hidden:
 
     def __init__(self, finder: Any, package: str) -> None:
         self._finder, self._package = finder, package
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
 
     def find_spec(self, name: str, *more: Any) -> Any:
         return None if name.partition(".")[0] == self._package else self._finder.find_spec(name, *more)
@@ -53,13 +45,13 @@ def test_a_port_in_use(server: Server, embedded_cache: Path, tmp_path: Path) -> 
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        line = refused(server, embedded_cache, tmp_path, Settings(MASTER_PORT=port))
+        line = refused(server, embedded_cache, tmp_path, Variables(MASTER_PORT=port))
     assert f"127.0.0.1:{port}, but that port is in use by another program or run; choose another one" in line
 
 
 def test_a_first_process_that_is_not_there(server: Server, embedded_cache: Path, tmp_path: Path) -> None:
     """Guards against a traceback on every other node where the first one did not start."""
-    alone = Settings(RANK="1", WORLD_SIZE="2", MASTER_PORT="1")
+    alone = Variables(RANK="1", WORLD_SIZE="2", MASTER_PORT="1")
     line = refused(server, embedded_cache, tmp_path, alone, "parallel.distributed_timeout_minutes=0.05")
     assert line.startswith("error: rank 1: the processes are to meet at 127.0.0.1:1 (MASTER_ADDR, MASTER_PORT)")
 
