@@ -58,7 +58,7 @@ def load_bridge(folder: Path) -> None:
     named.MegatronTokenizer = object  # for annotations alone
     sys.modules[named.__name__] = named
     utils: Any = ModuleType("megatron.bridge.data.utils")
-    utils.get_dataset_provider = lambda config: lambda samples, config: [Tokens(size) for size in samples]
+    utils.get_dataset_provider = lambda config: lambda samples, config: [Tokens(n) if n else None for n in samples]
     sys.modules[utils.__name__] = utils
 
 

@@ -213,6 +213,7 @@ FINE = {
         ({"dataloader_type": "cyclic"}, "--dataloader-type cyclic.*use --dataloader-type single"),
         ({"sft": True}, "--sft"),
         ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"non_persistent_ckpt_type": "local"}, "--non-persistent-ckpt-type local.*use --save-interval"),
         ({"phase_transition_iterations": [2]}, "--phase-transition-iterations"),
         ({"multiple_validation_sets": True}, "--multiple-validation-sets"),
         ({"perform_rl_step": True}, "--perform-rl-step"),

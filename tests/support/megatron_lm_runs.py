@@ -129,6 +129,7 @@ class LoopRuns:
             *CPU,
             *data,
             *length,
+            *batch,
             "--save",
             str(folder),
             "--data-cache-path",

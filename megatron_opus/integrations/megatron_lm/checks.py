@@ -121,6 +121,11 @@ REFUSED: tuple[_Refused, ...] = (
         "--dataloader-inter-document-masking: packed sequences are not scored one by one",
         "use --reset-attention-mask",
     ),
+    (
+        _given("non_persistent_ckpt_type"),
+        "--non-persistent-ckpt-type {non_persistent_ckpt_type}: our state would not lie beside such checkpoints",
+        "use --save-interval",
+    ),
     (_given("phase_transition_iterations"), "--phase-transition-iterations: its datasets begin anew", "leave it out"),
     (_given("multiple_validation_sets"), "--multiple-validation-sets", "leave it out"),
     (_given("perform_rl_step"), "--perform-rl-step: there is no pre-training dataset to select from", "leave it out"),
