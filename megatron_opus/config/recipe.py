@@ -298,9 +298,8 @@ class SelectionConfig(Section, at="selection"):
     score_micro_batch_size: Sequences | None = None
     proxy_batch_size: Sequences = 8  # Sequences of the target per step, over all ranks (K_p).
     proxy_refresh_every: Steps = 1  # Steps for which one proxy batch is used.
-    proxy_momentum: Beta = (
-        0.0  # Of an exponential average of the sketched proxy gradient; not with sketch.alignment direction.
-    )
+    # Of an exponential average of the sketched proxy gradient; 0: none. Not with sketch.alignment direction.
+    proxy_momentum: Beta = 0.0
     max_fallbacks: Interval = 10  # Steps that may fall back to random selection before the run stops.
     debug_checks: bool = False  # Compare the drawn ids across ranks at every step.
 
