@@ -33,7 +33,7 @@ def scores(kind: str, stand_in: bool, *, tp: int = 1, centered: bool = False, fa
         for name, parameter in model.named_parameters():
             if "layernorm" in name:
                 generator = torch.Generator().manual_seed(len(name))
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-5, weight_decay=0.0)
     for step in range(2):
         optimizer.zero_grad()
