@@ -130,6 +130,9 @@ class Capture:
                 return None
             out = output[0] if isinstance(output, tuple) else output
             given = args[0] if args else next(iter(kwargs.values()))
+            if layer.input_of is not None:
+                with torch.no_grad():
+                    given = layer.input_of(given.detach())
             needs_leaf = not out.requires_grad
             if inside_backward():
                 if not self._without_gradient[index]:

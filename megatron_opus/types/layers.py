@@ -113,6 +113,7 @@ class ScoredLayer:
     transposed: bool = False  # the layer is y = x W: the rows of W are its inputs
     input_scattered: bool = False  # sequence parallel: each rank holds its slice of the tokens of a
     output_scattered: bool = False  # likewise of b
+    input_of: Callable[[Tensor], Tensor] | None = None  # makes a of what the module is given; None: it is a
     own_tokens: bool = False  # each tensor-parallel rank holds the whole matrix and reads its own tokens alone
     routing: Routing | None = None  # of an expert: activations are [rows, d], of tokens that were sent to it
     expert: int = 0  # its number among the experts of this rank

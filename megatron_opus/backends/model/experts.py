@@ -133,6 +133,11 @@ def check(layer: MoELayer) -> None:
             f"mixture of experts: expected SequentialMLP, whose experts are modules, got {type(layer.experts).__name__}"
             "; set moe_grouped_gemm=False"
         )
+    kinds = {type(part).__name__ for e in layer.experts.local_experts for part in (e.linear_fc1, e.linear_fc2)}
+    if foreign := kinds - {"ColumnParallelLinear", "RowParallelLinear"}:
+        raise ConfigError(
+            f"mixture of experts: expected Megatron's own linear layers in every expert, got {', '.join(foreign)}"
+        )
     etp = layer.experts.tp_group
     wrong = (
         ("moe_expert_capacity_factor", c.moe_expert_capacity_factor is not None, "null: which tokens are dropped would "
