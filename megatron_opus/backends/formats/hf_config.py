@@ -172,7 +172,8 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
                 f"{raw.get('mlp_only_layers')} and {raw.get('norm_topk_prob')}"
             )
         experts = {
-            "num_moe_experts": need("num_experts"),
+            # `transformers` 5 writes the second name and reads both
+            "num_moe_experts": need("num_experts" if "num_experts" in raw else "num_local_experts"),
             "moe_router_topk": need("num_experts_per_tok"),
             "moe_ffn_hidden_size": need("moe_intermediate_size"),
             "moe_aux_loss_coeff": float(raw.get("router_aux_loss_coef") or 0.0),
