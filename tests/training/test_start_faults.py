@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -60,3 +62,26 @@ def test_tensorboard_is_missing(server: Server, embedded_cache: Path, tmp_path: 
     """Guards against a run that is built for minutes and then ends with ModuleNotFoundError."""
     line = refused(server, embedded_cache, tmp_path, without_tensorboard, "training.tensorboard=true")
     assert "training.tensorboard: expected the package tensorboard, found none; pip install tensorboard, or set" in line
+
+
+def test_what_a_resumed_run_compares(server: Server, embedded_cache: Path, tmp_path: Path) -> None:
+    """Guards against a run that goes on with other code, or on other tokens, than it began with, and says nothing."""
+    cache = Path(shutil.copytree(embedded_cache, tmp_path / "cache"))
+    arguments = tiny(cache, tmp_path, "run", "training.train_steps=2")
+    first = server.launch(1, arguments, tmp_path / "logs1")
+    assert first.wait() == {0: 0}, first.log(0)
+    assert "verified" not in first.log(0)
+    marker = tmp_path / "run/checkpoints/step_00000002/complete.json"
+    saved = json.loads(marker.read_text())
+    marker.write_text(json.dumps(saved | {"source": "0123456789abcdef"}))
+    again = server.launch(1, [*arguments, "--resume"], tmp_path / "logs2")
+    assert again.wait() == {0: 0}, again.log(0)
+    assert "was saved by other code of megatron_opus (source 0123456789abcdef, now " in again.log(0)
+    assert "verified the contents of the data: 0.00 GiB" in again.log(0)
+    assert "verified the contents of step_00000002: 0.00 GiB" in again.log(0)
+    damaged = max(cache.rglob("*.bin"), key=lambda path: path.stat().st_size)
+    with damaged.open("r+b") as stream:
+        stream.write(b"\1\1\1\1")
+    other = server.launch(1, [*arguments, "--resume"], tmp_path / "logs3")
+    assert other.wait() == {0: 2}, other.log(0)
+    assert f"error: {damaged}: its contents are not those that manifest.json records" in other.log(0)
