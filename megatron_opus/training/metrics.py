@@ -30,6 +30,7 @@ class MetricsWriter:
         self._path = run_dir / METRICS_FILE
         _truncate(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
+        self._start = 0
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -38,11 +39,18 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """`row` has an int `step`; nested mappings (losses per domain) become dotted TensorBoard tags."""
+        self._start = self._file.tell()  # of the last row
         self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
         self._file.flush()
         if self._events is not None:
             for tag, value in scalars(row):
                 self._events.add_scalar(tag, value, row["step"])
+
+    def rewrite(self, row: Mapping[str, Any]) -> None:
+        """Write the last row again, to which something has been added."""
+        self._file.seek(self._start)
+        self._file.truncate()
+        self.write(row)
 
     def sync(self) -> None:
         """Everything written so far is on disk: called before a checkpoint counts."""

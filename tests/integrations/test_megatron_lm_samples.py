@@ -13,14 +13,18 @@ import torch
 
 from megatron_opus.backends.engines.megatron.training_loop import attended, document_ids_of
 from megatron_opus.backends.model.releases import UnsupportedRelease
-from megatron_opus.config import ConfigError, SelectionConfig
+from megatron_opus.config import ConfigError, ModelConfig, RunConfig, SelectionConfig
 from megatron_opus.data.buffer import DrawError
 from megatron_opus.data.iterator import IteratorError
 from megatron_opus.integrations.megatron_lm.__main__ import main, split
 from megatron_opus.integrations.megatron_lm.checks import NAMES, REFUSED, check_arguments, check_names
+from megatron_opus.integrations.megatron_lm.record import Record
 from megatron_opus.integrations.megatron_lm.run import candidates_of
 from megatron_opus.integrations.megatron_lm.samples import CandidateCursor, Samples, SelectedMicroBatches
 from megatron_opus.integrations.megatron_lm.settings import load
+from megatron_opus.runs.ledger import read_ledger
+from megatron_opus.runs.metrics import read_metrics
+from megatron_opus.types import Candidates, Selection, Signals
 
 LENGTH = 4
 
@@ -140,6 +144,21 @@ def test_candidates_of_a_step() -> None:
     assert candidates_of(8, 0.3, 2) == 26
     assert candidates_of(8, 1.0, 4) == 8
     assert candidates_of(6, 0.99, 4) == 8
+
+
+def test_an_evaluation_is_added_to_the_row_of_its_step(tmp_path: Path) -> None:
+    """Guards against validation losses that are lost, or that stand in a row of their own, taken for another step."""
+    config = RunConfig(name="opus", model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1))
+    candidates = Candidates(step=0, sample_ids=np.arange(2), domains=np.zeros(2, np.int32))
+    decided = (candidates, Signals(), Selection(indices=torch.tensor([1])))
+    record = Record(tmp_path, config, ("web",), first_step=0)
+    record.evaluated({"lm loss": 9.0})  # before the first step, as of a checkpoint: there is no row for it
+    record.step({"step": 0, "loss": 2.0}, decided, None)
+    record.sync()
+    record.evaluated({"lm loss": 3.0})
+    record.close()
+    assert read_metrics(tmp_path) == [{"step": 0, "loss": 2.0, "validation_loss": {"lm loss": 3.0}}]
+    assert read_ledger(tmp_path / "ledger")["selected"].to_pylist() == [False, True]
 
 
 # --- settings and command line ----------------------------------------------------------------------------------------

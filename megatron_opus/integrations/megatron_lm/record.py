@@ -12,7 +12,7 @@ from megatron_opus.training.metrics import MetricsWriter, scalars
 
 
 class Record:
-    """Written by one rank. A row waits for the evaluation that may follow its step."""
+    """Written by one rank, a row when its step is over; the evaluation that may follow the step is added to it."""
 
     def __init__(self, directory: Path, config: RunConfig, domains: tuple[str, ...], first_step: int) -> None:
         """What a run that was killed has written of `first_step` and later steps is dropped."""
@@ -21,12 +21,12 @@ class Record:
         self._metrics = MetricsWriter(directory, first_step=first_step, tensorboard=False)
         self._ledger = LedgerWriter(directory / "ledger", domains)
         self._ledger.truncate(first_step)
-        self._row: dict[str, Any] | None = None
+        self._row: dict[str, Any] = {}
 
     def step(self, row: dict[str, Any], decided: Any, events: Any) -> None:
-        """Keep one step; events: Megatron's TensorBoard writer, or None where it has none."""
-        self.write()
+        """Write one step; events: Megatron's TensorBoard writer, or None where it has none."""
         self._ledger.append(*decided)
+        self._metrics.write(row)
         self._row = row
         if events is not None:
             for tag, value in scalars(row):
@@ -34,21 +34,15 @@ class Record:
 
     def evaluated(self, losses: dict[str, float]) -> None:
         """Add validation losses to the last step's row."""
-        if self._row is not None:
+        if self._row:
             self._row["validation_loss"] = losses
-
-    def write(self) -> None:
-        if self._row is not None:
-            self._metrics.write(self._row)
-            self._row = None
+            self._metrics.rewrite(self._row)
 
     def sync(self) -> None:
         """Put everything on the disk: called before a checkpoint counts."""
-        self.write()
         self._ledger.flush()
         self._metrics.sync()
 
     def close(self) -> None:
-        self.write()
         self._ledger.flush()
         self._metrics.close()
