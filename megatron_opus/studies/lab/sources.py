@@ -38,8 +38,9 @@ def source_shares(directory: Path, config: RunConfig) -> dict[str, float]:
     names = corpus.domains["candidates"]  # candidates are the first streams
     counts: dict[str, int] = {}
     for stream, document, number in zip(streams.tolist(), first.tolist(), times.tolist(), strict=True):
-        if (found := labels.get(names[stream])) is not None:
-            counts[found[document]] = counts.get(found[document], 0) + number
+        if names[stream] in labels:
+            source = labels[names[stream]][document]
+            counts[source] = counts.get(source, 0) + number
     return {source: count / sum(counts.values()) for source, count in sorted(counts.items())}
 
 
