@@ -104,6 +104,14 @@ def test_unscored_steps_are_uniform_and_are_no_fallbacks():
     assert selection.diagnostics["controller_scoring"] == 0
 
 
+def test_a_probe_that_says_nothing_is_not_made_again_at_once():
+    """Guards against a run whose probes fall back, as with equal utilities: it would score every step in suspension."""
+    made = controlled()
+    for number in range(3):
+        step(made, number, 0.1)
+    assert [number for number in range(3, 12) if step(made, number, 0.0)[0]] == [4, 8]
+
+
 def test_a_step_scored_for_the_bandit_is_a_probe_that_costs_nothing():
     """Guards against a bandit that stands still while scoring is suspended, and an interval that its steps double."""
     made = controlled(bandit=5)

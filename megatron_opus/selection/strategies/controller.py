@@ -59,7 +59,9 @@ class Controller(Around):
         selection = self._inner.select(candidates, signals, k, generator)
         gains = None if selection.fallback else _gains(signals, selection)
         said = {"controller_scoring": float(self._scoring), **self._cost_said()}
-        if gains is not None:
+        if gains is None:
+            self._put_off(candidates.step)
+        else:
             self._seen.append(gains)
             self._decide(candidates.step, gains)
             said |= {"controller_drawn": gains[0], "controller_all": gains[1]}
@@ -124,8 +126,13 @@ class Controller(Around):
                 f"step {step}: scoring is resumed: in a probe the drawn had a mean utility of {gains[0]:.3g}, the "
                 f"buffer {gains[1]:.3g}, and choosing takes {cost:.2f} of an update's seconds"
             )
-        elif step >= self._next_probe:
-            self._interval = min(2 * self._interval, c.probe_most)
+        else:
+            self._put_off(step)
+
+    def _put_off(self, step: int) -> None:
+        """Double the way to the next probe after one that did not pay, or that said nothing."""
+        if not self._scoring and step >= self._next_probe:
+            self._interval = min(2 * self._interval, self._config.probe_most)
             self._next_probe = step + self._interval
 
 

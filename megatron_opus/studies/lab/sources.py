@@ -38,8 +38,8 @@ def source_shares(directory: Path, config: RunConfig) -> dict[str, float]:
     names = corpus.domains["candidates"]  # candidates are the first streams
     counts: dict[str, int] = {}
     for stream, document, number in zip(streams.tolist(), first.tolist(), times.tolist(), strict=True):
-        if (of_stream := labels.get(names[stream])) is not None:
-            source = of_stream[document]
+        if names[stream] in labels:
+            source = labels[names[stream]][document]
             counts[source] = counts.get(source, 0) + number
     return {source: count / sum(counts.values()) for source, count in sorted(counts.items())}
 
