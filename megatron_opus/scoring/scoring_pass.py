@@ -162,6 +162,7 @@ class ScoringPass:
         for value in (align, losses, inter):
             if value is not None:
                 broadcast(broadcast(broadcast(value, over, traffic), groups.cp, traffic), groups.tp, traffic)
+        load = self._expert_load(sums, len(candidates), together=over is not None)
         finite = torch.isfinite(align) & torch.isfinite(losses)
         if inter is not None:
             finite &= torch.isfinite(inter.diagonal())
@@ -170,6 +171,7 @@ class ScoringPass:
             interaction=None if inter is None else inter.cpu(),
             loss=losses.double().cpu(),
             finite=finite.cpu(),
+            expert_load=load,
             seconds=time.perf_counter() - started,
             bytes_sent=traffic.bytes_sent - sent,
             geometry=self._stages.spoken(self.preconditioners.geometry),
@@ -284,6 +286,18 @@ class ScoringPass:
             width=self._stages.width,
             shares=self._groups.shares,
         )
+
+    def _expert_load(self, sums: Sums, count: int, *, together: bool) -> Tensor | None:
+        """Return the load [N, layers, experts] of all ranks' candidates on the CPU. Collective where there are experts.
+
+        Each tensor-parallel rank has counted its own tokens, and each stage its own layers.
+        """
+        if not sums.load:
+            return None
+        load = torch.stack([sums.load[i][:count] for i in sorted(sums.load)], 1)
+        load = all_reduce(load, self._groups.tp, self.traffic)
+        load = all_gather(load, self._groups.dp if together else None, self.traffic).cpu()
+        return torch.cat(self._stages.gathered(load), 1)
 
     def _of_all_tokens(self, sums: Sums, value: Tensor, count: int) -> Tensor:
         """Add up phi or align over the ranks that read tokens of this rank's sequences, of which it keeps its own."""

@@ -89,6 +89,10 @@ class Routing(Protocol):
         """
         ...
 
+    def load(self) -> Tensor:
+        """Return [sequences, experts] float32: the tokens of each sequence that this rank sent to each expert."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredLayer:
