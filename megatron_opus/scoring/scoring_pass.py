@@ -76,8 +76,9 @@ class ScoringPass:
         self.layers = list(layers)
         self._runner, self._config = runner, config
         self._groups, self._device = groups, device
-        slots: dict[int, int] = {}  # a matrix is a parameter: modules that share one are uses of it
-        self._matrix_of = [slots.setdefault(id(x.weight), len(slots)) for x in layers]
+        # a matrix is a parameter, or a part of one: modules that share it are uses of it
+        slots: dict[tuple[int, int | None], int] = {}
+        self._matrix_of = [slots.setdefault((id(x.weight), x.part), len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
         self._plan = Plan(matrices, config.sketch, device)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
