@@ -56,9 +56,8 @@ datasets.is_distributed = True  # type: ignore[attr-defined]
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     mask = loss_mask.view(-1).float()
     loss, tokens = torch.sum(losses.view(-1).float() * mask), mask.sum().detach().to(torch.int)
-    get_rerun_state_machine().validate_result(  # a step with a loss of NaN is run again (--rerun-mode)
-        result=loss, rejection_func=torch.isnan, message="a loss is NaN", tolerance=0.0, fatal=True
-    )
+    fatal = get_args().check_for_nan_in_loss_and_grad  # a step with a loss of NaN is run again (--rerun-mode)
+    get_rerun_state_machine().validate_result(loss, torch.isnan, "a loss is NaN", tolerance=0.0, fatal=fatal)
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
 
 

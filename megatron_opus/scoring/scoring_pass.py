@@ -36,6 +36,7 @@ from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, a
 from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
+from megatron_opus.scoring.proxy_average import ProxyAverage
 from megatron_opus.scoring.stages import StageSums
 from megatron_opus.scoring.sums import Reading, Sums
 from megatron_opus.scoring.undisturbed import undisturbed
@@ -93,8 +94,7 @@ class ScoringPass:
         self._gradients: list[Tensor] | None = None
         self._proxy_age = 0
         self._parts: tuple[bool, list[list[Part]]] | None = None
-        self._psi_average: Tensor | None = None
-        self._psi_updates = 0
+        self._average = ProxyAverage(config.proxy_momentum, groups, self._stages, self.traffic, device)
         self._coverage = coverage
         self._verifier = None if verify is None else Verifier(verify, matrices, groups, device)
 
@@ -188,24 +188,11 @@ class ScoringPass:
 
     def state_dict(self) -> dict[str, Any]:
         """The proxy average of every pipeline stage, the only thing that outlives `invalidate`. Collective."""
-        average = None if self._psi_average is None else self._psi_average.cpu()
-        return {"psi_average": self._stages.gathered(average), "psi_updates": self._psi_updates}
+        return self._average.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        saved = state["psi_average"]  # one for each stage; a checkpoint from before there were stages has just one
-        average = saved[self._groups.pp_rank] if isinstance(saved, list) else saved
-        self._psi_average = None if average is None else average.to(self._device)
-        self._psi_updates = state["psi_updates"]
-
-    def _average(self, psi: Tensor) -> Tensor:
-        """Proxy momentum: hashes never change, so an average of sketches is the sketch of the average."""
-        beta = self._config.proxy_momentum
-        if beta == 0 or not self._stages.all_agree(bool(torch.isfinite(psi).all())):
-            return psi  # a non-finite proxy makes this step fall back; it must not enter the average
-        previous = torch.zeros_like(psi) if self._psi_average is None else self._psi_average
-        self._psi_average = beta * previous + (1 - beta) * psi
-        self._psi_updates += 1
-        return self._psi_average / (1 - beta**self._psi_updates)
+        """Continue from what `state_dict` gave under the same tensor and pipeline parallelism."""
+        self._average.load_state_dict(state)
 
     def _read_proxy(self, proxies: Sequence[Batch], counted: int) -> None:
         """psi, or the proxy's (half sketched) gradient of each matrix: the mean over all ranks' proxy sequences."""
@@ -218,7 +205,7 @@ class ScoringPass:
             # a sum over all tokens, wherever they were read
             psi = all_reduce(all_reduce(sums.psi, groups.tp, traffic), groups.cp, traffic)
             psi = all_reduce(psi, groups.dp, traffic)
-            self._psi = self._average(self._stages.features(psi / total, sums.all_columns()))
+            (self._psi,) = self._average([self._stages.features(psi / total, sums.all_columns())])
             return
         # None: a matrix that another tensor-parallel rank counts
         gradients = [
@@ -231,7 +218,7 @@ class ScoringPass:
         own_tokens = [g for g, x in zip(gradients, matrices, strict=True) if x.own_tokens]
         all_reduce_many(own_tokens, groups.tp, traffic)
         self._stages.gradients(gradients)
-        self._gradients = [x / total for x in gradients]
+        self._gradients = self._average([x / total for x in gradients])
 
     def _read(
         self,

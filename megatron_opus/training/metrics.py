@@ -155,7 +155,13 @@ def metrics_row(
     """One line of metrics.jsonl (validation losses are added where they are measured)."""
     counters = driver.counters
     chosen = candidates.domains[selection.indices.numpy()]
-    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(corpus.domains["candidates"])}
+    names = corpus.domains["candidates"]
+    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(names)}
+    weighted = {}
+    if selection.weights is not None:  # what the update is made of: sequences of weight 0 take no part
+        parts = np.bincount(chosen, weights=selection.weights.double().numpy(), minlength=len(names))
+        weighted = {"weighted_share": dict(zip(names, (parts / parts.sum()).tolist(), strict=True))}
+    domains = driver.domain_counters
     return {
         "step": counters.step,
         "loss": loss,
@@ -171,6 +177,9 @@ def metrics_row(
         "excluded_total": counters.excluded,
         "geometry": signals.geometry,
         "selected_share": share,
+        **weighted,
+        "domain_tokens": {name: c["used"] * driver.seq_length for name, c in domains.items()},  # trained on
+        "domain_epochs": {name: c["offered"] / c["sequences"] for name, c in domains.items()},  # offered, in passes
         "score_seconds": signals.seconds,
         "score_bytes_sent": signals.bytes_sent,
         "choose_seconds": choose_seconds,  # scoring, and beside it the buffer, the draw and reading what was drawn

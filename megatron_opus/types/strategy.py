@@ -48,15 +48,24 @@ class SelectionStrategy(Protocol):
 
     needs: frozenset[SignalName]  # what the scoring pass must produce; empty: no pass at all
     wants_domain_loss: bool  # True: `observe` is called after every step
+    wants_seconds: bool  # True: `observe_seconds` is called after every step that was scored
 
     def domain_weights(self, step: int) -> Tensor | None:
         """[D] weights for filling the buffer, or None for the configured ones."""
+        ...
+
+    def scores_at(self, step: int) -> bool:
+        """Whether this step has a scoring pass; without one, `select` gets empty signals. Only asked with `needs`."""
         ...
 
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection: ...
 
     def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
         """Mean training loss of the step's sequences of each domain that was in it, unweighted; after `select`."""
+        ...
+
+    def observe_seconds(self, choosing: float, updating: float) -> None:
+        """Seconds of the step's choice, scoring included, and of its update; the same on every rank."""
         ...
 
     def notices(self) -> list[str]:

@@ -49,12 +49,15 @@ def numeric() -> list[tuple[tuple[str, ...], type, tuple[Any, ...]]]:
     return found
 
 
+MAPPINGS = ("domain_weights", "domain_max_epochs", "minimum", "maximum")
+
+
 def set_to(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     raw = to_dict(from_dict(SMALL))
     node = raw
     for part in path[:-1]:
         node = node[part]
-    node[path[-1]] = {"a": value} if path[-1] in ("domain_weights", "minimum", "maximum") else value
+    node[path[-1]] = {"a": value} if path[-1] in MAPPINGS else value
     return raw
 
 
@@ -96,7 +99,10 @@ def test_every_number_is_bounded(path: tuple[str, ...], kind: type, bounds: tupl
         (lambda: OptimizerConfig(lr=1.0, min_lr=2.0), "optimizer.lr: expected 0 <= min_lr <= lr, got 2.0, 1.0"),
         (lambda: DataConfig(path=""), "data.path: expected printable text, got ''"),
         (lambda: DataConfig(path="a\0b"), "data.path: expected printable text"),
-        (lambda: SelectionConfig(proxy_momentum=0.5), "selection.proxy_momentum: an average needs the proxy in sketch"),
+        (
+            lambda: SelectionConfig(proxy_momentum=0.5, sketch=SketchConfig(alignment="direction")),
+            "selection.proxy_momentum: an average needs the proxy in sketch",
+        ),
         (
             lambda: SelectionConfig(strategy="greats", preconditioner=PreconditionerConfig(kind="adamw")),
             "selection.preconditioner.kind: greats scores in SGD's geometry",

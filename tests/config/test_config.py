@@ -210,7 +210,8 @@ def test_every_recipe_loads_and_says_every_value(path: Path) -> None:
     for section in ("data", "parallel", "optimizer", "training", "selection"):
         unsaid = {f.name for f in dataclasses.fields(getattr(c, section))} - set(raw[section]) - {"cache_dir"}
         assert not unsaid, f"{path.name} leaves {section}.{unsaid} to the defaults"
-    for section in ("redundancy", "preconditioner", "sketch", "ado", "filter_then_weight", "floors"):
+    sections = ("redundancy", "preconditioner", "sketch", "ado", "filter_then_weight", "floors")
+    for section in (*sections, "domain_bandit", "controller", "prefilter"):
         assert {f.name for f in dataclasses.fields(getattr(c.selection, section))} == set(raw["selection"][section])
 
 

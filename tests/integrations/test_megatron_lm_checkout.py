@@ -27,7 +27,18 @@ def train(checkout: Path, folder: Path, *more: str, world: int = 1) -> dict[str,
         port = free.getsockname()[1]
     torchrun = ("torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}")
     script = (str(ROOT / "tests/support/megatron_cpu.py"), str(checkout / "pretrain_gpt.py"))
-    options = (*TINY, *CPU, "--mock-data", "--train-iters", "4", "--save", str(folder), *more)
+    options = (
+        *TINY,
+        *CPU,
+        "--mock-data",
+        "--train-iters",
+        "4",
+        "--global-batch-size",
+        "4",
+        "--save",
+        str(folder),
+        *more,
+    )
     path = ":".join((str(ROOT), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
         [sys.executable, "-m", *torchrun, *script, *options],

@@ -182,7 +182,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 FINE = {
     **{"seq_length": 32, "sequence_parallel": False, "tensor_model_parallel_size": 2, "transformer_impl": "local"},
-    **{"cuda_graph_impl": "none", "dataloader_type": "single", "context_parallel_size": 1, "num_experts": None},
+    **{"cuda_graph_impl": "none", "dataloader_type": "single", "context_parallel_size": 1},
 }
 
 
@@ -200,7 +200,6 @@ FINE = {
         ({"gtp_weight_remat_size": 2}, "generalised tensor parallelism.*--tensor-model-parallel-size"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2.*use --context-parallel-size 1"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
-        ({"num_experts": 8}, "--num-experts 8"),
         ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine.*use .*local"),
         ({"fp8": "hybrid"}, "--fp8-format.*use --bf16"),
         ({"fp4": "nvfp4"}, "--fp4-format.*use --bf16"),
@@ -214,6 +213,7 @@ FINE = {
         ({"dataloader_type": "cyclic"}, "--dataloader-type cyclic.*use --dataloader-type single"),
         ({"sft": True}, "--sft"),
         ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"non_persistent_ckpt_type": "local"}, "--non-persistent-ckpt-type local.*use --save-interval"),
         ({"phase_transition_iterations": [2]}, "--phase-transition-iterations"),
         ({"multiple_validation_sets": True}, "--multiple-validation-sets"),
         ({"perform_rl_step": True}, "--perform-rl-step"),

@@ -74,7 +74,7 @@ def published_logits(directory: Path) -> Tensor:
 
 def recipe_for(directory: Path, tp: int, **sections: dict[str, Any]) -> RunConfig:
     """A recipe of the model in `directory`, from its own config.json, that starts from its weights."""
-    from megatron_opus.backends.formats.hf_layout import model_config, read_config
+    from megatron_opus.backends.formats.hf_config import model_config, read_config
 
     model = to_dict(model_config(read_config(directory), make_vocab_size_divisible_by=32))
     raw: dict[str, Any] = {

@@ -26,12 +26,14 @@ CPU = (
 )
 TINY = (
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", f"{LENGTH}"),
-    *("--max-position-embeddings", f"{LENGTH}", "--micro-batch-size", "1", "--global-batch-size", "4"),
+    *("--max-position-embeddings", f"{LENGTH}", "--micro-batch-size", "1"),
     *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--log-interval", "1"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", f"{VOCABULARY}", "--make-vocab-size-divisible-by", "64"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--eval-iters", "2", "--eval-interval", "1000"),
-    *("--save-interval", "1000", "--ckpt-format", "torch", "--split", "80,20,0"),
+    *("--save-interval", "1000", "--ckpt-format", "torch"),
 )
+SPLIT = ("--split", "80,20,0")
+MOCK = ("--mock-data", *SPLIT)
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 SELECTION: dict[str, Any] = {
     "rho": 0.5,
@@ -113,8 +115,9 @@ class LoopRuns:
         world: int = 1,
         opus: Mapping[str, Any] | None = None,
         script: Path = SCRIPT,
-        data: Sequence[str] = ("--mock-data",),
+        data: Sequence[str] = MOCK,
         length: Sequence[str] = ("--train-iters", "4"),
+        batch: Sequence[str] = ("--global-batch-size", "4"),
         folder: Path | None = None,
     ) -> tuple[Path, Launched]:
         """Start a run; opus: the keys of its opus.yaml, None for a run without the hook."""
@@ -126,6 +129,7 @@ class LoopRuns:
             *CPU,
             *data,
             *length,
+            *batch,
             "--save",
             str(folder),
             "--data-cache-path",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_opus.backends.formats.hf_layout import model_config, read_config
+from megatron_opus.backends.formats.hf_config import model_config, read_config
 from megatron_opus.config import ConfigError
 from megatron_opus.weights.convert import hf_to_opus, opus_to_hf
 

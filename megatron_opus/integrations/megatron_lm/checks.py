@@ -88,7 +88,6 @@ REFUSED: tuple[_Refused, ...] = (
         "use --context-parallel-size 1",
     ),
     (_given("hybrid_context_parallel"), "--hybrid-context-parallel", "leave it out"),
-    (_more_than("num_experts", 0), "--num-experts {num_experts}: the tokens of experts are not scored", "leave it out"),
     (
         _other_than("transformer_impl", "local"),
         "--transformer-impl {transformer_impl}: Transformer Engine's layers are not scored",
@@ -121,6 +120,11 @@ REFUSED: tuple[_Refused, ...] = (
         _given("dataloader_inter_document_masking"),
         "--dataloader-inter-document-masking: packed sequences are not scored one by one",
         "use --reset-attention-mask",
+    ),
+    (
+        _given("non_persistent_ckpt_type"),
+        "--non-persistent-ckpt-type {non_persistent_ckpt_type}: our state would not lie beside such checkpoints",
+        "use --save-interval",
     ),
     (_given("phase_transition_iterations"), "--phase-transition-iterations: its datasets begin anew", "leave it out"),
     (_given("multiple_validation_sets"), "--multiple-validation-sets", "leave it out"),

@@ -149,6 +149,11 @@ class SelectionRun:
             self._driver.observe(self._losses.gathered())
         self._driver.counters.step += 1
 
+    @property
+    def completed(self) -> int:
+        """Iterations of Megatron that are over."""
+        return self._driver.counters.step
+
     def evaluated(self, losses: dict[str, float]) -> None:
         """Add the validation losses of the last step to its row."""
         if self._record is not None:
