@@ -77,8 +77,9 @@ class ScoringPass:
         self.layers = list(layers)
         self._runner, self._config = runner, config
         self._groups, self._device = groups, device
-        slots: dict[int, int] = {}  # a matrix is a parameter: modules that share one are uses of it
-        self._matrix_of = [slots.setdefault(id(x.weight), len(slots)) for x in layers]
+        # a matrix is a parameter, or a part of one: modules that share it are uses of it
+        slots: dict[tuple[int, int | None], int] = {}
+        self._matrix_of = [slots.setdefault((id(x.weight), x.part), len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
         self._plan = Plan(matrices, config.sketch, device)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
@@ -162,6 +163,7 @@ class ScoringPass:
         for value in (align, losses, inter):
             if value is not None:
                 broadcast(broadcast(broadcast(value, over, traffic), groups.cp, traffic), groups.tp, traffic)
+        load = self._expert_load(sums, len(candidates), together=over is not None)
         finite = torch.isfinite(align) & torch.isfinite(losses)
         if inter is not None:
             finite &= torch.isfinite(inter.diagonal())
@@ -170,6 +172,7 @@ class ScoringPass:
             interaction=None if inter is None else inter.cpu(),
             loss=losses.double().cpu(),
             finite=finite.cpu(),
+            expert_load=load,
             seconds=time.perf_counter() - started,
             bytes_sent=traffic.bytes_sent - sent,
             geometry=self._stages.spoken(self.preconditioners.geometry),
@@ -271,6 +274,18 @@ class ScoringPass:
             width=self._stages.width,
             shares=self._groups.shares,
         )
+
+    def _expert_load(self, sums: Sums, count: int, *, together: bool) -> Tensor | None:
+        """Return the load [N, layers, experts] of all ranks' candidates on the CPU. Collective where there are experts.
+
+        Each tensor-parallel rank has counted its own tokens, and each stage its own layers.
+        """
+        if not sums.load:
+            return None
+        load = torch.stack([sums.load[i][:count] for i in sorted(sums.load)], 1)
+        load = all_reduce(load, self._groups.tp, self.traffic)
+        load = all_gather(load, self._groups.dp if together else None, self.traffic).cpu()
+        return torch.cat(self._stages.gathered(load), 1)
 
     def _of_all_tokens(self, sums: Sums, value: Tensor, count: int) -> Tensor:
         """Add up phi or align over the ranks that read tokens of this rank's sequences, of which it keeps its own."""

@@ -86,6 +86,22 @@ def scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
             yield tag, value
 
 
+def expert_load(signals: Signals, selection: Selection) -> dict[str, float]:
+    """How unevenly experts are taken by the scored tokens of all candidates and of the chosen ones; {} without experts.
+
+    The tokens of the busiest expert of a layer over the mean of its experts, averaged over layers: 1 is even. Of 8
+    experts of which each token takes 2, 4 is the largest.
+    """
+    if signals.expert_load is None:
+        return {}
+
+    def busiest(load: torch.Tensor) -> float:
+        return float((load.amax(1) / load.mean(1)).mean())
+
+    offered, chosen = signals.expert_load, signals.expert_load[selection.indices]
+    return {"expert_load_offered": busiest(offered.sum(0)), "expert_load_chosen": busiest(chosen.sum(0))}
+
+
 class ProgressLine:
     """A tqdm bar on a terminal; elsewhere (a Slurm log) a plain line at most every `seconds`."""
 
@@ -164,6 +180,7 @@ def metrics_row(
         "candidate_tokens": counters.candidate_tokens,
         "scored_tokens": counters.scored_tokens,
         **selection.diagnostics,
+        **expert_load(signals, selection),
         "fallbacks": counters.fallbacks,
         "excluded_total": counters.excluded,
         "geometry": signals.geometry,

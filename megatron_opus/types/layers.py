@@ -89,6 +89,10 @@ class Routing(Protocol):
         """
         ...
 
+    def load(self) -> Tensor:
+        """Return [sequences, experts] float32: the tokens of each sequence that this rank sent to each expert."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredLayer:
@@ -113,6 +117,7 @@ class ScoredLayer:
     transposed: bool = False  # the layer is y = x W: the rows of W are its inputs
     input_scattered: bool = False  # sequence parallel: each rank holds its slice of the tokens of a
     output_scattered: bool = False  # likewise of b
+    part: int | None = None  # the matrix is weight[part], of a weight of three dimensions; None: it is the weight
     input_of: Callable[[Tensor], Tensor] | None = None  # makes a of what the module is given; None: it is a
     own_tokens: bool = False  # each tensor-parallel rank holds the whole matrix and reads its own tokens alone
     routing: Routing | None = None  # of an expert: activations are [rows, d], of tokens that were sent to it
@@ -128,6 +133,13 @@ class Fragment:
 
     start: int  # in the flattened local shard
     values: Tensor  # [n], any float dtype
+
+    def within(self, first: int, size: int) -> Fragment | None:
+        """Return what lies in elements first ... first + size - 1, counted from there; None where nothing does."""
+        start, stop = max(self.start, first), min(self.start + self.values.numel(), first + size)
+        if start >= stop:
+            return None
+        return Fragment(start=start - first, values=self.values[start - self.start : stop - self.start])
 
 
 @dataclass(frozen=True, kw_only=True)

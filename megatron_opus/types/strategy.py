@@ -22,6 +22,7 @@ class Signals:
     interaction: Tensor | None = None  # [N, N] <P G(z), P G(j)>
     loss: Tensor | None = None  # [N]    mean token loss
     finite: Tensor | None = None  # [N] bool; False: the candidate gave NaN/Inf factors and must not be drawn
+    expert_load: Tensor | None = None  # [N, layers, experts], float32: scored tokens sent to each; None: no experts
     seconds: float = 0.0
     bytes_sent: int = 0
     geometry: str = ""  # which preconditioner was in force: "adamw-separable", "sgd", ...
