@@ -89,7 +89,7 @@ def test_a_fasttext_model_scores_by_its_label(corpus: Path, tmp_path: Path) -> N
     words = {"atom": [9.0, 0.0], "planet": [9.0, 0.0], "goal": [0.0, 9.0], "team": [0.0, 9.0]}
     model = write_fasttext(tmp_path / "m.bin", words, {"__label__hq": [3.0, -3.0], "__label__lq": [-3.0, 3.0]})
     found = scored(corpus, FastText(model, "__label__hq"), tmp_path / "hq")
-    assert found.of["science"].mean() > 0.8
-    assert found.of["sports"].mean() < 0.2
+    assert found.of["science"].mean() > 0.7
+    assert found.of["sports"].mean() < 0.3
     other = scored(corpus, FastText(model, "__label__lq"), tmp_path / "lq")
     np.testing.assert_allclose(found.of["mixed"] + other.of["mixed"], 1.0, atol=1e-3)
