@@ -120,11 +120,12 @@ def alone() -> Iterator[Any]:
 
 
 def compare(found: dict[str, Any], truth: dict[str, Any], table: Any, layout: str, estimator: str) -> None:
+    tolerance = EIGHT_LAYERS if layout.startswith("8 layers") else TOLERANCE
     table.check(
         found, truth["align"], truth["inter"],
-        against="one process", layout=layout, estimator=estimator, tolerance=TOLERANCE,
+        against="one process", layout=layout, estimator=estimator, tolerance=tolerance,
     )  # fmt: skip
-    torch.testing.assert_close(found["loss"], truth["loss"], rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(found["loss"], truth["loss"], rtol=tolerance, atol=0)
     assert found["geometry"] == truth["geometry"]
     for (loss, norm, own), (want, want_norm, want_own) in zip(found["steps"], truth["steps"], strict=True):
         assert (loss, norm) == pytest.approx((want, want_norm), rel=2e-5)
@@ -132,7 +133,8 @@ def compare(found: dict[str, Any], truth: dict[str, Any], table: Any, layout: st
     assert found["evaluation"] == pytest.approx(truth["evaluation"], rel=2e-5)
 
 
-TOLERANCE = 1e-5  # as in test_sharded.py; float32 sums in another order, through two steps of AdamW
+# float32 sums in another order, through two steps of AdamW; measured: 4e-7 at most, with eight layers 1.1e-6
+TOLERANCE, EIGHT_LAYERS = 1e-6, 4e-6
 
 
 def check(world2: Any, world4: Any, alone: Any, table: Any, layout: str, estimator: str, model: str) -> None:

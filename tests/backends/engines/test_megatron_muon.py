@@ -145,8 +145,8 @@ def test_shards_one_by_one_are_another_optimizer(world2: Any, alone: Any) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("muon", [{}, {"muon_split_qkv": False}], ids=str)
 def test_the_preconditioner_is_that_of_the_state(world2: Any, alone: Any, kind: str, muon: dict[str, Any]) -> None:
-    """Guards against momentum read on ranks that hold none of it, added up over ranks that all hold it, a weight of
-    bf16 whose queries and keys Megatron does not split, and a layout whose parameters are not found."""
+    """Guards against momentum read on ranks that hold none of it, added up over ranks that all hold it, a float32 copy
+    of a bf16 weight that is not known to be split, and a layout whose parameters are not found."""
     bf16 = kind != "plain"
     results = world2.run(read, kind, muon, {})
     want = alone(**muon)

@@ -55,8 +55,6 @@ class MegatronEngine:
             self._optimizer = get_megatron_optimizer(
                 _optimizer_config(config), self._wrapped, use_gloo_process_groups=False
             )
-        if config.optimizer.name == "muon":
-            muon.mark_masters(self._optimizer)
         self._set_rates()
         megatron = self._wrapped[0].config
         megatron.finalize_model_grads_func = finalize_model_grads

@@ -79,20 +79,6 @@ def buffer_layouts(pieces: Sequence[Any], settings: Any) -> list[dict[str, Any]]
     ]
 
 
-def mark_masters(optimizer: Any) -> None:
-    """Tell the float32 copy of each bf16 weight that it is a query-key-value matrix.
-
-    Megatron marks the weight alone, and its Muon, which sees the copy, would not split it.
-    """
-    for part, _ in leaves(optimizer):
-        for low, masters in zip(
-            getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
-        ):
-            for weight, master in zip(low, masters, strict=True):
-                if getattr(weight, "is_qkv", False):
-                    master.is_qkv, master.qkv_split_shapes = True, weight.qkv_split_shapes
-
-
 # --- reading it -----------------------------------------------------------------------------------------------------
 
 
