@@ -80,6 +80,8 @@ def explain(error: BaseException, folder: Path) -> str:
     torch's writer of checkpoints does not say what stopped it: then the state of `folder`, which it wrote into, does.
     """
     if isinstance(error, OSError) and error.errno in REMEDIES:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not _concerns(error.filename, folder):
+            return ""  # a file that is missing elsewhere is no fault of this disk
         return f"{error.filename or folder}: {error.strerror}; {REMEDIES[error.errno]}"
     if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
         if not folder.exists():
@@ -89,6 +91,13 @@ def explain(error: BaseException, folder: Path) -> str:
         first = str(error).splitlines()[0]
         return f"{folder}: cannot be written ({first}); is its disk full, over a quota or read-only?"
     return ""
+
+
+def _concerns(filename: object, folder: Path) -> bool:
+    if not isinstance(filename, str):
+        return False
+    path = Path(filename)
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
 @contextmanager

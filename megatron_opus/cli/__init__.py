@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_opus.errors import Refusal
+from megatron_opus.files import explain
 
 COMMANDS = {
     "prepare-data": "turn text into Megatron token files",
@@ -56,7 +59,8 @@ def start(command: str, argv: Sequence[str] | None = None, program: str | None =
     try:
         status: int = module.main(sys.argv[1:] if argv is None else argv, program or f"megatron-opus {command}")
     except (Refusal, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+        print(f"{name}: {(full and explain(error, Path.cwd())) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)

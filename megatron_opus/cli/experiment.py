@@ -27,6 +27,13 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = parser_of("experiment", program, __doc__)
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--output", type=Path, default=Path("runs/lab"), help="default runs/lab")
+    parser.add_argument(
+        "--match",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="add an arm: random with the domain shares that ARM has trained on, seed by seed",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each (default 1)")
     parser.add_argument("--shared", type=Path, metavar="DIR", help="make the corpus of larger text in DIR")
     parser.add_argument("--cache-dir", type=Path, default=Path("data"), help="for corpora, default data")
@@ -61,6 +68,8 @@ def main(argv: Sequence[str], program: str) -> int:
     experiment = lab.read_experiment(arguments.experiment)
     if arguments.shared is not None:
         experiment = experiment.on_shared_text()
+    for arm in arguments.match:
+        experiment = experiment.with_matched(arm)
     folder = arguments.output / experiment.name
     runs = experiment.runs(folder, corpus(experiment, arguments))
     record = lab.record(experiment, runs, folder)

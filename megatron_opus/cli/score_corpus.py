@@ -54,6 +54,8 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser.add_argument("--device", help="of a sentence encoder (default: cuda where there is one)")
     parser.add_argument("--similarities", type=Path, metavar="DIR", help="of build-proxy --scores, used again")
     parser.add_argument("--score-key", default="", help="of column: the one with which the corpus was prepared")
+    parser.add_argument("--fasttext", type=Path, metavar="FILE", help="of classifier: a fastText model (.bin) as it is")
+    parser.add_argument("--label", default="__label__1", help="of that model: whose probability is the score")
     parser.add_argument("--per", choices=("document", "ngram"), default="document", help="of dsir (default document)")
     parser.add_argument("--columns", type=int, help="of hashed n-grams, a power of two")
     parser.add_argument("--sample-tokens", metavar="N", help="of the corpus, to learn from: 10M, 1B, ...")
@@ -101,7 +103,7 @@ def main(argv: Sequence[str], program: str) -> int:
 def build_scorer(arguments: argparse.Namespace, corpus: CorpusDocuments):  # type: ignore[no-untyped-def]
     """Return the scorer that the arguments describe. Raises ScoreError, BenchmarkError, EncoderError."""
     from megatron_opus.corpus_scores.documents import ScoreError
-    from megatron_opus.corpus_scores.lexical import Betr, Classifier, Column, Dsir, Similarity
+    from megatron_opus.corpus_scores.lexical import Betr, Classifier, Column, Dsir, FastText, Similarity
     from megatron_opus.data.benchmarks.items import load_benchmarks
     from megatron_opus.data.proxy import encoders
     from megatron_opus.data.proxy.build import parse_tokens
@@ -117,6 +119,8 @@ def build_scorer(arguments: argparse.Namespace, corpus: CorpusDocuments):  # typ
         return Column(arguments.score_key)
     if arguments.scorer == "dsir":
         return Dsir(arguments.target, per=arguments.per, seed=arguments.seed, **options)
+    if arguments.scorer == "classifier" and arguments.fasttext is not None:
+        return FastText(arguments.fasttext, arguments.label)
     if arguments.scorer == "classifier":
         return Classifier(arguments.target, seed=arguments.seed, **options)
     lexical = arguments.encoder == encoders.LEXICAL

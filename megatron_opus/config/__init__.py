@@ -6,6 +6,7 @@ what sections ask of each other, `text` the YAML, `load` all of it together.
 
 from megatron_opus.config.checks import validate, validate_world
 from megatron_opus.config.load import dump, from_dict, load, to_dict, without_removed
+from megatron_opus.config.mixture import DomainScheduleConfig
 from megatron_opus.config.recipe import (
     DataConfig,
     Geometry,
@@ -21,13 +22,24 @@ from megatron_opus.config.recipe import (
     keeps_second_moment,
 )
 from megatron_opus.config.schema import ConfigError
-from megatron_opus.config.strategies import AdoConfig, FilterThenWeightConfig, FloorsConfig, Strategy
+from megatron_opus.config.strategies import (
+    AdoConfig,
+    ControllerConfig,
+    DomainBanditConfig,
+    FilterThenWeightConfig,
+    FloorsConfig,
+    PrefilterConfig,
+    Strategy,
+)
 from megatron_opus.config.text import read_yaml
 
 __all__ = [
     "AdoConfig",
     "ConfigError",
+    "ControllerConfig",
     "DataConfig",
+    "DomainBanditConfig",
+    "DomainScheduleConfig",
     "FilterThenWeightConfig",
     "FloorsConfig",
     "Geometry",
@@ -35,6 +47,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PreconditionerConfig",
+    "PrefilterConfig",
     "RedundancyConfig",
     "RunConfig",
     "SelectionConfig",

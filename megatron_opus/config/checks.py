@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_opus.config.dimensions import query_groups, sizes_to_divide
 from megatron_opus.config.engines import check_engine, check_stages
-from megatron_opus.config.recipe import RunConfig
+from megatron_opus.config.recipe import RunConfig, SelectionConfig
 from megatron_opus.config.schema import require
-from megatron_opus.config.strategies import check_floors
+from megatron_opus.config.strategies import GHOST, PERPLEXITY, check_floors
 
 MOST_CANDIDATES = 10**6
 
@@ -66,6 +66,8 @@ def validate(config: RunConfig) -> None:
         f"selection.rho: expected training.global_batch_size / rho to be whole, got {offered:g}",
     )
     check_floors(s.floors, t.global_batch_size)
+    d.domain_schedule.resolved(t.train_steps)
+    _check_mechanisms(s)
     require(
         p.offload_optimizer == "none" or p.zero_stage > 0,
         "parallel.offload_optimizer: expected none at zero_stage 0, which keeps no partition that could lie elsewhere, "
@@ -78,6 +80,35 @@ def validate(config: RunConfig) -> None:
         f"selection.preconditioner.kind: {kind} needs state that optimizer.name {o.name} does not keep; expected "
         f"{', '.join(kinds)}",
     )
+
+
+def _check_mechanisms(s: SelectionConfig) -> None:
+    """Bandit, controller and prefilter: what they need of the strategy, and of each other."""
+    bandit, prefilter = s.domain_bandit.enabled, s.prefilter.pool_ratio > 1
+    scoring = ", ".join(GHOST)
+    require(
+        not bandit or (s.strategy != "ado" and not s.ado.enabled),
+        "selection.domain_bandit: ADO decides the domain shares already; enable one of the two",
+    )
+    require(
+        not bandit or s.strategy not in PERPLEXITY,
+        f"selection.domain_bandit: {s.strategy} computes losses and no utilities; use random or one of {scoring}",
+    )
+    require(
+        not s.controller.enabled or s.strategy in GHOST,
+        f"selection.controller: {s.strategy} has no utilities that could pay; use one of {scoring}",
+    )
+    require(
+        not prefilter or s.scores_gradients,
+        f"selection.prefilter: {s.strategy} scores nothing that a model could learn from; use one of {scoring}, or "
+        "set selection.domain_bandit.enabled=true",
+    )
+    for name, on in (("domain_bandit", bandit), ("controller", s.controller.enabled), ("prefilter", prefilter)):
+        require(
+            not on or s.scope == "global",
+            f"selection.{name}: needs the utilities of all candidates on every rank; expected scope global, got "
+            f"{s.scope}",
+        )
 
 
 def validate_world(config: RunConfig, world_size: int) -> None:

@@ -12,12 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from megatron_opus.config.mixture import DomainScheduleConfig
 from megatron_opus.config.schema import Matches, Section, above, at_least, positive, require, within
 from megatron_opus.config.strategies import (
+    GHOST,
     PERPLEXITY,
     AdoConfig,
+    ControllerConfig,
+    DomainBanditConfig,
     FilterThenWeightConfig,
     FloorsConfig,
+    PrefilterConfig,
     Sequences,
     Steps,
     Strategy,
@@ -94,6 +99,9 @@ class DataConfig(Section, at="data"):
     seq_length: Tokens = 1024  # Tokens per sequence of the update (L_train).
     # Share of each candidate domain in the buffer, in any unit. null: proportional to the domains' tokens.
     domain_weights: dict[str, Annotated[float, at_least(0, 10**15)]] | None = None
+    domain_schedule: DomainScheduleConfig = field(default_factory=DomainScheduleConfig)
+    # Candidate domain to how often its text is gone through at most; its share then falls to the others.
+    domain_max_epochs: dict[str, Annotated[float, above(0, 10**6)]] = field(default_factory=dict, hash=False)
     # What becomes of candidates that were not chosen: lost until the next epoch, or offered again.
     unselected: Literal["discard", "return"] = "discard"
     reset_attention_mask: bool = False  # No attention across document boundaries.
@@ -105,6 +113,11 @@ class DataConfig(Section, at="data"):
         require(
             weights is None or sum(weights.values()) > 0,
             f"data.domain_weights: expected non-negative numbers with a positive sum, got {weights}",
+        )
+        require(
+            weights is None or not self.domain_schedule.points,
+            "data.domain_schedule.points: the schedule takes the place of data.domain_weights; expected one of the "
+            "two, got both",
         )
 
 
@@ -265,6 +278,9 @@ class SelectionConfig(Section, at="selection"):
     temperature_unit: Literal["std", "mad", "absolute"] = "std"
     redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     ado: AdoConfig = field(default_factory=AdoConfig)
+    domain_bandit: DomainBanditConfig = field(default_factory=DomainBanditConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    prefilter: PrefilterConfig = field(default_factory=PrefilterConfig)
     filter_then_weight: FilterThenWeightConfig = field(default_factory=FilterThenWeightConfig)
     floors: FloorsConfig = field(default_factory=FloorsConfig)
     preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
@@ -282,7 +298,8 @@ class SelectionConfig(Section, at="selection"):
     score_micro_batch_size: Sequences | None = None
     proxy_batch_size: Sequences = 8  # Sequences of the target per step, over all ranks (K_p).
     proxy_refresh_every: Steps = 1  # Steps for which one proxy batch is used.
-    proxy_momentum: Beta = 0.0  # Of an exponential average of the proxy sketch; needs sketch.alignment features.
+    # Of an exponential average of the sketched proxy gradient; 0: none. Not with sketch.alignment direction.
+    proxy_momentum: Beta = 0.0
     max_fallbacks: Interval = 10  # Steps that may fall back to random selection before the run stops.
     debug_checks: bool = False  # Compare the drawn ids across ranks at every step.
 
@@ -309,9 +326,9 @@ class SelectionConfig(Section, at="selection"):
             "form them), got materialise; or set selection.score_embedding=false",
         )
         require(
-            self.proxy_momentum == 0 or sketch.alignment == "features",
-            "selection.proxy_momentum: an average needs the proxy in sketch space; expected sketch.alignment=features, "
-            f"got {sketch.alignment}",
+            self.proxy_momentum == 0 or sketch.alignment != "direction",
+            "selection.proxy_momentum: an average needs the proxy in sketch space; expected sketch.alignment one_sided "
+            f"or features, got {sketch.alignment}",
         )
         require(
             self.strategy != "greats" or self.preconditioner.kind in ("auto", "sgd"),
@@ -328,6 +345,11 @@ class SelectionConfig(Section, at="selection"):
             f"selection.score_windows: {self.strategy} scores the first window only, got score_window "
             f"{self.score_window} and score_windows {self.score_windows}",
         )
+
+    @property
+    def scores_gradients(self) -> bool:
+        """Whether some step of the run has a scoring pass with gradients."""
+        return self.strategy in GHOST or self.domain_bandit.enabled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +373,11 @@ class RunConfig(Section):
     def buffer_size(self) -> int:
         """N, candidates offered per optimizer step."""
         return round(self.training.global_batch_size / self.selection.rho)
+
+    @property
+    def pool_size(self) -> int:
+        """Sequences drawn per optimizer step, of which a prefilter leaves N."""
+        return self.buffer_size * self.selection.prefilter.pool_ratio
 
 
 def keeps_second_moment(config: RunConfig) -> bool:

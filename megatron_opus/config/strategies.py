@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megatron_opus.config.schema import Section, at_least, positive, require, within
+from megatron_opus.config.schema import Section, above, at_least, positive, require, within
 
 Strategy = Literal["opus", "random", "high_ppl", "middle_ppl", "low_ppl", "greats", "ado", "filter_then_weight"]
 PERPLEXITY: tuple[Strategy, ...] = ("high_ppl", "middle_ppl", "low_ppl")
@@ -51,6 +51,51 @@ class FilterThenWeightConfig(Section, at="selection.filter_then_weight"):
     max_sweeps: Steps = 1000  # Most sweeps of coordinate descent per step.
     # It stops when no weight changes by more in a sweep, relative to the largest weight.
     tolerance: Annotated[float, within("0 < tolerance <= 1")] = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainBanditConfig(Section, at="selection.domain_bandit"):
+    """Domain shares of the buffer that follow the utilities of each domain's candidates."""
+
+    enabled: bool = False  # Fills the buffer in which the strategy selects; with strategy random it is all that scores.
+    # Steps between two moves. With strategy random the steps between are not scored.
+    move_every: Steps = 8
+    # What a domain whose candidates are one standard deviation above the buffer's mean adds to the log of its weight.
+    step_size: Annotated[float, above(0, 100)] = 0.3
+    # Share of the old log weight that is kept at a move: below 1, old moves are forgotten; 1: nothing is.
+    memory: Annotated[float, within("0 <= memory <= 1")] = 0.95
+    # No domain with a weight gets less than this share.
+    min_share: Annotated[float, within("0 <= share < 1")] = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig(Section, at="selection.controller"):
+    """Scores only while it pays. A step that is not scored is drawn uniformly from the same buffer."""
+
+    enabled: bool = False  # Score only while the utility that is gained is worth the seconds that it takes.
+    window: Steps = 8  # Scored steps whose means are compared before scoring is suspended.
+    probe_first: Steps = 4  # Steps from the suspension to the first probe. Each probe that does not pay doubles them.
+    probe_most: Steps = 64  # Most steps between two probes.
+    # Seconds of choosing over seconds of the update. null: measured. A number makes a run repeatable to the bit.
+    cost: Annotated[float, at_least(0, 1000)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefilterConfig(Section, at="selection.prefilter"):
+    """Candidates picked from a larger pool by what a linear model expects of their text, before any is scored."""
+
+    pool_ratio: Annotated[int, positive(64)] = 1  # The pool is so many times the buffer. 1: no prefilter.
+    # Share of the buffer that is taken from the pool unseen, so that the model keeps learning and can be checked.
+    unfiltered: Annotated[float, within("0 < share <= 1")] = 0.25
+    columns: Annotated[int, positive(2**24)] = 65536  # Hashed n-grams that the model tells apart; a power of two.
+    learning_rate: Annotated[float, above(0, 100)] = 1.0  # Share of a Newton step that each fit takes.
+    forgetting: Annotated[float, within("0 <= share < 1")] = 0.01  # Share of what was learnt that each fit forgets.
+
+    def check_together(self) -> None:
+        require(
+            self.columns & (self.columns - 1) == 0,
+            f"selection.prefilter.columns: expected a power of two, got {self.columns}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,17 +15,13 @@ import numpy as np
 import torch
 
 from megatron_opus.corpus_scores.documents import Block, ScoreError
-from megatron_opus.selection.hashing import layer_key, mix
-
-_UNIGRAM = layer_key(0, "ngrams", "unigram")
-_BIGRAM = layer_key(0, "ngrams", "bigram")
+from megatron_opus.selection.ngrams import ngram_hashes
 
 
 def hashed_ngrams(block: Block, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (hashes [m] int64, bounds [n + 1] int64) of the documents of a block; columns: a power of two."""
     ids = torch.from_numpy(block.ids)
-    unigrams = mix(_UNIGRAM, ids)
-    bigrams = mix(unigrams[:-1] + _BIGRAM, ids[1:])
+    unigrams, bigrams = ngram_hashes(ids)
     both = np.empty((len(block.ids), 2), dtype=np.int64)
     both[:, 0] = unigrams.numpy()
     both[:-1, 1] = bigrams.numpy()

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_opus.backends.engines.processes import init_distributed
-from megatron_opus.backends.formats.hf_layout import CONFIG_FILE
+from megatron_opus.backends.formats.hf_config import CONFIG_FILE
 from megatron_opus.backends.model.build import build_model
 from megatron_opus.backends.model.gpt import forward_loss
 from megatron_opus.backends.model.parallel import init_parallel

@@ -95,7 +95,7 @@ def _score(
     say: Say,
 ) -> None:
     total, left = (sum(map(corpus.tokens_of, pieces)) for pieces in (mine, missing))
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     with tqdm(
         total=total, initial=total - left, desc=f"scoring {scorer.name}", unit="tok", unit_scale=True,
         disable=not progress, mininterval=0.5,
@@ -112,8 +112,11 @@ def _score(
                 bar.update(len(block.ids))
             with atomic_file(_path(output, piece)) as stream:
                 np.save(stream, np.concatenate(found))
-    seconds = time.perf_counter() - started
-    say(f"{scorer.name}: {left:,} tokens in {seconds:.1f} s on one process: {left / seconds:,.0f} tokens/s")
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
+    say(
+        f"{scorer.name}: {left:,} tokens in {seconds:.1f} s on one process: {left / seconds:,.0f} tokens/s, "
+        f"{left / max(worked, 1e-9):,.0f} per processor second"
+    )
 
 
 def _join(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from megatron_opus.backends.engines.build import build_engine
 from megatron_opus.backends.formats.torch_files import load_plain, pickles_below, refuse_code
 from megatron_opus.backends.model.build import build_model
 from megatron_opus.backends.model.scored_layers import megatron_layers
-from megatron_opus.config import Geometry, PreconditionerConfig, RunConfig, SelectionConfig, SketchConfig
+from megatron_opus.config import (
+    Geometry,
+    OptimizerConfig,
+    PreconditionerConfig,
+    RunConfig,
+    SelectionConfig,
+    SketchConfig,
+)
 from megatron_opus.corpus_scores.documents import PROXY, Block, CorpusDocuments, ScoreError
 from megatron_opus.corpus_scores.model_losses import MODEL_BLOCK, MODEL_PIECE
 from megatron_opus.corpus_scores.reference_model import (
@@ -43,7 +51,7 @@ from megatron_opus.data.permutation import key, permute
 from megatron_opus.runs import checkpoints
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.scoring.verify import gradient_check
-from megatron_opus.types import Batch
+from megatron_opus.types import Batch, Fragment, Hyper, MuonHyper, OptimizerState
 from megatron_opus.weights.sources import checkpoint_config
 
 _TOGETHER = 32  # windows of one scoring pass, all of a document in one of them
@@ -184,12 +192,35 @@ class Opus(DocumentScorer):
         return ScoringPass(
             runner,
             megatron_layers(engine.module, selection=config),
-            engine.optimizer_state(),
+            AtLargestRate(engine.optimizer_state(), recipe.optimizer),
             config,
             groups=groups,
             device=device,
             verify=gradient_check(runner)[0],
         )
+
+
+class AtLargestRate:
+    """An optimizer's state with the largest learning rates of its recipe in the place of the coming step's.
+
+    At the end of a schedule the coming rate may be 0, which would give every document the score 0. Between matrices of
+    one optimizer a rate changes nothing; between Muon's and AdamW's their ratio is kept over the whole schedule.
+    """
+
+    def __init__(self, state: OptimizerState, optimizer: OptimizerConfig) -> None:
+        self._state, self._optimizer = state, optimizer
+        self.sharded_over_dp = state.sharded_over_dp
+
+    def hypers(self, weights: Sequence[torch.nn.Parameter], geometry: Geometry = "auto") -> list[Hyper]:
+        o = self._optimizer
+        found = self._state.hypers(weights, geometry)
+        return [replace(h, lr=o.muon_lr if isinstance(h, MuonHyper) else o.lr) for h in found]
+
+    def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        return self._state.second_moment(weight)
+
+    def momentum(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:
+        return self._state.momentum(weight)
 
 
 def _check_readable(path: Path, recipe: RunConfig, marker: dict[str, Any], windowing: Windowing) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megatron_opus.data.corpus import Corpus, normalised
+from megatron_opus.data.domain_schedule import DomainSchedule
 from megatron_opus.data.permutation import key, permute, uniform
 from megatron_opus.errors import Refusal
 from megatron_opus.types import Candidates
@@ -76,6 +77,9 @@ class CandidateBuffer:
     offered and not chosen: `discard` (not offered again in this epoch of their domain) or `return` (offered again
     after the rest of the epoch, which ends when fewer are left than a draw asks for). A sequence that was used is not
     offered again within the epoch.
+    schedule: weights that change during the run, in the place of domain_weights. max_epochs: candidate domain -> how
+    often it is gone through at most; sequences count when they are offered, or with `return` when they are used. What
+    such a domain cannot give any more, the others give in proportion to their weights.
     Memory: 8 bytes per returned sequence, else constant.
     """
 
@@ -86,37 +90,54 @@ class CandidateBuffer:
         seed: int,
         domain_weights: Mapping[str, float] | None = None,
         unselected: Literal["discard", "return"] = "discard",
+        *,
+        schedule: DomainSchedule | None = None,
+        max_epochs: Mapping[str, float] | None = None,
     ) -> None:
         self.size = size
         self.seed = seed
         self.unselected = unselected
         self.domains = corpus.domains["candidates"]
-        self.weights = corpus.candidate_weights(domain_weights)
+        self._schedule = schedule or DomainSchedule(
+            steps=(0,), weights=corpus.candidate_weights(domain_weights)[np.newaxis]
+        )
+        self.weights = self._schedule.prior
         self._fingerprint = corpus.fingerprint
         self._first_ids = corpus.first_ids("candidates")
         self._pools = [
             _Pool(name=n, size=int(s)) for n, s in zip(self.domains, corpus.sequences("candidates"), strict=True)
         ]
+        self._most = np.array([_most(pool, max_epochs or {}) for pool in self._pools])
+        for name in max_epochs or {}:
+            if name not in self.domains:
+                raise DrawError(
+                    f"data.domain_max_epochs: no candidate domain {name!r}; there are {', '.join(self.domains)}"
+                )
+        self.notices: list[str] = []  # for the terminal; the caller clears them
+        self._exhausted: set[str] = set()
         self._step = -1  # of the last draw
         self._drawn: tuple[Candidates, np.ndarray] | None = None  # drawn and not settled yet; epoch of each
         if size < 1:
             raise DrawError(f"buffer size: expected a positive number, got {size}")
         # Rounded up: a run must not stop at the first step whose rounding goes the other way.
-        self._check_counts(np.ceil(self.weights * size - 1e-9).astype(np.int64), "with the configured weights")
+        largest = self._schedule.weights.max(0)
+        self._check_counts(np.ceil(largest * size - 1e-9).astype(np.int64), "with the configured weights")
 
     def draw(self, step: int, weights: Sequence[float] | np.ndarray | torch.Tensor | None = None) -> Candidates:
         """N candidates for `step`, no two alike, domains mixed. weights: [D] for this step, None: the configured ones.
 
+        With a schedule, weights are what a strategy asks for in relation to `self.weights` (DomainSchedule.shares).
         Steps must increase, and every draw must be settled before the next one. Raises DrawError.
         """
         if self._drawn is not None:
             raise DrawError(f"step {step}: the candidates of step {self._step} are not settled; call settle first")
         if step <= self._step:
             raise DrawError(f"step {step}: the buffer already drew for step {self._step}; steps must increase")
-        shares = self.weights if weights is None else normalised(np.asarray(weights, dtype=np.float64))
+        shares = self._schedule.shares(step, weights if weights is None else np.asarray(weights))
         if shares.shape != (len(self._pools),):
             raise DrawError(f"weights: expected {len(self._pools)} ({', '.join(self.domains)}), got {shares.shape}")
         counts = systematic_counts(shares, self.size, uniform("counts", self.seed, step))
+        counts = self._within_epochs(step, counts, shares)
         self._check_counts(counts, f"at step {step}")
         ids, domains, epochs = [], [], []
         for d, (pool, count) in enumerate(zip(self._pools, counts.tolist(), strict=True)):
@@ -195,6 +216,30 @@ class CandidateBuffer:
             pool.queue = np.asarray(saved["queue"], dtype=np.int64).copy()
         self._step, self._drawn = int(state["step"]), None
 
+    def _within_epochs(self, step: int, counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """[D] counts of the same sum that keep to `max_epochs`. Raises DrawError where nothing is left to give."""
+        done = np.array([p.used if self.unselected == "return" else p.offered for p in self._pools])
+        room = np.maximum(self._most - done, 0)
+        for pool, asked, left in zip(self._pools, counts.tolist(), room.tolist(), strict=True):
+            if asked > left and pool.name not in self._exhausted:
+                self._exhausted.add(pool.name)
+                self.notices.append(
+                    f"step {step}: domain {pool.name} has been gone through as often as data.domain_max_epochs allows "
+                    f"({pool.size} sequences, {pool.offered} offered, {pool.used} used); the others fill its share"
+                )
+        given, turn = np.minimum(counts, room), 0
+        while (missing := self.size - int(given.sum())) > 0:
+            open_ = np.where(room > given, shares, 0.0)
+            if open_.sum() <= 0:
+                raise DrawError(
+                    f"step {step}: {missing} of {self.size} candidates are missing, for every domain with a weight has "
+                    "been gone through as often as data.domain_max_epochs allows; raise it, add text or train for "
+                    "fewer steps"
+                )
+            more = systematic_counts(normalised(open_), missing, uniform("epochs", self.seed, step, turn))
+            given, turn = np.minimum(given + more, room), turn + 1
+        return given
+
     def _identity(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
@@ -211,6 +256,12 @@ class CandidateBuffer:
                     f"domain {pool.name}: {when}, {count} of the N = {self.size} candidates are to come from its "
                     f"{pool.size} sequences; lower its weight in data.domain_weights, N, or give it more text"
                 )
+
+
+def _most(pool: _Pool, max_epochs: Mapping[str, float]) -> int:
+    """Sequences that a domain may give to the whole run."""
+    epochs = max_epochs.get(pool.name)
+    return 2**62 if epochs is None else int(epochs * pool.size)
 
 
 def systematic_counts(weights: np.ndarray, total: int, offset: float) -> np.ndarray:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_opus.config import ConfigError, RunConfig, validate, validate_world
 from megatron_opus.config.dimensions import tensor_parallel_degrees
-from megatron_opus.config.strategies import GHOST
 from megatron_opus.errors import Refusal
 from megatron_opus.estimates.memory import GIB, MemoryEstimate, estimate
 from megatron_opus.estimates.traffic import scoring_traffic
@@ -118,7 +117,7 @@ def start_up_report(config: RunConfig, world_size: int, machine: Machine | None 
     lines = check_memory(config, world_size, machine)
     sent = scoring_traffic(config, parallel_layout(config, world_size))
     total = sum(sent.values())
-    if config.selection.strategy in GHOST and total:
+    if config.selection.scores_gradients and total:
         most = max(sent, key=lambda part: sent[part])
         lines.append(
             f"traffic per rank: {total / 1e6:.2f} MB sent by one scoring pass, {sent[most] / 1e6:.2f} MB of it {most}"

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from megatron_opus.backends.engines.deepspeed.memory import gradient_bucket
 from megatron_opus.config import RunConfig, keeps_second_moment
 from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
-from megatron_opus.config.strategies import GHOST, PERPLEXITY
+from megatron_opus.config.strategies import PERPLEXITY
 from megatron_opus.layout.model_layout import ModelLayout, recipe_layout
 from megatron_opus.layout.parallel_layout import ParallelLayout
 
@@ -103,7 +103,7 @@ def estimate(config: RunConfig, layout: ParallelLayout, *, device: str) -> Memor
         weights=float(e * p) / (dp if layout.zero_stage == 3 else 1),
         optimizer=optimizer,
         gradients_kept=kept,
-        sketches=_sketches(config, model, layout) if config.selection.strategy in GHOST else 0.0,
+        sketches=_sketches(config, model, layout) if config.selection.scores_gradients else 0.0,
         overhead=OVERHEAD[device],
         startup=startup,
         training=gathered + gradients + forward,
@@ -215,6 +215,8 @@ def _sketches(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> 
     if k.alignment == "one_sided":
         # the sketched side; then the gradient with the other side, before and after its preconditioner
         total += sum(4.0 * k.one_sided_dim * (2 * rows + 2 * columns) for rows, columns in matrices)
+        if config.selection.proxy_momentum:  # its average, and the average's new value beside it
+            total += sum(4.0 * k.one_sided_dim * (rows + columns) for rows, columns in matrices)
     if k.alignment == "direction":
         total += sum(8.0 * rows * columns for rows, columns in matrices)
     if config.selection.preconditioner.form == "exact":
@@ -231,7 +233,7 @@ def _scoring(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> f
     s, k = config.selection, config.selection.sketch
     length = min(s.score_length, config.data.seq_length)
     share = -(-config.buffer_size // layout.dp)
-    if s.strategy not in GHOST:  # at most losses: one layer's activations and the logits
+    if not s.scores_gradients:  # at most losses: one layer's activations and the logits
         batch = min(s.score_micro_batch_size or share, share) if s.strategy in PERPLEXITY else 0
         return _forward(config, model, layout, batch, length, frozen=True) - _saved(config, layout, batch * length)
     largest = max(share, -(-s.proxy_batch_size // layout.dp))

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_opus.config import ConfigError, read_yaml
 from megatron_opus.errors import Refusal
 from megatron_opus.nested import flatten, lookup
+from megatron_opus.runs.checkpoints import CHANGES_FILE
 from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
 from megatron_opus.style import MOST_LINES
 
@@ -149,7 +150,7 @@ def _read(directory: Path, label: str) -> RunRecord:
         evaluation=_evaluation(directory, notes),
         notes=notes,
     )
-    record.notes += _gaps(record, parts[METRICS_FILE])
+    record.notes += [*_gaps(record, parts[METRICS_FILE]), *_changes(directory)]
     return record
 
 
@@ -210,6 +211,13 @@ def _settings(directory: Path, notes: list[str]) -> dict[str, Any]:
     except ConfigError as error:
         notes.append(f"{CONFIG_FILE} cannot be read, so no settings are shown: {error}")
         return {}
+
+
+def _changes(directory: Path) -> list[str]:
+    """A sentence for every setting that was changed at a resume."""
+    path = directory / CHANGES_FILE
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [f"From step {row['step']} on {row['key']} is {row['now']!r}; it was {row['was']!r}." for row in rows]
 
 
 def _evaluation(directory: Path, notes: list[str]) -> dict[str, Any] | None:

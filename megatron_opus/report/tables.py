@@ -256,11 +256,19 @@ def domains(records: Sequence[RunRecord], decisions: Sequence[Decisions | None])
                     percent(chosen[d] / offered[d] if offered[d] else None),
                     percent(chosen[d] / chosen.sum() if chosen.sum() else None),
                     text(utility, 2, True) if math.isfinite(utility) else NONE,
+                    count(_last(record, f"domain_tokens/{name}")),
+                    text(_last(record, f"domain_epochs/{name}"), 2),
                 ]
             )
     head = ["run", "domain", "offered", "chosen", "of offers", "of the chosen", "mean utility, std"]
+    head += ["tokens trained on", "passes offered"]
     caption = "Sequences by domain over the whole ledger"
     return Table(head=head, rows=rows, caption=caption, numbers=2) if rows else None
+
+
+def _last(record: RunRecord, name: str) -> float | None:
+    values = record.column(name)
+    return None if values is None else float(values[-1])
 
 
 def benchmarks(records: Sequence[RunRecord]) -> list[Table]:

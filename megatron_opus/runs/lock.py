@@ -114,7 +114,7 @@ def _why_held(held: dict[str, Any], own: dict[str, Any]) -> str:
     """Say who holds a lock; empty when nobody does any more."""
     if held == EMPTY:
         return ""  # its writer was killed between making the file and writing into it
-    if held.keys() != own.keys():
+    if held.keys() != own.keys() or not isinstance(held["pid"], int):
         return "a lock that says nothing of its process"
     process = f"process {held['pid']} on host {held['host']} since {held['since']}"
     if held["job"] and held["job"] == own["job"] and held["restart"] != own["restart"]:

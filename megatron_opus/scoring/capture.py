@@ -42,7 +42,7 @@ from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part
 from megatron_opus.scoring.sums import Reading, Sums, by_sequence
 from megatron_opus.selection.precondition import Buckets, Projection, project
-from megatron_opus.types import Groups, ScoredLayer
+from megatron_opus.types import Groups, Routing, ScoredLayer
 
 
 class CaptureError(RuntimeError):
@@ -74,8 +74,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         # what follows tokens must look at a layer's routing before the experts are called
-        routings = {id(x.routing): x.routing for x in self._layers if x.routing is not None}
-        for routing in routings.values():
+        for routing in self._routings():
             self._opened.enter_context(routing.observed(self._reading.shape[0], self._reading.share))
         for index, layer in enumerate(self._layers):
             if layer.shown is not None:
@@ -88,7 +87,13 @@ class Capture:
             handle.remove()
         self._handles.clear()
         self._opened.close()
+        if self._reading.candidate and kind is None:
+            for number, routing in enumerate(self._routings()):
+                self._sums.add_load(number, self._reading.first, routing.load())
         self.leaves.clear()
+
+    def _routings(self) -> list[Routing]:
+        return list({id(x.routing): x.routing for x in self._layers if x.routing is not None}.values())
 
     @property
     def observing(self) -> bool:
@@ -130,6 +135,9 @@ class Capture:
                 return None
             out = output[0] if isinstance(output, tuple) else output
             given = args[0] if args else next(iter(kwargs.values()))
+            if layer.input_of is not None:
+                with torch.no_grad():
+                    given = layer.input_of(given.detach())
             needs_leaf = not out.requires_grad
             if inside_backward():
                 if not self._without_gradient[index]:

@@ -13,7 +13,7 @@ Muon               One data-parallel rank that holds the momentum forms the mult
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ from megatron_opus.selection.precondition import (
     split_multiplier,
 )
 from megatron_opus.selection.sketch import indices
-from megatron_opus.types import AdamHyper, Groups, Hyper, MuonHyper, OptimizerState, ScoredLayer, SgdHyper
+from megatron_opus.types import AdamHyper, Fragment, Groups, Hyper, MuonHyper, OptimizerState, ScoredLayer, SgdHyper
 
 
 @dataclass
@@ -179,7 +179,7 @@ class Preconditioners:
         hyper = self._hypers[index]
         if not self._started[index] or self._config.form != "exact" or not isinstance(hyper, AdamHyper):
             return None
-        shard = self._assemble(index, self._state.second_moment(self._matrices[index].weight))
+        shard = self._assemble(index, _of_part(self._matrices[index], self._state.second_moment))
         if self._state.sharded_over_dp:
             all_reduce(shard, self._groups.state_of(self._matrices[index])[0], self._traffic)
         # what is no second moment marks every candidate as not finite: an infinite one would only take the weight out
@@ -216,7 +216,7 @@ class Preconditioners:
             if x.replicated and self._groups.tp_rank != 0:
                 continue  # every tensor-parallel rank holds the same state: counted once
             rows, cols = self._rows[i], self._cols[i]
-            for fragment in self._state.second_moment(x.weight):
+            for fragment in _of_part(x, self._state.second_moment):
                 row_sum, col_sum = fragment_sums(fragment, len(rows), len(cols))
                 # a negative one may vanish in a sum; NaN does not, on no rank
                 row_sum = torch.where((fragment.values >= 0).all(), row_sum, torch.nan)
@@ -246,7 +246,7 @@ class Preconditioners:
         if not chosen:
             return
         group, group_rank = self._groups.state_of(self._matrices[chosen[0]])
-        fragments = [self._state.momentum(self._matrices[i].weight) for i in chosen]
+        fragments = [_of_part(self._matrices[i], self._state.momentum) for i in chosen]
         held = torch.tensor([sum(f.values.numel() for f in found) for found in fragments], device=self._device)
         everywhere = all_gather(held[None], group, self._traffic).tolist()  # [dp][matrices]
         load = [0] * len(everywhere)
@@ -302,6 +302,16 @@ class Preconditioners:
 
 
 _NAMES = {MuonHyper: "muon", SgdHyper: "sgd"}
+
+
+def _of_part(layer: ScoredLayer, read: Callable[[torch.nn.Parameter], Sequence[Fragment]]) -> Sequence[Fragment]:
+    """Read the fragments of a layer's matrix, which may be a part of its weight."""
+    fragments = read(layer.weight)
+    if layer.part is None:
+        return fragments
+    size = layer.d_out * layer.d_in
+    found = (fragment.within(layer.part * size, size) for fragment in fragments)
+    return [fragment for fragment in found if fragment is not None]
 
 
 def _width(sketch: Projection, size: int) -> int:

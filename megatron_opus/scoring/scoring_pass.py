@@ -36,11 +36,12 @@ from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, a
 from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
+from megatron_opus.scoring.proxy_average import ProxyAverage
 from megatron_opus.scoring.stages import StageSums
 from megatron_opus.scoring.sums import Reading, Sums
 from megatron_opus.scoring.undisturbed import undisturbed
 from megatron_opus.scoring.verify import Verifier, WeightGradients
-from megatron_opus.scoring.windows import window_starts
+from megatron_opus.scoring.windows import own_tokens, window_starts
 from megatron_opus.selection import utility
 from megatron_opus.types import (
     Batch,
@@ -76,8 +77,9 @@ class ScoringPass:
         self.layers = list(layers)
         self._runner, self._config = runner, config
         self._groups, self._device = groups, device
-        slots: dict[int, int] = {}  # a matrix is a parameter: modules that share one are uses of it
-        self._matrix_of = [slots.setdefault(id(x.weight), len(slots)) for x in layers]
+        # a matrix is a parameter, or a part of one: modules that share it are uses of it
+        slots: dict[tuple[int, int | None], int] = {}
+        self._matrix_of = [slots.setdefault((id(x.weight), x.part), len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
         self._plan = Plan(matrices, config.sketch, device)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
@@ -92,8 +94,7 @@ class ScoringPass:
         self._gradients: list[Tensor] | None = None
         self._proxy_age = 0
         self._parts: tuple[bool, list[list[Part]]] | None = None
-        self._psi_average: Tensor | None = None
-        self._psi_updates = 0
+        self._average = ProxyAverage(config.proxy_momentum, groups, self._stages, self.traffic, device)
         self._coverage = coverage
         self._verifier = None if verify is None else Verifier(verify, matrices, groups, device)
 
@@ -162,6 +163,7 @@ class ScoringPass:
         for value in (align, losses, inter):
             if value is not None:
                 broadcast(broadcast(broadcast(value, over, traffic), groups.cp, traffic), groups.tp, traffic)
+        load = self._expert_load(sums, len(candidates), together=over is not None)
         finite = torch.isfinite(align) & torch.isfinite(losses)
         if inter is not None:
             finite &= torch.isfinite(inter.diagonal())
@@ -170,6 +172,7 @@ class ScoringPass:
             interaction=None if inter is None else inter.cpu(),
             loss=losses.double().cpu(),
             finite=finite.cpu(),
+            expert_load=load,
             seconds=time.perf_counter() - started,
             bytes_sent=traffic.bytes_sent - sent,
             geometry=self._stages.spoken(self.preconditioners.geometry),
@@ -185,24 +188,11 @@ class ScoringPass:
 
     def state_dict(self) -> dict[str, Any]:
         """The proxy average of every pipeline stage, the only thing that outlives `invalidate`. Collective."""
-        average = None if self._psi_average is None else self._psi_average.cpu()
-        return {"psi_average": self._stages.gathered(average), "psi_updates": self._psi_updates}
+        return self._average.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        saved = state["psi_average"]  # one for each stage; a checkpoint from before there were stages has just one
-        average = saved[self._groups.pp_rank] if isinstance(saved, list) else saved
-        self._psi_average = None if average is None else average.to(self._device)
-        self._psi_updates = state["psi_updates"]
-
-    def _average(self, psi: Tensor) -> Tensor:
-        """Proxy momentum: hashes never change, so an average of sketches is the sketch of the average."""
-        beta = self._config.proxy_momentum
-        if beta == 0 or not self._stages.all_agree(bool(torch.isfinite(psi).all())):
-            return psi  # a non-finite proxy makes this step fall back; it must not enter the average
-        previous = torch.zeros_like(psi) if self._psi_average is None else self._psi_average
-        self._psi_average = beta * previous + (1 - beta) * psi
-        self._psi_updates += 1
-        return self._psi_average / (1 - beta**self._psi_updates)
+        """Continue from what `state_dict` gave under the same tensor and pipeline parallelism."""
+        self._average.load_state_dict(state)
 
     def _read_proxy(self, proxies: Sequence[Batch], counted: int) -> None:
         """psi, or the proxy's (half sketched) gradient of each matrix: the mean over all ranks' proxy sequences."""
@@ -215,7 +205,7 @@ class ScoringPass:
             # a sum over all tokens, wherever they were read
             psi = all_reduce(all_reduce(sums.psi, groups.tp, traffic), groups.cp, traffic)
             psi = all_reduce(psi, groups.dp, traffic)
-            self._psi = self._average(self._stages.features(psi / total, sums.all_columns()))
+            (self._psi,) = self._average([self._stages.features(psi / total, sums.all_columns())])
             return
         # None: a matrix that another tensor-parallel rank counts
         gradients = [
@@ -228,7 +218,7 @@ class ScoringPass:
         own_tokens = [g for g, x in zip(gradients, matrices, strict=True) if x.own_tokens]
         all_reduce_many(own_tokens, groups.tp, traffic)
         self._stages.gradients(gradients)
-        self._gradients = [x / total for x in gradients]
+        self._gradients = self._average([x / total for x in gradients])
 
     def _read(
         self,
@@ -268,9 +258,7 @@ class ScoringPass:
                     probed=(chosen or 0) - first,
                     share=self._groups.share,
                 )
-                batch = window.rows(rows.start, rows.stop)
-                if self._groups.cp_size > 1:
-                    batch = batch.of_context_rank(self._groups.cp_rank, self._groups.cp_size)
+                batch = own_tokens(window.rows(rows.start, rows.stop), self._groups)
                 micros.append(self._micro(batch, reading, sums, tokens[rows], weights[rows], losses[rows]))
         self._run(micros)
         return losses[:total], sums
@@ -286,6 +274,18 @@ class ScoringPass:
             width=self._stages.width,
             shares=self._groups.shares,
         )
+
+    def _expert_load(self, sums: Sums, count: int, *, together: bool) -> Tensor | None:
+        """Return the load [N, layers, experts] of all ranks' candidates on the CPU. Collective where there are experts.
+
+        Each tensor-parallel rank has counted its own tokens, and each stage its own layers.
+        """
+        if not sums.load:
+            return None
+        load = torch.stack([sums.load[i][:count] for i in sorted(sums.load)], 1)
+        load = all_reduce(load, self._groups.tp, self.traffic)
+        load = all_gather(load, self._groups.dp if together else None, self.traffic).cpu()
+        return torch.cat(self._stages.gathered(load), 1)
 
     def _of_all_tokens(self, sums: Sums, value: Tensor, count: int) -> Tensor:
         """Add up phi or align over the ranks that read tokens of this rank's sequences, of which it keeps its own."""
@@ -327,7 +327,8 @@ class ScoringPass:
     def _verify(self, verifier: Verifier, windows: Sequence[Batch], sums: Sums, chosen: int | None) -> None:
         """Compare sequence `chosen` with autograd; where they differ, read it once more alone, to say why."""
         row = slice(chosen or 0, (chosen or 0) + 1)
-        batch, tokens = windows[0].rows(row.start, row.stop), self._counted_tokens(windows)[row]
+        batch = own_tokens(windows[0].rows(row.start, row.stop), self._groups)
+        tokens = self._counted_tokens(windows)[row]
 
         def alone(parts: Sequence[Sequence[Part]], into: Sums) -> CapturedMicrobatch:
             reading = Reading(parts=parts, candidate=True, shape=(1, batch.tokens.shape[1]), share=self._groups.share)

@@ -46,6 +46,7 @@ class Sums:
         self.phi = torch.zeros(shares * n, total, dtype=torch.float32, device=device)
         self.psi = torch.zeros(total, dtype=torch.float32, device=device)
         self.align = torch.zeros(shares * n, dtype=torch.float64, device=device)
+        self.load: dict[int, Tensor] = {}  # of each layer of experts, [n, experts]: tokens of the candidates
         self.probes: dict[int, Tensor] = {}  # of each matrix, [k, k] float32: see verify.py
         self.epsilon = 0.0  # relative rounding error of the least precise activations that were seen
         self.gradients: list[Tensor | None] = [None] * len(dims)
@@ -55,6 +56,11 @@ class Sums:
 
     def all_columns(self) -> list[slice]:
         return [self.columns(i) for i in range(len(self.dims))]
+
+    def add_load(self, layer: int, first: int, found: Tensor) -> None:
+        """Add the load [sequences, experts] of candidates first, first + 1, ... in one layer of experts."""
+        empty = torch.zeros(self.n, found.shape[1], dtype=torch.float32, device=found.device)
+        self.load.setdefault(layer, empty)[first : first + len(found)] += found
 
     def of_share(self, value: Tensor, share: int, count: int) -> Tensor:
         """Return of phi or align the first `count` rows of one share."""

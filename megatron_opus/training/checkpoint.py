@@ -5,8 +5,8 @@
         state.pt           what the loop gave: buffer, generators, counters; the same on every rank
         rng_00000.pt ..    random states of each rank
         moment_00000.pt .. each rank's part of the selector's own second moment, where it keeps one
-        complete.json      written last: step, layout, configuration, fingerprints, environment, size and SHA-256 of
-                           every file above
+        complete.json      written last: step, layout, configuration, fingerprints, environment, a hash of this
+                           package's source, size and SHA-256 of every file above
 
 A directory without `complete.json` is not a checkpoint. It is ignored, and removed only when the same step is saved
 again. A complete one is never written into: a second save of its step goes beside it (`step_00000500.1`). Ranks must
@@ -32,7 +32,7 @@ from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
 from megatron_opus.errors import CheckpointError
 from megatron_opus.files import explain, write_json
-from megatron_opus.ranks.agreement import environment, gathered, on_all_ranks, on_rank_0
+from megatron_opus.ranks.agreement import environment, gathered, on_all_ranks, on_rank_0, software
 from megatron_opus.runs.checkpoints import (
     DELETING,
     FORMAT,
@@ -48,6 +48,7 @@ from megatron_opus.runs.checkpoints import (
 from megatron_opus.types import TrainEngine
 
 T = TypeVar("T")
+SOURCE = "megatron_opus source"  # of ranks.agreement.software
 
 
 def save(
@@ -99,6 +100,7 @@ def save(
             "fingerprints": dict(fingerprints),
             "versions": _versions(),
             "environment": environment(),  # for the reader: never compared
+            "source": software()[SOURCE],
             "files": {name: (path / name).stat().st_size for name in names},
             "sha256": {name: digest for of_rank in digests for name, digest in of_rank.items()},
         }
@@ -127,9 +129,15 @@ def load(
     the keys that differ, or the files that are missing, truncated, changed or not to be trusted.
     """
     rank, share, layout = dist.get_rank(), (dist.get_rank(), dist.get_world_size()), _layout(engine)
+    source = software()[SOURCE]
 
     def examine() -> list[Any]:
         marker = check(path, layout=layout, fingerprints=fingerprints, config=config)
+        if marker.get("source", source) != source:
+            say(
+                f"warning: {path.name} was saved by other code of megatron_opus (source {marker['source']}, now "
+                f"{source}): the run goes on, but perhaps not with the same numbers"
+            )
         if not trust:
             refuse_code(pickles_below(path / "engine")[share[0] :: share[1]])
         if verify:

@@ -7,8 +7,9 @@ the decisions are gathered (rank_local.py). `selection.debug_checks` compares th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opus.config import ConfigError, RunConfig
+from megatron_opus.config.strategies import GHOST
 from megatron_opus.data.permutation import key
 from megatron_opus.errors import Refusal
+from megatron_opus.ranks.agreement import on_rank_0
 from megatron_opus.runs.ledger import REASONS, exclusions
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
+from megatron_opus.selection.prefilter import Prefilter
 from megatron_opus.training import rank_local
 from megatron_opus.types import Batch, Candidates, Groups, Selection, SelectionStrategy, Signals
 
@@ -47,9 +51,13 @@ class Counters:
 class CandidateSource(Protocol):
     """Where the candidates of each step come from: `data.buffer.CandidateBuffer`, or another loop's own dataset."""
 
+    notices: list[str]  # for the terminal; the driver clears them
+
     def draw(self, step: int, weights: Tensor | None) -> Candidates: ...
 
     def settle(self, candidates: Candidates, selected: np.ndarray) -> None: ...
+
+    def counters(self) -> dict[str, dict[str, int]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -63,6 +71,8 @@ class Sequences(Protocol):
     def domains(self) -> Mapping[Any, Sequence[str]]: ...
 
     def batch(self, ids: np.ndarray) -> Batch: ...
+
+    def tokens(self, ids: np.ndarray) -> Tensor: ...
 
     def proxy_ids(self, step: int, count: int, seed: int) -> np.ndarray: ...
 
@@ -88,6 +98,7 @@ class SelectionDriver:
         scorer: ScoringPass | None,
         iterator: SelectionTaker,
         loss_pass: LossPass | None = None,
+        prefilter: Prefilter | None = None,
     ) -> None:
         if strategy.needs and (scorer if "ghost" in strategy.needs else loss_pass) is None:
             raise ConfigError(f"selection.strategy {config.selection.strategy} needs a scoring pass, got none")
@@ -101,8 +112,10 @@ class SelectionDriver:
         self._config, self._groups, self._corpus = config, groups, corpus
         self._buffer, self._strategy, self._scorer, self._iterator = buffer, strategy, scorer, iterator
         self._loss_pass, self._trained_domains = loss_pass, np.empty(0, dtype=np.int32)
+        self._prefilter, self._prefilter_seconds = prefilter, 0.0
         self._entropy_warned = False
         self._geometry = ""
+        self._scored = False  # the last step had a scoring pass
         self.notices: list[str] = []  # for the terminal, in order; the trainer prints and clears them
 
     def choose(self, k: int | None = None) -> tuple[Candidates, Signals, Selection]:
@@ -113,9 +126,13 @@ class SelectionDriver:
         """
         c, step = self._config, self.counters.step
         k = c.training.global_batch_size if k is None else k
-        candidates = self._buffer.draw(step, self._strategy.domain_weights(step))
+        pool = self._buffer.draw(step, self._strategy.domain_weights(step))
         score = self._score if "ghost" in self._strategy.needs else self._losses
-        signals = score(candidates) if self._strategy.needs else Signals()
+        self._scored = bool(self._strategy.needs) and self._strategy.scores_at(step)
+        if not self._scored and self._scorer is not None:
+            self._scorer.invalidate()  # what the next pass may use again must be of the step before it
+        candidates, kept = self._kept(pool)
+        signals = score(candidates) if self._scored else Signals()
         if self._local:
             mine, g = rank_local.own(candidates, self._groups), self._groups
             selection = self._strategy.select(mine, signals, k // g.dp_size, self.generator)
@@ -124,7 +141,8 @@ class SelectionDriver:
             selection = self._strategy.select(candidates, signals, k, self.generator)
         self._check_excluded(candidates, signals)
         self._check(selection)
-        self.notices += self._strategy.notices()
+        self.notices += [*self._buffer.notices, *self._strategy.notices()]
+        self._buffer.notices.clear()
         order = torch.argsort(selection.indices)
         chosen = selection.indices[order]
         self._iterator.fill_selection(
@@ -133,11 +151,36 @@ class SelectionDriver:
             c.training.micro_batch_size,
             weights=None if selection.weights is None else selection.weights[order],
         )
-        self._buffer.settle(candidates, chosen.numpy())
+        self._buffer.settle(pool, kept[chosen.numpy()])
+        selection = self._learnt(signals, selection)
         self._trained_domains = candidates.domains[chosen.numpy()]
         self.counters.candidate_tokens += len(candidates) * c.data.seq_length
         self.counters.update_tokens += k * c.data.seq_length
         return candidates, signals, selection
+
+    def _kept(self, pool: Candidates) -> tuple[Candidates, np.ndarray]:
+        """The N candidates that are left of the pool, and [N] their positions in it; all of it without a prefilter.
+
+        Where nothing is scored the first N are taken: the pool is shuffled.
+        """
+        if self._prefilter is None:
+            return pool, np.arange(len(pool))
+        if not self._scored:
+            kept = np.arange(self._config.buffer_size)
+        else:
+            started = time.perf_counter()
+            kept = self._prefilter.pick(self._corpus.tokens(pool.sample_ids), pool.domains)
+            self._prefilter_seconds = time.perf_counter() - started
+        return replace(pool, sample_ids=pool.sample_ids[kept], domains=pool.domains[kept]), kept
+
+    def _learnt(self, signals: Signals, selection: Selection) -> Selection:
+        """The selection with what the prefilter says, after it has learnt from the step's utilities."""
+        if self._prefilter is None or signals.alignment is None:
+            return selection
+        started = time.perf_counter()
+        said = self._prefilter.learn(signals.alignment, signals.finite)
+        seconds = self._prefilter_seconds + time.perf_counter() - started
+        return replace(selection, diagnostics={**selection.diagnostics, **said, "prefilter_seconds": seconds})
 
     @property
     def wants_sequence_loss(self) -> bool:
@@ -155,6 +198,21 @@ class SelectionDriver:
         self._strategy.observe(self.counters.step, means)
         self.notices += self._strategy.notices()
 
+    def took(self, choosing: float, updating: float) -> None:
+        """Seconds that the step's choice and its update took on this rank; those of rank 0 count. Collective."""
+        if self._strategy.wants_seconds and self._scored:
+            self._strategy.observe_seconds(*on_rank_0(lambda: (choosing, updating)))
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of each sequence."""
+        return self._config.data.seq_length
+
+    @property
+    def domain_counters(self) -> dict[str, dict[str, int]]:
+        """Candidate domain -> offered, used, epoch, sequences (CandidateBuffer.counters)."""
+        return self._buffer.counters()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what is chosen next. The same on every rank; collective with scope `rank_local`."""
         return {
@@ -165,6 +223,7 @@ class SelectionDriver:
             "buffer": self._buffer.state_dict(),
             "strategy": self._strategy.state_dict(),
             "scorer": None if self._scorer is None else self._scorer.state_dict(),
+            "prefilter": None if self._prefilter is None else self._prefilter.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,6 +240,8 @@ class SelectionDriver:
         self._strategy.load_state_dict(state["strategy"])
         if self._scorer is not None and state["scorer"] is not None:
             self._scorer.load_state_dict(state["scorer"])
+        if self._prefilter is not None:
+            self._prefilter.load_state_dict(state["prefilter"])
 
     def after_checkpoint(self) -> None:
         if self._scorer is not None:
@@ -198,7 +259,7 @@ class SelectionDriver:
         signals = self._scorer(
             self._corpus.batch(share),
             self._corpus.batch(np.resize(proxy_ids, p * g.dp_size)[g.dp_rank * p : (g.dp_rank + 1) * p]),
-            interaction=s.redundancy.scale != "off",
+            interaction=s.redundancy.scale != "off" and s.strategy in GHOST,
             proxy_padding=p - counted,
             # a function of seed and step: the same windows on every rank, and again in a resumed run
             window_seed=key("scoring-window", self._config.seed, self.counters.step) >> 1,

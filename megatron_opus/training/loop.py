@@ -93,6 +93,7 @@ class TrainingLoop:
                 record.close()  # a failing step must not take the record of the steps before it along
         row = row or next(reversed(read_metrics(self._run_dir)), {})
         if not self.stopped:
+            watch.now("looking at the last losses")
             _check_last(row)
         return row
 
@@ -103,6 +104,8 @@ class TrainingLoop:
         choose_seconds = time.perf_counter() - started
         self._watch.now(f"training step {step}")
         result = self._engine.train_step(self._iterator, per_sequence=self._driver.wants_sequence_loss)
+        step_seconds = time.perf_counter() - started
+        self._driver.took(choose_seconds, step_seconds - choose_seconds)
         row = metrics_row(
             self._driver,
             self._corpus,
@@ -112,7 +115,7 @@ class TrainingLoop:
             lr=result.lr,
             skipped=result.skipped,
             choose_seconds=choose_seconds,
-            step_seconds=time.perf_counter() - started,
+            step_seconds=step_seconds,
             step_cpu_seconds=time.process_time() - worked,
         )
         if result.sequence_loss is not None:

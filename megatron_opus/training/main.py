@@ -47,13 +47,15 @@ def main(config: Path, argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage="%(prog)s [key=value ...] [--resume [--no-verify] [--trust-checkpoint]] [--dry-run]"
+        allow_abbrev=False,
+        usage="%(prog)s [key=value ...] [--verify-data] [--resume [--no-verify] [--trust-checkpoint]] [--dry-run]",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
     parser.add_argument(
-        "--no-verify", action="store_true", help="resume without reading the checkpoint's digests again"
+        "--no-verify", action="store_true", help="resume without comparing checkpoint and data with their digests"
     )
+    parser.add_argument("--verify-data", action="store_true", help="compare all of the data with its digests first")
     parser.add_argument("--trust-checkpoint", action="store_true", help="resume from files that could run code")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
@@ -99,6 +101,7 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
             recipe,
             resume=arguments.resume,
             verify=not arguments.no_verify,
+            verify_data=arguments.verify_data,
             trust_checkpoint=arguments.trust_checkpoint,
             versions=software(),
             say=_say(rank),

@@ -86,6 +86,22 @@ def scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
             yield tag, value
 
 
+def expert_load(signals: Signals, selection: Selection) -> dict[str, float]:
+    """How unevenly experts are taken by the scored tokens of all candidates and of the chosen ones; {} without experts.
+
+    The tokens of the busiest expert of a layer over the mean of its experts, averaged over layers: 1 is even. Of 8
+    experts of which each token takes 2, 4 is the largest.
+    """
+    if signals.expert_load is None:
+        return {}
+
+    def busiest(load: torch.Tensor) -> float:
+        return float((load.amax(1) / load.mean(1)).mean())
+
+    offered, chosen = signals.expert_load, signals.expert_load[selection.indices]
+    return {"expert_load_offered": busiest(offered.sum(0)), "expert_load_chosen": busiest(chosen.sum(0))}
+
+
 class ProgressLine:
     """A tqdm bar on a terminal; elsewhere (a Slurm log) a plain line at most every `seconds`."""
 
@@ -147,7 +163,13 @@ def metrics_row(
     """One line of metrics.jsonl (validation losses are added where they are measured)."""
     counters = driver.counters
     chosen = candidates.domains[selection.indices.numpy()]
-    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(corpus.domains["candidates"])}
+    names = corpus.domains["candidates"]
+    share = {name: float(np.mean(chosen == d)) for d, name in enumerate(names)}
+    weighted = {}
+    if selection.weights is not None:  # what the update is made of: sequences of weight 0 take no part
+        parts = np.bincount(chosen, weights=selection.weights.double().numpy(), minlength=len(names))
+        weighted = {"weighted_share": dict(zip(names, (parts / parts.sum()).tolist(), strict=True))}
+    domains = driver.domain_counters
     return {
         "step": counters.step,
         "loss": loss,
@@ -158,10 +180,14 @@ def metrics_row(
         "candidate_tokens": counters.candidate_tokens,
         "scored_tokens": counters.scored_tokens,
         **selection.diagnostics,
+        **expert_load(signals, selection),
         "fallbacks": counters.fallbacks,
         "excluded_total": counters.excluded,
         "geometry": signals.geometry,
         "selected_share": share,
+        **weighted,
+        "domain_tokens": {name: c["used"] * driver.seq_length for name, c in domains.items()},  # trained on
+        "domain_epochs": {name: c["offered"] / c["sequences"] for name, c in domains.items()},  # offered, in passes
         "score_seconds": signals.seconds,
         "score_bytes_sent": signals.bytes_sent,
         "choose_seconds": choose_seconds,  # scoring, and beside it the buffer, the draw and reading what was drawn

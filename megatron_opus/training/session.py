@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_opus.backends.model.scored_layers import megatron_layers
 from megatron_opus.backends.model.stages import named_parameters
 from megatron_opus.config import RunConfig
 from megatron_opus.data.buffer import CandidateBuffer
+from megatron_opus.data.domain_schedule import domain_schedule
 from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.errors import Refusal
 from megatron_opus.estimates import fit
@@ -34,6 +36,7 @@ from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.scoring.verify import gradient_check
+from megatron_opus.selection.prefilter import Prefilter
 from megatron_opus.selection.strategies import build_strategy, scoring_config
 from megatron_opus.training import checkpoint
 from megatron_opus.training.driver import SelectionDriver
@@ -61,6 +64,7 @@ class Session:
         stop_requested: Callable[[], int] = lambda: 0,
         watch: Watch | None = None,
         verify: bool = True,
+        verify_data: bool = False,
         trust_checkpoint: bool = False,
         claim: Callable[[Path], str] = lambda run_dir: "",
     ) -> None:
@@ -68,7 +72,9 @@ class Session:
 
         `stop_requested` gives the number of the signal by which this process was asked to stop, 0 for none. `watch` is
         told what this rank is doing. `verify` and `trust_checkpoint` say how a checkpoint is read at resume
-        (`checkpoint.load`). `claim` takes the run folder for this process, on rank 0, or says why it cannot be had.
+        (`checkpoint.load`). The data's files are compared with their manifest by a sample, and whole at a resume with
+        `verify`, or with `verify_data`. `claim` takes the run folder for this process, on rank 0, or says why it cannot
+        be had.
         """
         self._claim = claim
         self._say = say
@@ -81,7 +87,8 @@ class Session:
         # before the data where the vocabulary is known: preparing a corpus for a model that does not fit is a waste
         if recipe.model.vocab_size is not None:
             together(lambda: _check_memory(recipe, say), "comparing the model with the memory of its machine")
-        corpus = together(lambda: open_corpus(recipe, say), "opening the data")
+        whole, share = verify_data or (resume and verify), (dist.get_rank(), dist.get_world_size())
+        corpus = together(lambda: open_corpus(recipe, say, whole=whole, share=share), "opening the data")
         config = together(lambda: resolve(recipe, corpus.tokenizer.vocab_size), "resolving the configuration")
         if recipe.model.vocab_size is None:
             together(lambda: _check_memory(config, say), "comparing the model with the memory of its machine")
@@ -100,10 +107,15 @@ class Session:
         engine = build_engine(model, config, groups)
         say(f"model: {layout.published_size() / 1e6:.1f}M parameters; {engine.description}, on {device}")
         buffer = CandidateBuffer(
-            corpus, config.buffer_size, config.seed, config.data.domain_weights, config.data.unselected
+            corpus,
+            config.pool_size,
+            config.seed,
+            unselected=config.data.unselected,
+            schedule=domain_schedule(corpus, config.data, config.training.train_steps),
+            max_epochs=config.data.domain_max_epochs,
         )
         # one less: a share may be rounded up to the next sequence
-        ceiling = (corpus.sequences("candidates") - 1) / config.buffer_size
+        ceiling = (corpus.sequences("candidates") - 1) / config.pool_size
         strategy = build_strategy(
             config.selection, buffer.domains, buffer.weights, ceiling, config.training.global_batch_size
         )
@@ -129,7 +141,10 @@ class Session:
                 verify=verified_by,
             )
         iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator, loss_pass)
+        prefilter = None
+        if config.selection.prefilter.pool_ratio > 1:
+            prefilter = Prefilter(config.selection.prefilter, len(buffer.domains), config.buffer_size)
+        self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator, loss_pass, prefilter)
         self.engine, self.corpus, self.config = engine, corpus, config
         self._fingerprints = fingerprints
         set_timeouts(config.parallel.distributed_timeout_minutes)
@@ -194,8 +209,21 @@ class Session:
             say=self._say,
         )
         self.driver.load_state_dict(state)
+        self._record_changes(directory)
         check_agreement({"step resumed from": self.driver.counters.step})
         self._say(f"resumed from {directory} at step {self.driver.counters.step}")
+
+    def _record_changes(self, directory: Path) -> None:
+        """Say and write down which settings of the mixture are others than those of the checkpoint."""
+        saved = checkpoints.read_marker(directory)["config"]
+        changes = checkpoints.recorded_changes(saved, self.config)
+        for key, was, now in changes:
+            self._say(f"{key}: was {was!r}, is {now!r} from step {self.driver.counters.step} on")
+        if changes and dist.get_rank() == 0:
+            with (self.run_dir / checkpoints.CHANGES_FILE).open("a", encoding="utf-8") as stream:
+                for key, was, now in changes:
+                    row = {"step": self.driver.counters.step, "key": key, "was": was, "now": now}
+                    stream.write(json.dumps(row) + "\n")
 
     def _check_run_dir(self, config: RunConfig, resume: bool) -> None:
         """Refuse to write over another run. Rank 0 looks, all ranks agree."""

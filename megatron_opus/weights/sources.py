@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_opus.backends.formats import hf_layout
+from megatron_opus.backends.formats import hf_config, hf_layout
 from megatron_opus.backends.formats.deepspeed_shards import DeepSpeedShards
 from megatron_opus.backends.formats.safetensors_files import SafetensorsFiles
 from megatron_opus.backends.formats.torch_dist import TorchDistTensors
@@ -80,13 +80,13 @@ class HfWeights(WeightSource):
     """Reads a Hugging Face directory. Raises WeightsError listing missing, unexpected and ill-shaped tensors."""
 
     def __init__(self, directory: Path, *, make_vocab_size_divisible_by: int = 128) -> None:
-        raw = hf_layout.read_config(directory)
-        model = hf_layout.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+        raw = hf_config.read_config(directory)
+        model = hf_config.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
         super().__init__(model, directory)
         self.layouts = hf_layout.layouts(self.model, self.layout)
         self._files = SafetensorsFiles(directory)
         self._absent_table = ""
-        self._prefix = hf_layout.PREFIX[hf_layout.family(self.model)]
+        self._prefix = hf_layout.PREFIX[hf_config.family(self.model)]
         if not any(name.startswith(self._prefix) for name in self._files.names):
             self._prefix = ""  # saved from the model without its head, as the published GPT-2 files are
         # A tied model may be stored with its one table under the head's name alone.
@@ -106,7 +106,7 @@ class HfWeights(WeightSource):
     def _stored(self, tensor: str) -> str:
         if tensor == self._absent_table:
             return hf_layout.HEAD
-        full = hf_layout.PREFIX[hf_layout.family(self.model)]
+        full = hf_layout.PREFIX[hf_config.family(self.model)]
         return self._prefix + tensor.removeprefix(full) if tensor.startswith(full) else tensor
 
     def _check(self, published: Mapping[str, tuple[tuple[int, ...], bool]]) -> None:
@@ -114,7 +114,7 @@ class HfWeights(WeightSource):
         found = {name: self._files.shape(name) for name in self._files.names if not hf_layout.is_buffer(name)}
         tied_copy = hf_layout.HEAD in found and hf_layout.HEAD not in expected
         head = found.pop(hf_layout.HEAD) if tied_copy else None
-        refuse_unless_equal(expected, found, f"{self.where} does not hold the tensors of its {hf_layout.CONFIG_FILE}")
+        refuse_unless_equal(expected, found, f"{self.where} does not hold the tensors of its {hf_config.CONFIG_FILE}")
         if head is not None:
             self._check_tied(head)
 
@@ -285,7 +285,7 @@ def open_weights(path: str | Path) -> WeightSource:
     path = Path(path)
     if (path / WEIGHTS_FILE).is_file():
         return _open_converted(path)
-    if (path / hf_layout.CONFIG_FILE).is_file():
+    if (path / hf_config.CONFIG_FILE).is_file():
         return HfWeights(path)
     if (path / "checkpoints").is_dir():
         newest = checkpoints.latest(path / "checkpoints")
@@ -295,7 +295,7 @@ def open_weights(path: str | Path) -> WeightSource:
     if (path / checkpoints.MARKER).is_file():
         return _open_checkpoint(path)
     raise WeightsError(
-        f"{path}: expected a Hugging Face model ({hf_layout.CONFIG_FILE}), a converted one ({WEIGHTS_FILE}), a run "
+        f"{path}: expected a Hugging Face model ({hf_config.CONFIG_FILE}), a converted one ({WEIGHTS_FILE}), a run "
         f"folder or a checkpoint ({checkpoints.MARKER}), found none of them"
     )
 

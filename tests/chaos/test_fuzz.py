@@ -108,8 +108,7 @@ def test_indexes(prepared: Path, tmp_path: Path, edits: list[tuple[float, int]],
     (tmp_path / "d.idx").write_bytes(changed((prepared / "d.idx").read_bytes(), edits, cut))
     with contextlib.suppress(Refusal):
         documents = indexed.open_documents("d", tmp_path / "d")
-        ends = documents.document_ends
-        assert ends[-1] == documents.num_tokens == 15
+        assert documents.document_ends[-1] == documents.num_tokens == 15
         documents.tokens(0, documents.num_tokens)
 
 

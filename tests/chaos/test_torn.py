@@ -75,10 +75,6 @@ def test_damage_is_refused_with_its_file(
     before = damaged.read_bytes()
     harm(damaged)
     run = arena.start("run", resume=True, runs=tmp_path)
-    if which == "ledger" and harm is flip and run.wait() == {0: 0, 1: 0}:
-        with pytest.raises(AssertionError):
-            arena.same(folder)
-        pytest.xfail("a flipped bit in the ledger's columns is not seen: Parquet as written here has no checksum")
     assert run.wait() == {0: 2, 1: 2}, run.log(0)
     assert damaged.name in run.log(0)
     assert "Traceback" not in run.log(0) + run.log(1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from config_numbers import MAPPINGS, numeric
 
 from megatron_opus.config import (
     AdoConfig,
@@ -18,35 +17,15 @@ from megatron_opus.config import (
     OptimizerConfig,
     PreconditionerConfig,
     RedundancyConfig,
-    RunConfig,
     SelectionConfig,
     SketchConfig,
     from_dict,
     to_dict,
 )
-from megatron_opus.config.schema import Bound, Section, hints, without_bounds
+from megatron_opus.config.schema import Bound
 from megatron_opus.runs.checkpoints import settings_that_differ
 
 SMALL: dict[str, Any] = {"name": "x", "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}}
-
-
-def fields(cls: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, hint in hints(cls).items():
-        if isinstance(hint, type) and issubclass(hint, Section):
-            yield from fields(hint, (*path, name))
-        else:
-            yield (*path, name), hint
-
-
-def numeric() -> list[tuple[tuple[str, ...], type, tuple[Any, ...]]]:
-    found = []
-    for path, hint in fields():
-        plain, bounds = without_bounds(hint)
-        if typing.get_origin(plain) is dict:
-            plain, bounds = without_bounds(typing.get_args(plain)[1])
-        if plain in (int, float):
-            found.append((path, plain, bounds))
-    return found
 
 
 def set_to(path: tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -54,7 +33,7 @@ def set_to(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     node = raw
     for part in path[:-1]:
         node = node[part]
-    node[path[-1]] = {"a": value} if path[-1] in ("domain_weights", "minimum", "maximum") else value
+    node[path[-1]] = {"a": value} if path[-1] in MAPPINGS else value
     return raw
 
 
@@ -96,7 +75,10 @@ def test_every_number_is_bounded(path: tuple[str, ...], kind: type, bounds: tupl
         (lambda: OptimizerConfig(lr=1.0, min_lr=2.0), "optimizer.lr: expected 0 <= min_lr <= lr, got 2.0, 1.0"),
         (lambda: DataConfig(path=""), "data.path: expected printable text, got ''"),
         (lambda: DataConfig(path="a\0b"), "data.path: expected printable text"),
-        (lambda: SelectionConfig(proxy_momentum=0.5), "selection.proxy_momentum: an average needs the proxy in sketch"),
+        (
+            lambda: SelectionConfig(proxy_momentum=0.5, sketch=SketchConfig(alignment="direction")),
+            "selection.proxy_momentum: an average needs the proxy in sketch",
+        ),
         (
             lambda: SelectionConfig(strategy="greats", preconditioner=PreconditionerConfig(kind="adamw")),
             "selection.preconditioner.kind: greats scores in SGD's geometry",

@@ -210,7 +210,8 @@ def test_every_recipe_loads_and_says_every_value(path: Path) -> None:
     for section in ("data", "parallel", "optimizer", "training", "selection"):
         unsaid = {f.name for f in dataclasses.fields(getattr(c, section))} - set(raw[section]) - {"cache_dir"}
         assert not unsaid, f"{path.name} leaves {section}.{unsaid} to the defaults"
-    for section in ("redundancy", "preconditioner", "sketch", "ado", "filter_then_weight", "floors"):
+    sections = ("redundancy", "preconditioner", "sketch", "ado", "filter_then_weight", "floors")
+    for section in (*sections, "domain_bandit", "controller", "prefilter"):
         assert {f.name for f in dataclasses.fields(getattr(c.selection, section))} == set(raw["selection"][section])
 
 
@@ -362,7 +363,7 @@ def test_every_key_that_a_page_names_exists() -> None:
     pages = (CONFIGS.parent / "README.md", *(CONFIGS.parent / "docs").glob("*.md"))
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     sections = "model|data|parallel|optimizer|training|selection"
-    named = set(re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)(?=[`=,])", text))
+    named = set(re.findall(rf"(?<![.\w])((?:{sections})(?:\.[a-z_]+)+)(?=[`=,])", text))
     paths = [*leaves(to_dict(from_dict(SMALL)))]
     known = {".".join(path[:depth]) for path in paths for depth in range(2, len(path) + 1)}  # sections of sections too
     assert len(named) > 20

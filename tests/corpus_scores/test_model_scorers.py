@@ -273,7 +273,10 @@ def test_models_that_cannot_score_are_refused(
 ) -> None:
     """Guards against scores by no model, beyond a model's positions, or in a geometry that nothing is known of."""
     refused(
-        corpus, Loss([models["gpt2"]], windowing=Windowing(tokens=41)), tmp_path / "a", "model's 40 positions, got 41"
+        corpus,
+        Loss([models["gpt2"]], windowing=Windowing(tokens=101)),
+        tmp_path / "a",
+        "model's 100 positions, got 101",
     )
     refused(corpus, Opus([models["gpt2"]]), tmp_path / "b", "found weights alone; compare plain gradients")
     refused(corpus, Loss([tmp_path]), tmp_path / "c", "expected a Hugging Face directory with safetensors")

@@ -346,7 +346,7 @@ def test_muon_geometry_agrees_with_the_oracle(alignment, operator):
     [
         ({"form": "exact"}, "needs materialise"),
         ({"form": "exact", "alignment": "one_sided", "operator": "materialise"}, "one-sided sketch"),
-        ({"alignment": "one_sided", "proxy_momentum": 0.9}, "sketch space"),
+        ({"alignment": "direction", "proxy_momentum": 0.9}, "sketch space"),
         ({"operator": "two_stage", "dim": 2**20}, "intermediate_dim"),
         ({"operator": "materialise", "score_embedding": True}, "one-hot"),
         ({"scored_layers": "first:2"}, "last:K"),

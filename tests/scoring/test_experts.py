@@ -105,6 +105,7 @@ def train_and_score(estimator: str, layout: dict[str, Any], *, score: str = "las
     if score != "never":
         signals = scored()
         found |= {"align": signals.alignment, "inter": signals.interaction, "loss": signals.loss}
+        found["load"] = signals.expert_load
         found["geometry"] = signals.geometry
     found["weights"] = {name: p.detach().clone() for name, p in named_parameters(engine.module)}
     found["evaluation"] = engine.evaluate({"a": batch_of_step(50, 5), "b": batch_of_step(51, 3)}, 2)
@@ -195,6 +196,10 @@ def check(pool: Any, alone: Any, table: Any, layout: str, estimator: str, model:
         )  # fmt: skip
         torch.testing.assert_close(found["loss"], truth["loss"], rtol=TOLERANCE, atol=0)
         assert found["geometry"] == truth["geometry"]
+        assert torch.equal(found["load"], truth["load"])
+        layers, experts = 2, 8
+        assert found["load"].shape == (N, layers, experts)
+        assert (found["load"].sum(2) == 2 * LENGTH).all()  # every scored token takes two
         for (loss, norm, own), (want, want_norm, want_own) in zip(found["steps"], truth["steps"], strict=True):
             assert (loss, norm) == pytest.approx((want, want_norm), rel=2e-5)
             assert own == pytest.approx(want_own, rel=2e-5)

@@ -204,14 +204,18 @@ def test_one_bad_candidate_is_marked_and_hurts_no_other():
     torch.testing.assert_close(signals.alignment[good], clean.alignment[good], rtol=1e-5, atol=0)
 
 
-def test_proxy_momentum_averages_and_resumes():
-    """Fault: a running proxy that is not bias-corrected, or lost on resume."""
+@pytest.mark.parametrize("alignment", ["features", "one_sided"])
+def test_proxy_momentum_averages_and_resumes(alignment):
+    """Fault: a running proxy that is not bias-corrected, or lost on resume; an average of gradients that have their
+    preconditioner in them, which would be that of an older step."""
     model, opt, candidates, proxy = setup("sgd", 1)
     other = random_batch(K_P, seed=77)
-    config = wide("two_sided", "separable", proxy_momentum=0.75)
+    without = wide("two_sided", "separable")
+    without = dataclasses.replace(without, sketch=dataclasses.replace(without.sketch, alignment=alignment))
+    config = dataclasses.replace(without, proxy_momentum=0.75)
 
     def plain(p):
-        return megatron_opus.score(model, candidates, p, opt, config=wide("two_sided", "separable")).alignment
+        return megatron_opus.score(model, candidates, p, opt, config=without).alignment
 
     scorer = megatron_opus.build_scorer(model, opt, config=config)
     first = scorer(candidates, proxy).alignment

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron_opus.config import AdoConfig, ConfigError, FloorsConfig, SelectionConfig
 from megatron_opus.data.buffer import systematic_counts
 from megatron_opus.selection.scaling_law import ScalingLaw
+from megatron_opus.selection.shares import clipped
 from megatron_opus.selection.strategies import AdoStrategy, RandomStrategy, build_strategy
-from megatron_opus.selection.strategies.ado import clipped
 from megatron_opus.types import Candidates, Signals
 
 CONFIG = AdoConfig(enabled=True, skip_steps=4, first_fit=40, refit_every=40, block_steps=2)

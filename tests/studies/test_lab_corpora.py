@@ -63,6 +63,16 @@ def test_what_makes_each_kind(kind):
         assert targets == {"questions"}
         assert "questions" not in candidates
         assert all("Answer: (" in t for t in parts["questions", "proxy"])
+    if kind == "hidden":
+        assert candidates == {corpora.HIDDEN}
+        sources = corpora._hidden_parts(TEXTS)
+        assert set().union(*sources.values()) == set(parts[corpora.HIDDEN, "candidates"])
+        size = {name: sum(map(len, texts)) for name, texts in sources.items()}
+        assert size["prose"] / sum(size.values()) == pytest.approx(0.1, abs=0.03)
+        assert size["noise"] / sum(size.values()) == pytest.approx(0.4, abs=0.03)
+    if kind == "web":
+        assert candidates == {"docstrings"}
+        assert targets == {"prose"}
     if kind == "near_duplicate":
         copies = parts["copies", "candidates"]
         assert len(set(copies)) > 0.9 * len(copies)

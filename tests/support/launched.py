@@ -38,6 +38,16 @@ def tiny(cache: Path, runs: Path, name: str, *more: str) -> list[str]:
     ]
 
 
+class Variables:
+    """Environment variables of a rank, set before it begins: a `prepare` of Server.launch."""
+
+    def __init__(self, **variables: str) -> None:
+        self._variables = variables
+
+    def __call__(self) -> None:
+        os.environ.update(self._variables)
+
+
 class Launched:
     """The ranks of one run: their process ids, logs and statuses."""
 

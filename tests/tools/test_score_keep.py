@@ -21,8 +21,9 @@ from megatron_opus.corpus_scores.score_files import read_scores
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("commands")
     science_questions(root / "questions.jsonl")
-    hf_models.save(root / "llama", "llama", vocab_size=300, max_position_embeddings=64)
-    return topic_corpus(root)
+    made = topic_corpus(root)
+    hf_models.save(root / "llama", "llama", vocab_size=opened(made).tokenizer.vocab_size, max_position_embeddings=64)
+    return made
 
 
 def score(corpus: Path, output: Path, scorer: str, *more: str) -> int:
@@ -96,7 +97,7 @@ def test_score_report_keep_and_train(
 def test_mistakes_are_said_in_one_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a traceback, or status 0, for an option that is missing or cannot be."""
     model = str(corpus.parent / "llama")
-    for scorer, more, message in (
+    cases: tuple[tuple[str, list[str], str], ...] = (
         ("dsir", [], "got none (--target)"),
         ("column", [], "expected --score-key NAME, got none"),
         ("column", ["--score-key", "edu"], "expected the column 'edu', found none"),
@@ -107,8 +108,9 @@ def test_mistakes_are_said_in_one_line(corpus: Path, tmp_path: Path, capsys: pyt
         ("color", ["--prior", model], "expected --prior DIR and --conditional DIR"),
         ("opus", ["--model", model, "--window", "32"], "compare plain gradients with --geometry sgd"),
         ("loss", ["--model", model, "--part", "3/2"], "expected I/N"),
-    ):
-        assert score(corpus, tmp_path / "none", scorer, *more) == 1
+    )
+    for number, (scorer, more, message) in enumerate(cases):
+        assert score(corpus, tmp_path / f"none{number}", scorer, *more) == 1
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert line.startswith("score_corpus: ")
         assert message in line

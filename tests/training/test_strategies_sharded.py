@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "greats": {"strategy": "greats", "redundancy": {"scale": "paper"}},
     "filter_then_weight": {"strategy": "filter_then_weight"},
     "opus_in_ado_with_floors": {"strategy": "opus", "ado": ADO, "floors": {"minimum": {"prose": 0.25}}},
+    # everything that decides what is scored and drawn, at once: rests and probes fall into the run's twelve steps
+    "composition": {
+        "strategy": "filter_then_weight",
+        "proxy_momentum": 0.5,
+        "domain_bandit": {"enabled": True, "move_every": 3},
+        "controller": {"enabled": True, "window": 3, "probe_first": 2, "cost": 20.0},
+        "prefilter": {"pool_ratio": 2, "columns": 1024},
+    },
 }
+SCHEDULED = {
+    "domain_weights": None,
+    "domain_schedule": {
+        "points": {"0%": {"prose": 1, "source": 3}, "step 8": {"prose": 2, "tables": 1, "docstrings": 1}},
+        "interpolation": "linear",
+    },
+}
+
+
+def sections(kind: str) -> dict[str, dict[str, Any]]:
+    return {"data": SCHEDULED} if kind == "composition" else {}
 
 
 def recipe(cache: Path, output: Path, name: str, selection: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
@@ -85,10 +105,9 @@ def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, e
     """Fault: losses of another rank's candidates, per-domain losses of one rank's share, weights given to another
     sequence: each shows as another id or loss within a few steps. Utilities agree up to the order of summation."""
     selection = KINDS[kind]
-    one = alone.run(run, recipe(embedded_cache, tmp_path, "one", selection))[0]
-    four = world4.run(
-        run, recipe(embedded_cache, tmp_path, "four", selection, parallel={"tensor_model_parallel_size": 2})
-    )
+    one = alone.run(run, recipe(embedded_cache, tmp_path, "one", selection, **sections(kind)))[0]
+    parallel = {"tensor_model_parallel_size": 2}
+    four = world4.run(run, recipe(embedded_cache, tmp_path, "four", selection, parallel=parallel, **sections(kind)))
     for other in four:
         assert other["ids"] == one["ids"]
         assert other["order"] == one["order"]
@@ -101,6 +120,15 @@ def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, e
         assert all(r["selected_loss"] > r["candidate_loss"] for r in one["rows"])
     if kind == "greats":
         assert {row["geometry"] for row in one["rows"]} == {"sgd"}
+    if kind == "composition":
+        scored = [row["geometry"] != "" for row in one["rows"]]
+        assert scored[:3] == [True] * 3
+        assert not all(scored)
+        assert any(scored[3:])
+        assert one["rows"][-1]["bandit_share/prose"] != one["rows"][0]["bandit_share/prose"]
+        assert "prefilter_gain" in one["rows"][0]
+        assert one["domains"][:8].count("tables") == 0
+        assert "tables" in one["domains"][-8:]
     if kind == "filter_then_weight":
         assert any(row["effective_sequences"] < 3.99 for row in one["rows"])
     if kind == "opus_in_ado_with_floors":
@@ -111,16 +139,50 @@ def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, e
         assert all(row["floors_breached"] == row["floors_unsupplied"] == 0 for row in one["rows"])
 
 
-def test_a_resumed_mixture_ends_as_an_undisturbed_one(alone, embedded_cache, tmp_path):
-    """Fault: a curve, a policy or a fit missing from the checkpoint. Stopped between two fits; equal to the bit."""
-    selection = KINDS["opus_in_ado_with_floors"]
-    whole = alone.run(run, recipe(embedded_cache, tmp_path, "whole", selection))[0]
-    alone.run(run, recipe(embedded_cache, tmp_path, "cut", selection, training={"train_steps": 10}))
-    resumed = alone.run(run, recipe(embedded_cache, tmp_path, "cut", selection), True)[0]
-    keep = ("loss", "selected_share", "ado_share/prose", "ado_share/tables", "ado_failed_fits")
-    assert [[row[k] for k in keep] for row in resumed["rows"]] == [[row[k] for k in keep] for row in whole["rows"]]
+@pytest.mark.parametrize("kind", ["opus_in_ado_with_floors", "composition"])
+def test_a_resumed_mixture_ends_as_an_undisturbed_one(alone, embedded_cache, tmp_path, kind):
+    """Fault: a curve, a policy, a fit, a window or an n-gram missing from the checkpoint. Stopped between two fits, or
+    between a suspension and the next probe; equal to the bit."""
+    whole, resumed = resumed_run(alone, embedded_cache, tmp_path, kind)
+    ado = ("ado_share/prose", "ado_share/tables", "ado_failed_fits")
+    mixture = ado if kind == "opus_in_ado_with_floors" else ("bandit_share/prose", "controller_scoring")
+    for key in ("loss", "selected_share", "domain_tokens", "domain_epochs", *mixture):
+        assert [row[key] for row in resumed["rows"]] == [row[key] for row in whole["rows"]]
     assert resumed["ids"] == whole["ids"]
     assert torch.equal(resumed["weights"], whole["weights"])
+
+
+def test_the_proxy_average_of_each_tensor_parallel_rank_is_resumed(world2, embedded_cache, tmp_path):
+    """Fault: the side of the proxy gradient that rank 0 holds, given to every rank."""
+    whole, resumed = resumed_run(world2, embedded_cache, tmp_path, "composition", tensor_model_parallel_size=2)
+    assert resumed["ids"] == whole["ids"]
+    np.testing.assert_array_equal(resumed["utility"], whole["utility"])
+
+
+def resumed_run(pool, cache, output, kind: str, **parallel: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a whole run and one that was stopped after ten of its steps give on rank 0."""
+
+    def settings(name: str, **training: int) -> RunConfig:
+        return recipe(cache, output, name, KINDS[kind], training=training, parallel=parallel, **sections(kind))
+
+    whole = pool.run(run, settings("whole"))[0]
+    pool.run(run, settings("cut", train_steps=10))
+    return whole, pool.run(run, settings("cut"), True)[0]
+
+
+def test_another_mixture_at_a_resume_is_recorded(alone, embedded_cache, tmp_path):
+    """Fault: a mixture that cannot be changed in the middle of a run, or whose change leaves no trace; another setting
+    that slips through with it."""
+    selection = {"strategy": "random"}
+    alone.run(run, recipe(embedded_cache, tmp_path, "cut", selection, training={"train_steps": 6}))
+    resumed = alone.run(run, recipe(embedded_cache, tmp_path, "cut", selection, data=SCHEDULED), True)[0]
+    (line, *_) = (tmp_path / "cut" / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 6
+    changed = {json.loads(x)["key"] for x in (tmp_path / "cut" / "changes.jsonl").read_text().splitlines()}
+    assert {"data.domain_weights.prose", "data.domain_schedule.interpolation"} <= changed
+    assert {*resumed["domains"][-8:]} <= {"prose", "tables", "docstrings"}
+    with pytest.raises(Exception, match="belongs to another run"):
+        alone.run(run, recipe(embedded_cache, tmp_path, "cut", selection, optimizer={"lr": 1e-3}), True)
 
 
 def sequence_losses_of_rank(tp: int) -> tuple[torch.Tensor, float]:

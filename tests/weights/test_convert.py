@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_opus import config as configs
-from megatron_opus.backends.formats.hf_layout import family, layouts, model_config, published_config, published_shapes
+from megatron_opus.backends.formats.hf_config import family, model_config, published_config
+from megatron_opus.backends.formats.hf_layout import layouts, published_shapes
 from megatron_opus.backends.formats.safetensors_files import SafetensorsFiles
 from megatron_opus.config import ConfigError
 from megatron_opus.layout.model_layout import model_layout

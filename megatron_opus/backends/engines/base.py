@@ -60,14 +60,15 @@ class WholeModelRunner:
         self, micro: ScoringMicrobatch, weights: Sequence[nn.Parameter], read: Callable[[int, Tensor], None]
     ) -> None:
         # Megatron's fused kernel would add the gradient to main_grad and give autograd an empty one
-        fused = [m for m in self._model.modules() if getattr(m, "gradient_accumulation_fusion", False)]
+        names = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")  # Megatron's, Transformer Engine's
+        fused = [(m, name) for m in self._model.modules() for name in names if getattr(m, name, False)]
 
         def hook(index: int, gradient: Tensor) -> Tensor:
             read(index, gradient)
             return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps what a hook returns: nothing, here
 
-        for module in fused:
-            module.gradient_accumulation_fusion = False  # type: ignore[assignment]
+        for module, name in fused:
+            setattr(module, name, False)
         handles = []
         try:
             for index, weight in enumerate(weights):
@@ -81,8 +82,8 @@ class WholeModelRunner:
         finally:
             for handle in handles:
                 handle.remove()
-            for module in fused:
-                module.gradient_accumulation_fusion = True  # type: ignore[assignment]
+            for module, name in fused:
+                setattr(module, name, True)
 
 
 def accumulation_steps(config: RunConfig, dp_size: int) -> int:

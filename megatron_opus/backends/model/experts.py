@@ -36,6 +36,7 @@ class DispatchedSequences:
         check(layer)
         self._layer = layer
         self._rows: tuple[Tensor, ...] = ()
+        self._load = torch.zeros(0, 0)
 
     @contextlib.contextmanager
     def observed(self, sequences: int, share: int) -> Iterator[None]:
@@ -45,6 +46,7 @@ class DispatchedSequences:
             if torch.is_grad_enabled():
                 with torch.no_grad():
                     probs, routing_map = output
+                    self._load = routing_map.view(-1, sequences, routing_map.shape[-1]).float().sum(0)
                     self._rows = self._follow(args[0], probs, routing_map, sequences, share)
 
         # counts for a bias that balances the load: the router adds to them whenever gradients are on
@@ -60,6 +62,9 @@ class DispatchedSequences:
 
     def sequences(self, expert: int) -> Tensor:
         return self._rows[expert]
+
+    def load(self) -> Tensor:
+        return self._load
 
     def _follow(self, hidden: Tensor, probs: Tensor, routing_map: Tensor, sequences: int, share: int) -> Any:
         dispatcher: Any = self._layer.token_dispatcher
@@ -132,6 +137,11 @@ def check(layer: MoELayer) -> None:
         raise ConfigError(
             f"mixture of experts: expected SequentialMLP, whose experts are modules, got {type(layer.experts).__name__}"
             "; set moe_grouped_gemm=False"
+        )
+    kinds = {type(part).__name__ for e in layer.experts.local_experts for part in (e.linear_fc1, e.linear_fc2)}
+    if foreign := kinds - {"ColumnParallelLinear", "RowParallelLinear"}:
+        raise ConfigError(
+            f"mixture of experts: expected Megatron's own linear layers in every expert, got {', '.join(foreign)}"
         )
     etp = layer.experts.tp_group
     wrong = (

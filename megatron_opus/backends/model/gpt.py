@@ -315,6 +315,11 @@ def forward_piece(model: Any, batch: Batch) -> Tensor:
             f"sequence length: expected a multiple of tensor_model_parallel_size ({config.tensor_model_parallel_size}) "
             f"under sequence parallelism, got {length}; pad it or set parallel.sequence_parallel=false"
         )
+    if batch.document_ids is not None and config.context_parallel_size > 1:
+        raise ValueError(
+            "document_ids: expected none with context parallelism, whose attention takes no mask here; set "
+            "data.reset_attention_mask=false"
+        )
     documents = None if batch.document_ids is None else DocumentMask.from_ids(batch.document_ids)
     # What recomputation keeps of a layer's arguments must be tensors; it passes the bias by without keeping it.
     recomputed = config.recompute_granularity == "full" and gpt.training

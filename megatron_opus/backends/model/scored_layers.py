@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
-from megatron_opus.backends.model import experts, stages
+from megatron_opus.backends.model import experts, stages, te_layers
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import Cut, Kind, ModelLayout, ParameterLayout, block_number, scored_blocks
 from megatron_opus.types import ScoredLayer
@@ -24,7 +24,9 @@ OUTPUT_LAYER = "output_layer"  # the attribute by which megatron-core's own mode
 def megatron_layers(
     model: nn.Module, layout: ModelLayout | None = None, selection: SelectionConfig | None = None
 ) -> list[ScoredLayer]:
-    """List the Column- and RowParallelLinear layers with trainable weights, in module order.
+    """List the column- and row-parallel linear layers with trainable weights, in module order.
+
+    They are Megatron's own or Transformer Engine's.
 
     The (un)embedding is among them where it is asked for. `layout` (default: read off the model) says what each matrix
     is and which piece of it this tensor-parallel rank holds. `selection` (default: its defaults) says which blocks are
@@ -40,13 +42,16 @@ def megatron_layers(
     found_embedding = next(((n, m) for n, m in modules if isinstance(m, VocabParallelEmbedding)), None)
     embedding = found_embedding[0] if found_embedding else stages.EMBEDDING
     layers, tied_model = [], shares
+    if any(te_layers.parallel_mode(m) for _, m in modules):
+        te_layers.check(stages.pieces(model)[0].config, [m for _, m in modules])
     owners = {n: m for n, m in modules if isinstance(m, MoELayer)}
     routings = {n: experts.DispatchedSequences(m) for n, m in owners.items()}
     apart = parallel_state.get_expert_model_parallel_world_size() > 1
     for name, module in modules:
         if name.rpartition(".")[0] in owners and isinstance(module, Router | SharedExpertMLP):
             layers += _beside_experts(name, module)
-        if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+        engine = te_layers.parallel_mode(module)
+        if engine is None and not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             continue
         # a tied output layer is another use of the embedding's weight; on another pipeline stage it has a copy of it
         tied = module.weight is None or (shares and _is_output(name))
@@ -88,6 +93,7 @@ def megatron_layers(
                 cut="cols" if by_columns else "rows",
                 input_scattered=scattered and not by_columns and not is_embedding,
                 output_scattered=scattered and (by_columns or is_embedding),
+                input_of=None if engine is None else te_layers.input_of(module),
                 **own,
             )
         )
@@ -129,6 +135,7 @@ def built_layout(model: nn.Module) -> ModelLayout:
     Their shards are contiguous, but gate and up are apart in a gated linear_fc1.
     """
     found: dict[str, ParameterLayout] = {}
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
     for piece in stages.pieces(model):
         modules = dict(piece.named_modules())
         for local, parameter in piece.named_parameters():
@@ -147,6 +154,12 @@ def built_layout(model: nn.Module) -> ModelLayout:
                 kind = "output" if _is_output(owner) else kind
             elif isinstance(module, RowParallelLinear) and leaf == "weight":
                 cut, shape = "columns", (module.output_size, module.input_size)
+            elif mode := te_layers.parallel_mode(module):
+                if leaf == "weight" or (leaf == "bias" and mode == "column"):
+                    cut = "rows" if mode == "column" else "columns"
+                    dim = 0 if cut == "rows" else 1
+                    shape = (*shape[:dim], shape[dim] * tp_size, *shape[dim + 1 :])
+                    halves = owner.endswith("linear_fc1") and piece.config.gated_linear_unit
             elif isinstance(module, Router | SharedExpertMLP) and len(shape) > 1:
                 kind = "router"
             if ".local_experts." in owner:
@@ -155,7 +168,6 @@ def built_layout(model: nn.Module) -> ModelLayout:
             if name != local and kind == "output":
                 kind = "embedding"  # the last stage's copy of a tied weight
             found.setdefault(name, ParameterLayout(name=name, kind=kind, shape=shape, cut=cut, halves=halves))
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
     ep_size = parallel_state.get_expert_model_parallel_world_size()
     return ModelLayout(parameters=tuple(found.values()), tp_size=tp_size, ep_size=ep_size)
 

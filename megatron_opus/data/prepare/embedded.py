@@ -152,13 +152,19 @@ def _write_text(directory: Path) -> tuple[DatasetSpec, ...]:
     return write_parts(directory, parts)
 
 
-def write_parts(directory: Path, parts: Mapping[tuple[str, Role], Sequence[str]]) -> tuple[DatasetSpec, ...]:
-    """One .jsonl per domain and role; documents in the order of their hashes, so that every part is a mixture."""
+def write_parts(
+    directory: Path, parts: Mapping[tuple[str, Role], Sequence[str]], sources: Mapping[str, str] | None = None
+) -> tuple[DatasetSpec, ...]:
+    """One .jsonl per domain and role; documents in the order of their hashes, so that every part is a mixture.
+
+    sources: text -> where it comes from, written beside the text; nothing that trains reads it.
+    """
     specs = []
     for (domain, role), texts in parts.items():
         path = directory / f"{role}-{domain}.jsonl"
         with atomic_file(path) as stream:
             for _, text in sorted((text_digest(text)[1], text) for text in texts):
-                stream.write((json.dumps({"text": text}) + "\n").encode())
+                source = {"source": sources[text]} if sources and text in sources else {}
+                stream.write((json.dumps({"text": text, **source}) + "\n").encode())
         specs.append(DatasetSpec(name=domain, role=role, sources=(str(path),)))
     return tuple(specs)

@@ -73,6 +73,10 @@ class Samples:
             document_ids=document_ids_of(stacked("attention_mask", torch.bool)) if masked else None,
         )
 
+    def tokens(self, ids: np.ndarray) -> Tensor:
+        """Read [n, L] int64: the tokens of these sequences alone."""
+        return torch.stack([torch.as_tensor(row["tokens"]) for row in self.rows(ids)]).to(torch.int64)
+
     def collated(self, ids: np.ndarray) -> dict[str, Tensor]:
         """Read one micro-batch of training exactly as Megatron's data loader gives it."""
         batch: dict[str, Tensor] = default_collate(self.rows(ids))
@@ -116,8 +120,13 @@ class CandidateCursor:
     def __init__(self, samples: Samples, seed: int, start: int) -> None:
         """`start`: the first index that is offered. A run without selection has trained on those before it."""
         self.size = 0  # N of the coming step
+        self.notices: list[str] = []
         self._samples, self._seed, self._position = samples, seed, start
         self._of_domain: list[int] | None = None
+        self._offered = np.zeros(len(samples.names), np.int64)  # sequences of each domain, since the start
+        self._used = np.zeros_like(self._offered)
+        everything = samples.domain_of(np.arange(len(samples)))
+        self._sequences = np.bincount(everything, minlength=len(self._offered))
 
     @property
     def passes(self) -> int:
@@ -137,7 +146,9 @@ class CandidateCursor:
         else:
             ids = self._by_shares(step, weights.numpy())
         self._position += size
-        return Candidates(step=step, sample_ids=ids, domains=self._samples.domain_of(ids))
+        domains = self._samples.domain_of(ids)
+        self._offered += np.bincount(domains, minlength=len(self._offered))
+        return Candidates(step=step, sample_ids=ids, domains=domains)
 
     def _by_shares(self, step: int, shares: np.ndarray) -> np.ndarray:
         total = len(self._samples)
@@ -164,14 +175,30 @@ class CandidateCursor:
         return np.concatenate(taken)[permute(np.arange(self.size), self.size, key("mix", self._seed, step))]
 
     def settle(self, candidates: Candidates, selected: np.ndarray) -> None:
-        """Do nothing: what was not chosen is not offered again."""
+        """Count what is trained on. What was not chosen is not offered again."""
+        self._used += np.bincount(candidates.domains[selected], minlength=len(self._used))
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Return domain -> offered, used (sequences since the start), epoch (times all was offered), sequences."""
+        columns = (self._offered, self._used, self._sequences)
+        return {
+            name: {"offered": int(offered), "used": int(used), "epoch": self.passes, "sequences": int(sequences)}
+            for name, offered, used, sequences in zip(self._samples.names, *columns, strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self._position, "of_domain": self._of_domain, "samples": len(self._samples)}
+        return {
+            "position": self._position,
+            "of_domain": self._of_domain,
+            "samples": len(self._samples),
+            "offered": self._offered.tolist(),
+            "used": self._used.tolist(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._position = int(state["position"])
         self._of_domain = None if state["of_domain"] is None else [int(x) for x in state["of_domain"]]
+        self._offered, self._used = (np.array(state[name], dtype=np.int64) for name in ("offered", "used"))
 
 
 class SelectedMicroBatches(SelectedBatchIterator):

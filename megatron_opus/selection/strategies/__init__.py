@@ -11,6 +11,8 @@ from megatron_opus.config import SelectionConfig
 from megatron_opus.config.strategies import check_floors, least
 from megatron_opus.selection.limits import Floors
 from megatron_opus.selection.strategies.ado import AdoStrategy
+from megatron_opus.selection.strategies.controller import Controller
+from megatron_opus.selection.strategies.domain_bandit import DomainBandit
 from megatron_opus.selection.strategies.filter_then_weight import FilterThenWeightStrategy
 from megatron_opus.selection.strategies.greats import GreatsStrategy
 from megatron_opus.selection.strategies.opus import OpusStrategy
@@ -20,6 +22,8 @@ from megatron_opus.types import SelectionStrategy
 
 __all__ = [
     "AdoStrategy",
+    "Controller",
+    "DomainBandit",
     "FilterThenWeightStrategy",
     "GreatsStrategy",
     "OpusStrategy",
@@ -39,20 +43,25 @@ def build_strategy(
 ) -> SelectionStrategy:
     """The configured strategy over these candidate domains, in the order of `Candidates.domains`.
 
-    prior [D]: the weights that the buffer is filled by without ADO; ceiling [D]: the largest share that each domain has
-    sequences for; k: sequences per update, against which floors are checked. Raises ConfigError.
+    prior [D]: the weights that the buffer is filled by where nothing moves them; ceiling [D]: the largest share that
+    each domain has sequences for; k: sequences per update, against which floors are checked. Raises ConfigError.
     """
     floors = Floors(config.floors, domains)
     if floors.active and k is not None:
         check_floors(config.floors, k, tuple(domains))
     strategy = _inner(config, floors)
-    if config.strategy != "ado" and not config.ado.enabled:
+    if config.controller.enabled:
+        strategy = Controller(strategy, config.controller, floors)
+    bandit = config.domain_bandit.enabled
+    if config.strategy != "ado" and not config.ado.enabled and not bandit:
         return strategy
     if prior is None:
-        raise ValueError("ado: expected the domains' configured weights, got none")
+        raise ValueError("shares that move: expected the domains' configured weights, got none")
     owed = None
     if k is not None:  # a whole number of the buffer's sequences, and what keeps its rounding from losing one
         owed = np.array([least(config.floors.minimum.get(name, 0.0), k) * config.rho / k + 1e-9 for name in domains])
+    if bandit:
+        return DomainBandit(strategy, config.domain_bandit, domains, prior, ceiling, owed)
     return AdoStrategy(strategy, config.ado, domains, prior, ceiling, owed)
 
 

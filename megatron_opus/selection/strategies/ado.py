@@ -26,13 +26,13 @@ from torch import Tensor
 
 from megatron_opus.config import AdoConfig, ConfigError
 from megatron_opus.selection.scaling_law import FitError, ScalingLaw, fit
-from megatron_opus.types import Candidates, Selection, SelectionStrategy, SignalName, Signals
+from megatron_opus.selection.shares import clipped, share_bounds
+from megatron_opus.selection.strategies.base import Around
+from megatron_opus.types import Candidates, Selection, SelectionStrategy, Signals
 
 
-class AdoStrategy:
+class AdoStrategy(Around):
     """`inner` chooses in the buffer that ADO fills. State is the same on every rank that observes the same losses."""
-
-    wants_domain_loss = True
 
     def __init__(
         self,
@@ -48,20 +48,11 @@ class AdoStrategy:
         d = len(domains)
         if prior.shape != (d,):
             raise ConfigError(f"selection.ado: expected a weight for each of {list(domains)}, got shape {prior.shape}")
-        self.needs: frozenset[SignalName] = inner.needs
-        self._inner, self._config, self._domains = inner, config, tuple(domains)
+        super().__init__(inner)
+        self.wants_domain_loss = True
+        self._config, self._domains = config, tuple(domains)
         self._prior = np.asarray(prior, dtype=np.float64)
-        floor = np.where(self._prior > 0, config.min_share, 0.0)
-        if floor.sum() > 1:
-            raise ConfigError(
-                f"selection.ado.min_share: {config.min_share} for each of {int((self._prior > 0).sum())} domains is "
-                "more than the whole; lower it"
-            )
-        top = np.ones(d) if ceiling is None else np.clip(ceiling, 0.0, 1.0)
-        # what is configured is allowed, or the buffer would have refused it
-        self._ceiling = np.where(self._prior > 0, np.maximum(top, self._prior), 0.0)
-        supplied = np.minimum(np.maximum(floor, 0.0 if owed is None else owed), self._ceiling)
-        self._floor = supplied if supplied.sum() <= 1 else floor
+        self._floor, self._ceiling = share_bounds(self._prior, config.min_share, ceiling, owed, key="selection.ado")
         self._policy, self._history, self._mean = self._prior.copy(), self._prior.copy(), self._prior.copy()
         self._laws: list[ScalingLaw | None] = [None] * d
         self._curve_n: list[list[float]] = [[] for _ in range(d)]
@@ -184,21 +175,3 @@ class AdoStrategy:
         if value.sum() <= 0:  # every curve is flat: nothing to prefer
             return self._prior.copy()
         return np.where(fitted, rest * value / value.sum(), self._prior)
-
-
-def clipped(shares: np.ndarray, floor: np.ndarray, ceiling: np.ndarray) -> np.ndarray:
-    """[D] sum 1 with floor <= result <= ceiling: the shares scaled by one factor, then cut off at the bounds.
-
-    floor.sum() <= 1 <= ceiling.sum() is required. The factor is found by bisection: the sum grows with it. What the
-    ceilings keep from shares of (almost) nothing else goes to the room that is left.
-    """
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        if np.clip(middle * shares, floor, ceiling).sum() < 1:
-            low = middle
-        else:
-            high = middle
-    result = np.clip(high * shares, floor, ceiling)
-    missing, room = 1 - result.sum(), ceiling - result
-    return result + room * (missing / room.sum()) if missing > 0 and room.sum() > 0 else result / result.sum()

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_opus.selection.limits import Floors, in_order
-from megatron_opus.types import Candidates, Selection
+from megatron_opus.types import Candidates, Selection, SelectionStrategy, SignalName
 
 
 class Stateless:
     """The configured domain weights, nothing learnt from losses, nothing to save."""
 
     wants_domain_loss = False
+    wants_seconds = False
 
     def __init__(self, floors: Floors | None = None) -> None:
         self._floors = floors
@@ -23,7 +24,13 @@ class Stateless:
     def domain_weights(self, step: int) -> Tensor | None:
         return None
 
+    def scores_at(self, step: int) -> bool:
+        return True
+
     def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
+        pass
+
+    def observe_seconds(self, choosing: float, updating: float) -> None:
         pass
 
     def notices(self) -> list[str]:
@@ -35,6 +42,30 @@ class Stateless:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state of its own, got keys {sorted(state)}")
+
+
+class Around:
+    """Passes everything on to the strategy that chooses; what moves its buffer or its scoring derives from this."""
+
+    def __init__(self, inner: SelectionStrategy) -> None:
+        self._inner = inner
+        self.needs: frozenset[SignalName] = inner.needs
+        self.wants_domain_loss, self.wants_seconds = inner.wants_domain_loss, inner.wants_seconds
+
+    def domain_weights(self, step: int) -> Tensor | None:
+        return self._inner.domain_weights(step)
+
+    def scores_at(self, step: int) -> bool:
+        return self._inner.scores_at(step)
+
+    def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
+        self._inner.observe(step, domain_loss)
+
+    def observe_seconds(self, choosing: float, updating: float) -> None:
+        self._inner.observe_seconds(choosing, updating)
+
+    def notices(self) -> list[str]:
+        return self._inner.notices()
 
 
 def draw_uniformly(

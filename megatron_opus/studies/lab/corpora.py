@@ -4,6 +4,9 @@ noisy           a useful domain, the target's, as a small part among other domai
 clean           several good domains, all of them the target
 shift           the target has a benchmark's style that no candidate domain has
 near_duplicate  a domain of lightly changed copies of a few target documents, beside the target's own domain
+hidden          the parts of `noisy` as one candidate domain, so that no mixture of domains can tell them apart; where a
+                document comes from is written beside its text, for the report alone
+web             one candidate domain without any part of the target's: of larger text, web pages of every quality
 
 Documents go to validation, proxy or candidates by a hash of their text, before anything is made of them: corrupted
 text and copies come from candidate documents alone, benchmark questions from held-out ones alone. So proxy, evaluation
@@ -40,6 +43,10 @@ TARGET_SPLIT: dict[Role, tuple[float, float]] = {
 }
 OTHER_SPLIT: dict[Role, tuple[float, float]] = {"validation": (0.0, 0.04), "candidates": (0.04, 1.0)}
 COPIED, COPIES, CHANGED = 24, 60, 0.05  # documents that are copied, copies of each, words changed in a copy
+HIDDEN, HIDDEN_SHARES = (
+    "text",
+    (0.1, 0.5, 0.4),
+)  # the domain; of its characters, the target's, other text, corrupted text
 DOMAIN_CHARACTERS, DOCUMENT_CHARACTERS = 4_000_000, 2500  # of text beside the checkout
 # domain -> files; the first is the target
 SHARED: dict[str, tuple[str, ...]] = {
@@ -80,7 +87,9 @@ def prepare_lab(
         directory = Path(cache_dir) / "lab" / f"{kind}-v{VERSION}-shared-{digest}"
 
     def write_text(folder: Path) -> tuple[DatasetSpec, ...]:
-        return write_parts(folder, parts_of(kind, shared))
+        parts = _hidden_parts(_domains(shared)) if kind == "hidden" else {}
+        sources = {text: name for name, texts in parts.items() for text in texts}
+        return write_parts(folder, parts_of(kind, shared), sources)
 
     provenance = {
         "corpus": f"laboratory, {kind}",
@@ -92,21 +101,24 @@ def prepare_lab(
 
 def parts_of(kind: str, shared: Path | None = None) -> Parts:
     """(domain, role) -> documents of one corpus."""
-    if shared is None:
-        return KINDS[kind](stdlib_text.documents(), None)
-    domains = {name: list(_shared_documents(shared, patterns)) for name, patterns in SHARED.items()}
     benchmark = None
-    if kind == "shift":
+    if kind == "shift" and shared is not None:
         evaluation, proxy = (_questions(shared / name) for name in SHARED_BENCHMARK)
         benchmark = {"validation": evaluation, "proxy": proxy}
-    return KINDS[kind](domains, benchmark)
+    return KINDS[kind](_domains(shared), benchmark)
+
+
+def _domains(shared: Path | None) -> Domains:
+    if shared is None:
+        return stdlib_text.documents()
+    return {name: list(_shared_documents(shared, patterns)) for name, patterns in SHARED.items()}
 
 
 def _python() -> str:
     return f"{platform.python_implementation().lower()}-{platform.python_version()}"
 
 
-# --- the four kinds: the first domain of what they are given is the target ------------------------------------------
+# --- the kinds: the first domain of what they are given is the target ------------------------------------------
 
 Benchmark = Mapping[str, list[str]] | None
 
@@ -143,11 +155,46 @@ def near_duplicate(domains: Domains, _: Benchmark) -> Parts:
     return parts
 
 
+def hidden(domains: Domains, _: Benchmark) -> Parts:
+    target = next(iter(domains))
+    mixed = [text for texts in _hidden_parts(domains).values() for text in texts]
+    return {**_held_out(_with_target(domains), target), (HIDDEN, "candidates"): mixed}
+
+
+def web(domains: Domains, _: Benchmark) -> Parts:
+    target, pages = list(domains)[:2]
+    parts = _with_target(domains)
+    return {**_held_out(parts, target), (pages, "candidates"): parts[pages, "candidates"]}
+
+
+def _held_out(parts: Parts, target: str) -> Parts:
+    return {(name, role): texts for (name, role), texts in parts.items() if name == target and role != "candidates"}
+
+
+def _hidden_parts(domains: Domains) -> dict[str, list[str]]:
+    """Candidate documents of `noisy` by where they come from, as many of each as HIDDEN_SHARES says by characters."""
+    parts = [(name, texts) for (name, role), texts in noisy(domains, None).items() if role == "candidates"]
+    target, *others = parts[:-1]
+    each = HIDDEN_SHARES[1] / len(others)
+    shares = {target[0]: HIDDEN_SHARES[0], **{name: each for name, _ in others}, parts[-1][0]: HIDDEN_SHARES[2]}
+    whole = min(sum(map(len, texts)) / shares[name] for name, texts in parts)
+    found: dict[str, list[str]] = {}
+    for name, texts in parts:
+        found[name], left = [], shares[name] * whole
+        for text in sorted(texts, key=lambda text: text_digest(text)[1]):
+            if left > 0:
+                found[name].append(text)
+                left -= len(text)
+    return found
+
+
 KINDS: Mapping[str, Callable[[Domains, Benchmark], Parts]] = {
     "noisy": noisy,
     "clean": clean,
     "shift": shift,
     "near_duplicate": near_duplicate,
+    "hidden": hidden,
+    "web": web,
 }
 
 

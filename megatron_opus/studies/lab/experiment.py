@@ -3,6 +3,8 @@
 An experiment is a YAML file that states its hypothesis, metric and stopping rule before anything runs; they are
 recorded in the experiment's folder with the settings of every run, and neither can be changed afterwards without
 another folder. Runs that are finished are kept, interrupted ones resumed, failed ones tried again at the next start.
+An arm with `shares_of: ARM` waits for the run of that arm with its seed, and fills its buffers by the domain shares
+that the other run has trained on (matched_shares.py): what is left between the two is no mixture.
 Where the file has a `start`, all arms of a seed begin with the weights of one run, so that what happens by chance in a
 model's first steps is the same for them.
 
@@ -34,6 +36,9 @@ REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline
 OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts", "start", "before")
 CLOCKS = ("wall", "cpu")
 RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
+SHARES_OF = "shares_of"  # of an arm: another arm, whose realised domain shares it takes
+# a matched arm draws its K sequences as they come: nothing of the mixture is lost to a choice
+MATCHED = {"selection.strategy": "random", "selection.rho": 1.0}
 START, START_SEEDS = "start", 1000  # a run that arms begin with; its seeds are others, so that its data is too
 SINGLE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CORES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -54,10 +59,16 @@ class PlannedRun:
     overrides: tuple[str, ...]
     config: RunConfig
     after: PlannedRun | None = None  # the run whose weights it starts from
+    shares_of: PlannedRun | None = None  # the run whose realised domain shares it takes
 
     @property
     def name(self) -> str:
         return self.directory.name
+
+    @property
+    def waits_for(self) -> tuple[PlannedRun, ...]:
+        """The runs that must be finished before this one starts."""
+        return tuple(run for run in (self.after, self.shares_of) if run is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +102,30 @@ class Experiment:
             settings={**self.settings, **self.shared["settings"]},
         )
 
+    def with_matched(self, arm: str) -> Experiment:
+        """The same experiment with an arm more: random with the realised shares of `arm`. Raises LabError."""
+        if arm not in self.arms or SHARES_OF in self.arms[arm]:
+            raise LabError(f"{self.name}: no arm {arm!r} whose shares could be taken; there are {', '.join(self.arms)}")
+        name = f"random_matched_{arm}"
+        kept = {key: value for key, value in self.arms[arm].items() if not key.startswith("selection.")}
+        return dataclasses.replace(
+            self,
+            arms={**self.arms, name: {**kept, **MATCHED, SHARES_OF: arm}},
+            contrasts=(*self.contrasts, (arm, name)),
+        )
+
     def runs(self, folder: Path, data: Path | None) -> list[PlannedRun]:
         """Every run with its resolved settings, seed by seed. `data`: the prepared corpus. Raises ConfigError."""
         planned = []
         for seed in self.seeds:
             start = self._run(START, self.start, seed, folder, data, None) if self.start else None
-            planned += [start] if start else []
-            planned += [self._run(arm, changes, seed, folder, data, start) for arm, changes in self.arms.items()]
+            of_arm: dict[str, PlannedRun] = {}
+            for arm in sorted(self.arms, key=lambda arm: SHARES_OF in self.arms[arm]):  # sorted() keeps the order else
+                changes = {key: value for key, value in self.arms[arm].items() if key != SHARES_OF}
+                run = self._run(arm, changes, seed, folder, data, start)
+                other = self.arms[arm].get(SHARES_OF)
+                of_arm[arm] = dataclasses.replace(run, shares_of=None if other is None else of_arm[other])
+            planned += [*([start] if start else []), *(of_arm[arm] for arm in self.arms)]
         return planned
 
     def _run(
@@ -157,6 +185,10 @@ def read_experiment(path: Path) -> Experiment:
         for key in changes:
             if key in RESERVED or (key in ("data", "data.path") and raw.get("corpus")):
                 raise fail(f"{arm}: {key} is set by the laboratory, leave it out")
+    for arm, changes in arms.items():
+        other = changes.get(SHARES_OF)
+        if other is not None and (other not in arms or other == arm or SHARES_OF in arms[other]):
+            raise fail(f"arm {arm}: {SHARES_OF}: expected an arm that takes no shares itself, got {other!r}")
     shared = raw.get("shared") or {}
     if shared and (not isinstance(shared, dict) or {*shared} != {"metric", "settings"} or not raw.get("corpus")):
         raise fail("shared: expected metric and settings, beside a corpus")
@@ -202,7 +234,7 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
         "baseline": experiment.baseline,
         "clock": experiment.clock,
     }
-    settings = {run.name: _settings(run.config) for run in runs}
+    settings = {run.name: _settings(run) for run in runs}
     contrasts = [f"{arm} minus {other}" for arm, other in experiment.contrasts]
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +271,8 @@ def record(experiment: Experiment, runs: Sequence[PlannedRun], folder: Path) -> 
     return made
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _settings(run: PlannedRun) -> dict[str, Any]:
     """Dotted keys of a run, without where it lies."""
-    flat = flatten(configs.to_dict(config))
-    return {k: v for k, v in flat.items() if k not in ("output_dir", "data.path", "data.cache_dir")}
+    flat = flatten(configs.to_dict(run.config))
+    kept = {k: v for k, v in flat.items() if k not in ("output_dir", "data.path", "data.cache_dir")}
+    return kept if run.shares_of is None else {**kept, SHARES_OF: run.shares_of.name}

@@ -28,6 +28,7 @@ from megatron_opus.runs.curves import Run, first_reached, read_run
 from megatron_opus.studies.lab.experiment import START, Experiment, LabError, PlannedRun
 from megatron_opus.studies.lab.intervals import Interval, interval
 from megatron_opus.studies.lab.runner import is_finished, why_unfinished
+from megatron_opus.studies.lab.sources import source_shares
 
 Points = list[tuple[float, float]]
 
@@ -67,6 +68,7 @@ class Results:
     failed: list[tuple[str, str]]  # run, why: never left out
     added_later: list[str]
     runs: dict[tuple[str, int], Run]
+    sources: dict[tuple[str, int], dict[str, float]]  # of what was trained on, where the corpus hides them
 
 
 def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mapping[str, Any]) -> Results:
@@ -88,6 +90,11 @@ def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mappi
         failed=[(p.name, why_unfinished(p)) for p in planned if not is_finished(p)],
         added_later=list(record["added_later"]),
         runs=runs,
+        sources={
+            (p.arm, p.seed): shares
+            for p in planned
+            if (p.arm, p.seed) in runs and (shares := source_shares(p.directory, p.config))
+        },
     )
 
 
@@ -266,11 +273,23 @@ def table(results: Results) -> str:
     ]
     if results.contrasts:
         lines += ["", *_aligned(contrast_cells(results))]
+    if results.sources:
+        lines += ["", "of the trained sequences, by what the corpus hides (mean over seeds):", *_source_lines(results)]
     if results.failed:
         lines += ["", "not finished, and not in the table:", *(f"  {name}: {why}" for name, why in results.failed)]
     if results.added_later:
         lines += ["", f"added after the experiment was announced: {', '.join(results.added_later)}"]
     return "\n".join(lines)
+
+
+def _source_lines(results: Results) -> list[str]:
+    names = sorted({name for shares in results.sources.values() for name in shares})
+    rows = [["arm", *names]]
+    for arm in results.experiment.arms:
+        found = [shares for (of, _), shares in results.sources.items() if of == arm]
+        if found:
+            rows.append([arm, *(f"{math.fsum(s.get(n, 0.0) for s in found) / len(found):.3f}" for n in names)])
+    return _aligned(rows)
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -296,6 +315,7 @@ def as_json(results: Results) -> dict[str, Any]:
                 "seconds": run.seconds,
                 "score_seconds": run.score_seconds,
                 "selected_share": run.selected_share,
+                "source_share": results.sources.get((arm, seed), {}),
                 "entropy_ratio": run.entropy_ratio,
                 "largest_gradient": run.largest_gradient,
                 "by_tokens": by_tokens(run, metric),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.studies.lab.experiment import CORES, ROOT, SINGLE_PROCESS, START, PlannedRun
+from megatron_opus.studies.lab.matched_shares import matched_overrides
 
 
 def steps_done(run: PlannedRun) -> int:
@@ -33,8 +34,8 @@ def why_unfinished(run: PlannedRun) -> str:
         return ""
     log = log_of(run)
     if not log.exists():
-        blocked = run.after is not None and not is_finished(run.after)
-        return "not started: the run it starts from is not finished" if blocked else "not started"
+        waits = [other.name for other in run.waits_for if not is_finished(other)]
+        return f"not started: {', '.join(waits)} is not finished" if waits else "not started"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     at = f"at step {steps_done(run)} of {run.config.training.train_steps}"
     errors = [line for line in lines if line.startswith(("error:", "experiment:"))]
@@ -66,7 +67,7 @@ def run_all(
     try:
         while waiting or active:
             while len(active) < jobs:
-                run = next((r for r in waiting if r.after is None or is_finished(r.after)), None)
+                run = next((r for r in waiting if all(map(is_finished, r.waits_for))), None)
                 if run is None:
                     break
                 waiting.remove(run)
@@ -98,7 +99,8 @@ def _start(run: PlannedRun, environment: Mapping[str, str]) -> subprocess.Popen[
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     inherited = {k: v for k, v in os.environ.items() if k not in SINGLE_PROCESS}
     path = os.pathsep.join(p for p in (str(ROOT), inherited.get("PYTHONPATH", "")) if p)
-    command = [sys.executable, "-m", "megatron_opus.training", str(run.recipe), *run.overrides]
+    matched = () if run.shares_of is None else matched_overrides(run.shares_of.directory)
+    command = [sys.executable, "-m", "megatron_opus.training", str(run.recipe), *run.overrides, *matched]
     if (run.directory / "config.yaml").exists():
         command.append("--resume")
     with contextlib.ExitStack() as stack:
