@@ -134,7 +134,6 @@ def arguments_of(state: Any) -> Namespace:
         num_experts=of_model("num_moe_experts"),
         mtp_num_layers=of_model("mtp_num_layers"),
         cuda_graph_impl=of_model("cuda_graph_impl", "none"),
-        transformer_impl="local",  # layers of Transformer Engine are found, or refused, when layers are looked for
         fp8=of_model("fp8"),
         fp16=bool(of_model("fp16")),
         bf16=bool(of_model("bf16")),

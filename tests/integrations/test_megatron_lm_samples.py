@@ -200,7 +200,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 FINE = {
-    **{"seq_length": 32, "sequence_parallel": False, "tensor_model_parallel_size": 2, "transformer_impl": "local"},
+    **{"seq_length": 32, "sequence_parallel": False, "tensor_model_parallel_size": 2},
     **{"cuda_graph_impl": "none", "dataloader_type": "single", "context_parallel_size": 1},
 }
 
@@ -219,7 +219,6 @@ FINE = {
         ({"gtp_weight_remat_size": 2}, "generalised tensor parallelism.*--tensor-model-parallel-size"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2.*use --context-parallel-size 1"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
-        ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine.*use .*local"),
         ({"fp8": "hybrid"}, "--fp8-format.*use --bf16"),
         ({"fp4": "nvfp4"}, "--fp4-format.*use --bf16"),
         ({"fp16": True}, "--fp16.*use --bf16"),

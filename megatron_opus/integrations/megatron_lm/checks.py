@@ -88,11 +88,6 @@ REFUSED: tuple[_Refused, ...] = (
         "use --context-parallel-size 1",
     ),
     (_given("hybrid_context_parallel"), "--hybrid-context-parallel", "leave it out"),
-    (
-        _other_than("transformer_impl", "local"),
-        "--transformer-impl {transformer_impl}: Transformer Engine's layers are not scored",
-        "use --transformer-impl local",
-    ),
     (_given("fp8"), "--fp8-format: scoring would disturb the scales of fp8", "use --bf16"),
     (_given("fp4"), "--fp4-format: scoring would disturb the scales of fp4", "use --bf16"),
     (_given("fp16"), "--fp16: gradients of activations would underflow without its loss scale", "use --bf16"),
