@@ -78,7 +78,7 @@ def build_scorer(
         config,
         groups=groups or Groups(),
         device=torch.device(device),
-        verify=runner if verify and runner.has_whole_weights else None,
+        verify=runner if verify and not runner.incomparable else None,
         coverage=covered,
     )
 

@@ -5,12 +5,33 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
+FULL_BYTES = 1 << 20  # a disk with less free than this is called full where a library does not say what stopped it
+NO_SPACE = "no space is left: free some, or move the folder to a larger disk"
+REMEDIES = {
+    errno.ENOSPC: NO_SPACE,
+    errno.EDQUOT: "the quota is used up: free some space, or write to another disk",
+    errno.EFBIG: "the file may not grow: raise the limit on its size (ulimit -f)",
+    errno.EROFS: "the file system is mounted read-only: write to another one, or mount it to be written",
+    errno.EACCES: "this user may not write there: change its permissions, or write to another folder",
+    errno.EPERM: "this user may not write there: change its permissions, or write to another folder",
+    errno.ENOENT: "it has vanished: was it moved or removed, is its disk still mounted?",
+    errno.ESTALE: "it has vanished: was it moved or removed, is its disk still mounted?",
+    errno.ENOTDIR: "a part of this path is a file: expected folders",
+    errno.EIO: "the disk reports an error: write to another one",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ENAMETOOLONG: "the path is too long: shorten output_dir or name",
+    errno.ELOOP: "its symbolic links lead in a circle",
+}
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|file write failed|unexpected pos|Parent directory|iostream error")
 
 
 @contextmanager
@@ -51,6 +72,32 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def explain(error: BaseException, folder: Path) -> str:
+    """Say in one line which file could not be written, why, and the remedy; "" for an error of another kind.
+
+    torch's writer of checkpoints does not say what stopped it: then the state of `folder`, which it wrote into, does.
+    """
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not _concerns(error.filename, folder):
+            return ""  # a file that is missing elsewhere is no fault of this disk
+        return f"{error.filename or folder}: {error.strerror}; {REMEDIES[error.errno]}"
+    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
+        if not folder.exists():
+            return f"{folder}: cannot be written; {REMEDIES[errno.ENOENT]}"
+        if shutil.disk_usage(folder).free < FULL_BYTES:
+            return f"{folder}: cannot be written; {NO_SPACE}"
+        first = str(error).splitlines()[0]
+        return f"{folder}: cannot be written ({first}); is its disk full, over a quota or read-only?"
+    return ""
+
+
+def _concerns(filename: object, folder: Path) -> bool:
+    if not isinstance(filename, str):
+        return False
+    path = Path(filename)
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def server() -> Iterator[Server]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partition-table", metavar="FILE", help="write the deviations of every tested layout to FILE")
+    parser.addoption("--chaos", action="store_true", help="tests/chaos whole: every moment, both engines")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

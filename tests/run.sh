@@ -2,6 +2,7 @@
 # Style, types and the whole test suite, from a clean clone:
 #   tests/run.sh [pytest arguments]          everything
 #   tests/run.sh --fast [pytest arguments]   style, and the tests that start no process and train nothing
+#   tests/run.sh --chaos [pytest arguments]  tests/chaos in its whole form: every fault, both engines
 #   tests/run.sh --latest [pytest arguments] what touches Megatron (tests/latest.txt), on the newest releases
 set -euo pipefail
 
@@ -32,6 +33,9 @@ ruff format --check .
 if $fast; then
   mapfile -t paths <tests/fast.txt # what is not named here is not even imported
   exec python3 -m pytest -m fast "${paths[@]}" "$@"
+fi
+if [[ ${1:-} == --chaos ]]; then
+  exec python3 -m pytest -n 2 --dist loadfile tests/chaos "$@"
 fi
 mypy
 # two workers: whole files go to one, so that what a file computes once is computed once

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_opus.errors import Refusal
+from megatron_opus.files import explain
 
 COMMANDS = {
     "prepare-data": "turn text into Megatron token files",
     "build-proxy": "take a proxy out of a prepared corpus",
     "score-corpus": "give every candidate document of a corpus a score",
     "keep": "take part of a corpus by its scores",
+    "score-report": "write one HTML page about the scores of a corpus",
+    "score-auc": "print how well scores tell two domains apart",
     "train": "train by one recipe, in this process alone",
     "convert-checkpoint": "convert Hugging Face weights to sharded ones, and back",
     "evaluate": "run benchmarks and perplexity of a checkpoint, offline",
@@ -54,7 +59,8 @@ def start(command: str, argv: Sequence[str] | None = None, program: str | None =
     try:
         status: int = module.main(sys.argv[1:] if argv is None else argv, program or f"megatron-opus {command}")
     except (Refusal, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+        print(f"{name}: {(full and explain(error, Path.cwd())) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Hugging Face GPT-2 and Qwen3 models to sharded weights, and trained weights back to Hugging Face.
+"""Hugging Face GPT-2, Qwen3 and Llama models to sharded weights, and trained weights back to Hugging Face.
 
     megatron-opus convert-checkpoint hf-to-opus --input Qwen3-8B --output weights/qwen3_8b_tp2 \\
         --tensor-model-parallel-size 2

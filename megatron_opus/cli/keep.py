@@ -4,7 +4,7 @@
     megatron-opus keep --corpus data/web --scores d=scores/dsir e=scores/edu --rule "top@d and top@e" --share 0.3 \\
         --output data/web_both
 
-Rules: top, bottom, band:A-B, gumbel:TAU[:raw], each also after `per-domain:`, joined by `and` and `or`.
+Rules: top, bottom, band:A-B, gumbel:TAU[:raw], axes:K, each also after `per-domain:`, joined by `and` and `or`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--token-budget", metavar="N", help="tokens to keep: 10B, 300M, ...")
     parser.add_argument("--share", type=float, help="of the candidates' tokens to keep, instead of a budget")
+    parser.add_argument(
+        "--duplicates", default="", metavar="KIND", help="leave copies out first: exact, or near:0.8 (needs datasketch)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of Gumbel noise (default 0)")
     return parser.parse_args(argv)
 
@@ -62,6 +65,7 @@ def main(argv: Sequence[str], program: str) -> int:
         token_budget=budget,
         share=arguments.share,
         seed=arguments.seed,
+        duplicates=arguments.duplicates,
     )
     manifest = keep(config, CorpusDocuments(arguments.corpus, indexed.open_documents), print)
     for entry in manifest.datasets:

@@ -125,7 +125,12 @@ def validate_world(config: RunConfig, world_size: int) -> None:
         f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} does not divide the "
         f"{world_size} processes started; start a multiple of {tp * pp} (torchrun --nproc-per-node {tp * pp})",
     )
-    dp = world_size // (tp * pp)
+    dp, ep = world_size // (tp * pp), p.expert_model_parallel_size
+    require(
+        (world_size // pp) % ep == 0,
+        f"parallel.expert_model_parallel_size: expected a divisor of the {world_size // pp} processes of a pipeline "
+        f"stage, got {ep}",
+    )
     for name, value, unit in (
         ("training.global_batch_size", t.global_batch_size, dp * t.micro_batch_size),
         ("training.global_batch_size / selection.rho", config.buffer_size, dp),

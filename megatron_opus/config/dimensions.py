@@ -25,6 +25,11 @@ def ffn_size(config: ModelConfig) -> int:
     return config.ffn_hidden_size or 4 * config.hidden_size
 
 
+def expert_ffn_size(config: ModelConfig) -> int:
+    """Give the inner width of each expert (of each half, with SwiGLU)."""
+    return config.moe_ffn_hidden_size or ffn_size(config)
+
+
 def padded_vocab_size(config: ModelConfig) -> int:
     """Round `vocab_size` up to the rows of the embedding, the same at every tensor-parallel degree (50257 -> 50304).
 
@@ -41,10 +46,14 @@ def padded_vocab_size(config: ModelConfig) -> int:
 
 def sizes_to_divide(config: ModelConfig) -> dict[str, int]:
     """List the sizes, by their keys, that a tensor-parallel degree must divide."""
+    mlp = {"model.ffn_hidden_size": ffn_size(config)}
+    if config.num_moe_experts is not None:  # experts stay whole
+        shared = config.moe_shared_expert_intermediate_size
+        mlp = {} if shared is None else {"model.moe_shared_expert_intermediate_size": shared}
     return {
         "model.num_attention_heads": config.num_attention_heads,
         "model.num_query_groups": query_groups(config),
-        "model.ffn_hidden_size": ffn_size(config),
+        **mlp,
         "model.make_vocab_size_divisible_by": config.make_vocab_size_divisible_by,
     }
 

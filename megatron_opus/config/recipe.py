@@ -70,6 +70,16 @@ class ModelConfig(Section, at="model"):
     add_qkv_bias: bool = True  # The query, key and value projection has a bias.
     qk_layernorm: bool = False  # Queries and keys are normalized per head, as in Qwen3.
     untie_embeddings_and_output_weights: bool = False  # The output layer has a matrix of its own.
+    # Experts in each block's MLP, of which every token takes moe_router_topk. null: one MLP.
+    num_moe_experts: Annotated[int, within("2 <= experts <= 4096")] | None = None
+    moe_router_topk: Annotated[int, positive(4096)] = 2  # Experts that each token is sent to.
+    # Width of each expert. null: ffn_hidden_size.
+    moe_ffn_hidden_size: Annotated[int, positive(10**7)] | None = None
+    # Width of the experts that every token takes beside the chosen ones. null: none.
+    moe_shared_expert_intermediate_size: Annotated[int, positive(10**7)] | None = None
+    moe_shared_expert_gate: bool = False  # The shared experts' output is weighed by a gate, as in Qwen2-MoE.
+    # Weight of the loss that balances the experts' load in training; it never enters a score.
+    moe_aux_loss_coeff: Rate = 0.0
     hidden_dropout: Dropout = 0.0  # Dropout of what each block adds, in training.
     attention_dropout: Dropout = 0.0  # Dropout of attention weights, in training.
     # Standard deviation of random initial weights. Lower it for wide models.
@@ -123,6 +133,10 @@ class ParallelConfig(Section, at="parallel"):
     pipeline_model_parallel_size: Annotated[int, positive(1024)] = 1
     # Pieces of the model on each pipeline stage (interleaved schedule). null: one piece.
     virtual_pipeline_model_parallel_size: Annotated[int, positive(1024)] | None = None
+    # Ranks over which the experts of a layer lie, out of those that tensor and data parallelism have; engine megatron.
+    expert_model_parallel_size: Annotated[int, positive(1024)] = 1
+    # How tokens travel to experts on other ranks: each rank gets all of them, or those alone that it needs.
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
     # Tensor-parallel ranks split the tokens between matrices: less memory for the same result.
     sequence_parallel: bool = False
     # What ZeRO splits over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too; 0: nothing.
@@ -140,6 +154,7 @@ class OptimizerConfig(Section, at="optimizer"):
     """Linear warm-up and cosine decay of every rate together; the learning rate of step s (from 0) is always positive.
 
     `muon` is the hybrid of the paper: Muon for the matrices of the transformer blocks, AdamW for everything else.
+    Megatron's own (engine megatron) takes learned position embeddings too.
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest.
@@ -158,6 +173,20 @@ class OptimizerConfig(Section, at="optimizer"):
     adam_eps: Epsilon = 1e-8  # Added to the root of AdamW's second moment.
     weight_decay: Rate = 0.1  # Of AdamW's and SGD's matrices; norms and biases are never decayed.
     muon_weight_decay: Rate = 0.0  # Of Muon's matrices.
+    muon_nesterov: bool = False  # Engine megatron: Nesterov momentum of Muon; DeepSpeed's always has it.
+    # Engine megatron: queries, keys and values of one matrix are orthogonalised apart.
+    muon_split_qkv: bool = True
+    # Engine megatron: tensor-parallel ranks orthogonalise their shards (blockwise), or the whole matrix, each of them
+    # (duplicated) or together (distributed).
+    muon_tp_mode: Literal["blockwise", "duplicated", "distributed"] = "blockwise"
+    # Engine megatron: coefficients of Muon's Newton-Schulz steps, by Megatron's name.
+    muon_coefficient_type: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"] = "quintic"
+    muon_num_ns_steps: Annotated[int, positive(100)] = 5  # Engine megatron: Newton-Schulz steps of Muon.
+    # Engine megatron: factor for a matrix of shape o x i: sqrt(max(o, i)), sqrt(o / i), or sqrt(max(1, o / i)).
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    muon_extra_scale_factor: Annotated[float, above(0, 1000)] = 1.0  # Engine megatron: a further factor of the update.
+    # Engine megatron: precision of Newton-Schulz products; medium is bf16.
+    muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = "medium"
 
     def check_together(self) -> None:
         require(

@@ -3,7 +3,8 @@
     piece   about 4M tokens of one domain: what is scored and kept as one file
     block   about 256k tokens of a piece: what a scorer sees at once
 
-Both are functions of the corpus alone, so that a score depends on neither interruptions nor parts.
+A slow scorer asks for smaller ones. Both are functions of the corpus and the scorer, so that a score depends on
+neither interruptions nor parts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_opus.data.benchmarks.items import load_benchmarks
+from megatron_opus.data.benchmarks.items import BenchmarkItem, load_benchmarks
 from megatron_opus.data.excluded_documents import open_entry
 from megatron_opus.data.permutation import key, permute
 from megatron_opus.data.prepare.records import ReadOptions, plan_shards, read_shard
@@ -27,6 +28,7 @@ _BLOCK_TOKENS = 1 << 18
 _NEIGHBOURS = 16  # documents that a sample takes together: reading single ones costs more than they do
 _SHARD_BYTES = 1 << 26
 _TEXTS = 1024  # of a target, tokenized at once
+_ITEM_TOKENS = 512
 
 
 class ScoreError(Refusal, ValueError):
@@ -68,9 +70,9 @@ class CorpusDocuments(CandidateDocuments):
         if not self.entries:
             raise ScoreError(f"{directory}: expected candidates to score, found none; prepare a corpus with some")
 
-    def blocks(self, piece: DocumentRange) -> Iterator[Block]:
-        """Yield the documents of a piece in order."""
-        yield from _blocks(self.streams[piece.domain], piece)
+    def blocks(self, piece: DocumentRange, tokens: int | None = None) -> Iterator[Block]:
+        """Yield the documents of a piece in order, about `tokens` tokens at once (default 256k)."""
+        yield from _blocks(self.streams[piece.domain], piece, tokens)
 
     def tokens_of(self, piece: DocumentRange) -> int:
         """Count the tokens of a piece."""
@@ -117,6 +119,18 @@ class CorpusDocuments(CandidateDocuments):
         if not found:
             raise ScoreError(f"target {', '.join(sources)}: expected documents, found none; give files with text")
 
+    def target_items(self, sources: Sequence[str]) -> list[BenchmarkItem]:
+        """Return the texts of a target as items to be similar to: the first 512 tokens of each document."""
+        texts = (
+            self.tokenizer.decode(ids[:_ITEM_TOKENS].tolist())
+            for block in self.target(sources)
+            for ids in block.documents()
+        )
+        return [
+            BenchmarkItem(benchmark="target", id=str(i), context="", question=text, choices=(), gold=None)
+            for i, text in enumerate(texts)
+        ]
+
     def _proxy(self) -> Iterator[Block]:
         entries = self.manifest.of_role("proxy")
         if not entries:
@@ -137,12 +151,12 @@ class CorpusDocuments(CandidateDocuments):
             yield Block(ids=ids, ends=np.cumsum([len(one) + 1 for one in encoded], dtype=np.int64))
 
 
-def _blocks(stream: TokenDocuments, piece: DocumentRange) -> Iterator[Block]:
-    ends = stream.document_ends
+def _blocks(stream: TokenDocuments, piece: DocumentRange, tokens: int | None = None) -> Iterator[Block]:
+    ends, size = stream.document_ends, tokens or _BLOCK_TOKENS
     first = piece.first
     while first < piece.stop:
         start = int(ends[first - 1]) if first else 0
-        stop = min(max(int(np.searchsorted(ends, start + _BLOCK_TOKENS)), first + 1), piece.stop)
+        stop = min(max(int(np.searchsorted(ends, start + size)), first + 1), piece.stop)
         ids = stream.tokens(start, int(ends[stop - 1]) - start)
         yield Block(ids=ids, ends=np.asarray(ends[first:stop]) - start, piece=piece, first=first)
         first = stop

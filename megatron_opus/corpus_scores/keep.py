@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_opus.corpus_scores.documents import CorpusDocuments, ScoreError
+from megatron_opus.corpus_scores.duplicates import copies
 from megatron_opus.corpus_scores.rules import RuleSet, named_scores, parse_rules, ranks
 from megatron_opus.corpus_scores.score_files import Scores, read_scores
 from megatron_opus.corpus_scores.scorer import Say
@@ -25,6 +26,7 @@ from megatron_opus.files import PARTIAL, atomic_file, locked
 SETTINGS_KEY = "keep"
 DROPPED = "dropped.parquet"
 NO_SCORE, NOT_IN_BUDGET, OUTSIDE = "no score", "beyond the budget", "outside of the band"
+COPY = "copy of an earlier document"
 _OURS = ("excluded", "tokenizer", DROPPED, ".lock")
 
 
@@ -32,7 +34,8 @@ _OURS = ("excluded", "tokenizer", DROPPED, ".lock")
 class KeepConfig:
     """scores: name -> directory of `score-corpus`. One of token_budget and share; neither: all that the rule allows.
 
-    share: of the candidates' tokens. seed: of the Gumbel noise.
+    share: of the candidates' tokens. seed: of the Gumbel noise. duplicates: `exact` or `near:SIMILARITY` leaves out
+    copies of earlier documents before the rule chooses; empty: none are looked for.
     """
 
     corpus: Path
@@ -42,6 +45,7 @@ class KeepConfig:
     token_budget: int | None = None
     share: float | None = None
     seed: int = 0
+    duplicates: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,17 @@ class Kept:
 
 
 def choose(
-    corpus: CorpusDocuments, scores: Mapping[str, Scores], rules: RuleSet, budget: int | None, seed: int = 0
+    corpus: CorpusDocuments,
+    scores: Mapping[str, Scores],
+    rules: RuleSet,
+    budget: int | None,
+    seed: int = 0,
+    barred: np.ndarray | None = None,
 ) -> Kept:
     """Take documents in the order of the rules until they have `budget` tokens; the one that reaches it is the last.
 
-    budget: None takes every document that the rules allow. Raises ScoreError where they allow too few tokens.
+    budget: None takes every document that the rules allow. barred: [n] bool, copies that are not kept.
+    Raises ScoreError where they allow too few tokens.
     """
     for rule in rules.rules:
         named_scores(rule, list(scores))
@@ -68,6 +78,8 @@ def choose(
     domains = np.repeat(np.arange(len(sizes)), [len(s) for s in sizes])
     values = {n: np.concatenate([s.of[e.name] for e in corpus.entries]) for n, s in scores.items()}
     rank = ranks(rules, values, domains, tokens, seed)
+    if barred is not None:
+        rank = np.where(barred, np.inf, rank)
     allowed = np.isfinite(rank)
     kept = allowed.copy()
     if budget is not None:
@@ -80,7 +92,9 @@ def choose(
         order = np.lexsort((np.arange(len(rank)), rank))
         kept[order[int(np.searchsorted(np.cumsum(tokens[order]), budget)) + 1 :]] = False
     unknown = np.any([np.isnan(v) for v in values.values()], axis=0)
-    reasons = np.where(kept, "", np.where(allowed, NOT_IN_BUDGET, np.where(unknown, NO_SCORE, OUTSIDE)))
+    reasons = np.where(kept, "", np.where(allowed, NOT_IN_BUDGET, np.where(unknown, NO_SCORE, OUTSIDE))).astype(object)
+    if barred is not None:
+        reasons[barred] = COPY
     return Kept(domains=domains, tokens=tokens, kept=kept, reasons=reasons)
 
 
@@ -102,6 +116,7 @@ def keep(config: KeepConfig, corpus: CorpusDocuments, say: Say) -> Manifest:
         "rule": config.rule,
         "token_budget": budget,
         "seed": config.seed,
+        **({"duplicates": config.duplicates} if config.duplicates else {}),
         "scores": {n: {"scorer": s.scorer, "settings": s.settings} for n, s in scores.items()},
     }
     config.output.mkdir(parents=True, exist_ok=True)
@@ -113,7 +128,8 @@ def keep(config: KeepConfig, corpus: CorpusDocuments, say: Say) -> Manifest:
                 raise ScoreError(
                     f"{config.output} holds {path.name}, which is not of this tool; choose another --output"
                 )
-        choice = choose(corpus, scores, rules, budget, config.seed)
+        barred = copies(corpus, config.duplicates, say) if config.duplicates else None
+        choice = choose(corpus, scores, rules, budget, config.seed, barred)
         if not choice.kept.any():
             raise ScoreError(f"rule {config.rule!r}: no document is kept; choose a wider rule or a larger budget")
         manifest = _manifest(config, corpus, choice, settings, say)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from megatron_opus.corpus_scores.ngrams import check_columns, features, hashed_n
 from megatron_opus.corpus_scores.scorer import DocumentScorer, LearningScorer, target_identity
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data.excluded_documents import base_directory, read_spans
+from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.data.proxy.encoders import Encoder, LexicalEncoder, Nearest
 from megatron_opus.data.proxy.similarity import CandidateDocuments, Scorer, Scoring
 from megatron_opus.data.unlearned_spans import SCORE_SUFFIX
@@ -121,6 +122,51 @@ class Classifier(LearningScorer):
 
     def score(self, block: Block) -> np.ndarray:
         return _linear(block, self._columns, self._weights, self._bias)
+
+
+class FastText(DocumentScorer):
+    """The probability that a user's fastText classifier gives to one label; the file is that of `fasttext` (.bin).
+
+    Documents are decoded, and their lines joined by blanks, as fastText reads one line for each document.
+    """
+
+    name = "classifier"
+
+    def __init__(self, model: Path, label: str) -> None:
+        self._path, self._label = model, label
+        self._model: Any = None
+        self._decode: Callable[[Sequence[int]], str] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        if not self._path.is_file():
+            raise ScoreError(f"fastText model {self._path}: expected a file, found none")
+        return {"fasttext": file_sha256(self._path), "label": self._label}
+
+    def prepare(self, corpus: CorpusDocuments, directory: Path, part: tuple[int, int]) -> None:
+        try:
+            import fasttext
+        except ImportError as error:
+            raise ScoreError(
+                f"a fastText model needs fasttext-predict ({error}): pip install fasttext-predict"
+            ) from None
+        try:
+            self._model = fasttext.load_model(str(self._path))
+        except (ValueError, RuntimeError) as error:
+            raise ScoreError(f"fastText model {self._path}: not readable ({error})") from error
+        self._decode = corpus.tokenizer.decode
+
+    def score(self, block: Block) -> np.ndarray:
+        assert self._decode is not None
+        return np.array([self._one(" ".join(self._decode(ids.tolist()).split())) for ids in block.documents()])
+
+    def _one(self, text: str) -> float:
+        if not text:
+            return float("nan")
+        labels, shares = self._model.predict(text, k=-1)
+        for label, share in zip(labels, shares, strict=True):
+            if label == self._label:
+                return float(share)
+        raise ScoreError(f"fastText model {self._path}: expected a label {self._label}, found {', '.join(labels[:8])}")
 
 
 class Similarity(DocumentScorer):

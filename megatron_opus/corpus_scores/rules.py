@@ -9,6 +9,11 @@ Keeping the documents with a rank below a threshold keeps about that share of th
     top  bottom  band:A-B  gumbel:TAU           ranks over the corpus
     per-domain:top ...                          ranks within each domain: every domain keeps the same share
     top@NAME                                    of the scores with this name, where there are several
+    axes:K                                      of all scores at once: the top of each of their K principal axes
+
+Axes (after ODiS, several measures of quality that are not one): the scores are standardised over the documents that
+have all of them, and rotated to the K directions in which they vary most. A document's rank is its best on any axis,
+so that every axis keeps the same share. An axis points to where the sum of the standardised scores rises.
 """
 
 from __future__ import annotations
@@ -24,15 +29,17 @@ from megatron_opus.corpus_scores.documents import ScoreError
 from megatron_opus.data.permutation import key
 from megatron_opus.selection.hashing import mix
 
-Kind = Literal["top", "bottom", "band", "gumbel"]
-KINDS: tuple[Kind, ...] = ("top", "bottom", "band", "gumbel")
+Kind = Literal["top", "bottom", "band", "gumbel", "axes"]
 PER_DOMAIN = "per-domain:"
-_FORM = "expected top, bottom, band:A-B, gumbel:TAU or gumbel:TAU:raw, after `per-domain:` or not, and @NAME after it"
+_FORM = (
+    "expected top, bottom, band:A-B, gumbel:TAU or gumbel:TAU:raw, after `per-domain:` or not, and @NAME after it; or "
+    "axes:K of all scores"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One rule. low, high: of a band. tau: of Gumbel noise, in standard deviations of the scores unless `raw`."""
+    """One rule. low, high: of a band. tau: of Gumbel noise, in standard deviations unless `raw`. axes: how many."""
 
     kind: Kind
     scores: str = ""
@@ -41,6 +48,7 @@ class Rule:
     high: float = 1.0
     tau: float = 1.0
     raw: bool = False
+    axes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,10 @@ def _rule(word: str) -> Rule:
             if 0.0 <= low < high <= 1.0:
                 return Rule(kind="band", scores=scores, per_domain=per_domain, low=low, high=high)
             raise ScoreError(f"rule {word!r}: expected a band A-B with 0 <= A < B <= 1, shares of the tokens")
+        if kind == "axes" and len(values) == 1 and not scores:
+            if int(values[0]) >= 1:
+                return Rule(kind="axes", per_domain=per_domain, axes=int(values[0]))
+            raise ScoreError(f"rule {word!r}: expected at least one axis")
         if kind == "gumbel" and (len(values) == 1 or values[1:] == ["raw"]):
             tau = float(values[0])
             if math.isfinite(tau) and tau > 0:
@@ -100,7 +112,13 @@ def ranks(
 
 
 def named_scores(rule: Rule, names: Sequence[str]) -> str:
-    """Return the name of the scores that a rule is about. Raises ScoreError where it is not clear."""
+    """Return the name of the scores that a rule is about, or "" for all. Raises ScoreError where it is not clear."""
+    if rule.kind == "axes":
+        if len(names) < 2 or rule.axes > len(names):
+            raise ScoreError(
+                f"rule axes:{rule.axes}: expected at least two scores and at most as many axes, got {len(names)} scores"
+            )
+        return ""
     if rule.scores in names:
         return rule.scores
     if not rule.scores and len(names) == 1:
@@ -112,7 +130,32 @@ def named_scores(rule: Rule, names: Sequence[str]) -> str:
 def _rank(
     rule: Rule, scores: Mapping[str, np.ndarray], domains: np.ndarray, tokens: np.ndarray, seed: int
 ) -> np.ndarray:
-    values = scores[named_scores(rule, list(scores))].astype(np.float64)
+    name = named_scores(rule, list(scores))
+    columns = principal_axes(scores, rule.axes) if rule.kind == "axes" else [scores[name].astype(np.float64)]
+    return np.min([_ordered(rule, values, domains, tokens, seed) for values in columns], axis=0)
+
+
+def principal_axes(scores: Mapping[str, np.ndarray], count: int) -> list[np.ndarray]:
+    """Return `count` columns [n] float64, NaN where one of the scores is: the principal axes of standardised scores.
+
+    Raises ScoreError where fewer than two documents have all scores, or one score is the same for all of them.
+    """
+    matrix = np.stack([values.astype(np.float64) for values in scores.values()], axis=1)
+    known = np.isfinite(matrix).all(axis=1)
+    if known.sum() < 2 or (spread := matrix[known].std(axis=0)).min() == 0:
+        raise ScoreError("rule axes: expected scores that differ between documents which have all of them")
+    standard = (matrix[known] - matrix[known].mean(axis=0)) / spread
+    _, _, directions = np.linalg.svd(standard, full_matrices=False)
+    found = []
+    for direction in directions[:count]:
+        sign = 1.0 if direction.sum() >= 0 else -1.0
+        column = np.full(len(matrix), np.nan)
+        column[known] = sign * standard @ direction
+        found.append(column)
+    return found
+
+
+def _ordered(rule: Rule, values: np.ndarray, domains: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:
     known = ~np.isnan(values)
     result = np.full(len(values), np.inf)
     groups = [known & (domains == d) for d in np.unique(domains)] if rule.per_domain else [known]
@@ -124,7 +167,7 @@ def _rank(
 
 
 def _within(rule: Rule, values: np.ndarray, tokens: np.ndarray, places: np.ndarray, seed: int) -> np.ndarray:
-    wanted = values if rule.kind in ("top", "gumbel") else -values
+    wanted = values if rule.kind in ("top", "gumbel", "axes") else -values
     if rule.kind == "gumbel":
         spread = 1.0 if rule.raw else float(values.std()) or 1.0
         wanted = values / (spread * rule.tau) + _gumbel(places, seed)

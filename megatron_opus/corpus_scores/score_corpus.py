@@ -48,24 +48,24 @@ def score_corpus(
         _refuse_difference(output, done.settings, settings)
         say(f"{output}: already scored with these settings")
         return True
-    folder = output / PIECES
-    _begin(output, corpus, settings)
+    folder, pieces = output / PIECES, corpus.pieces(scorer.piece_tokens)
+    _begin(output, corpus, {"pieces": len(pieces), **settings})
     folder.mkdir(exist_ok=True)
     busy = f"{output}: another run scores this part; wait or stop it"
     with locked(output / f".lock-{number}-of-{parts}", busy) as held:
         if not held:
             say(f"{output}: this file system has no locks; make sure that no other run scores this part")
-        mine = [piece for piece in corpus.pieces() if piece.number % parts == number]
+        mine = [piece for piece in pieces if piece.number % parts == number]
         missing = [piece for piece in mine if not _path(output, piece).exists()]
         if missing:
             scorer.prepare(corpus, output, part)
             _score(corpus, scorer, output, mine, missing, progress, say)
-    return _join(output, corpus, scorer.name, settings, say)
+    return _join(output, corpus, pieces, scorer.name, settings, say)
 
 
 def _begin(output: Path, corpus: CorpusDocuments, settings: dict[str, object]) -> None:
     path = output / SETTINGS
-    known = {"corpus": corpus.manifest.fingerprint(), "pieces": len(corpus.pieces()), **settings}
+    known = {"corpus": corpus.manifest.fingerprint(), **settings}
     if path.exists():
         _refuse_difference(output, json.loads(path.read_text(encoding="utf-8")), known)
         return
@@ -95,14 +95,14 @@ def _score(
     say: Say,
 ) -> None:
     total, left = (sum(map(corpus.tokens_of, pieces)) for pieces in (mine, missing))
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     with tqdm(
         total=total, initial=total - left, desc=f"scoring {scorer.name}", unit="tok", unit_scale=True,
         disable=not progress, mininterval=0.5,
     ) as bar:  # fmt: skip
         for piece in missing:
             found = []
-            for block in corpus.blocks(piece):
+            for block in corpus.blocks(piece, scorer.block_tokens):
                 values = np.asarray(scorer.score(block))
                 if values.shape != (len(block),):
                     raise ScoreError(
@@ -112,12 +112,21 @@ def _score(
                 bar.update(len(block.ids))
             with atomic_file(_path(output, piece)) as stream:
                 np.save(stream, np.concatenate(found))
-    seconds = time.perf_counter() - started
-    say(f"{scorer.name}: {left:,} tokens in {seconds:.1f} s on one process: {left / seconds:,.0f} tokens/s")
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
+    say(
+        f"{scorer.name}: {left:,} tokens in {seconds:.1f} s on one process: {left / seconds:,.0f} tokens/s, "
+        f"{left / max(worked, 1e-9):,.0f} per processor second"
+    )
 
 
-def _join(output: Path, corpus: CorpusDocuments, name: str, settings: dict[str, object], say: Say) -> bool:
-    pieces = corpus.pieces()
+def _join(
+    output: Path,
+    corpus: CorpusDocuments,
+    pieces: Sequence[DocumentRange],
+    name: str,
+    settings: dict[str, object],
+    say: Say,
+) -> bool:
     left = sum(not _path(output, piece).exists() for piece in pieces)
     with locked(output / ".lock") as held:
         if (output / FILE_NAME).exists():

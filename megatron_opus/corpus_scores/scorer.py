@@ -26,6 +26,8 @@ class DocumentScorer(ABC):
     """
 
     name: str
+    piece_tokens: int | None = None  # of one file, so lost by a kill at most; None: as many as documents.py says
+    block_tokens: int | None = None  # that `score` is given at once, after which the progress bar moves
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -20,9 +20,10 @@ import torch
 from megatron_opus.config import DataConfig
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.excluded_documents import open_entry, open_unlearned
+from megatron_opus.data.excluded_documents import base_directory, open_entry, open_unlearned
 from megatron_opus.data.manifest import ROLES, Manifest, Role
 from megatron_opus.data.permutation import key, permute
+from megatron_opus.data.token_files import InVocabulary
 from megatron_opus.data.tokenizers.base import Tokenizer, reopen_tokenizer
 from megatron_opus.errors import Refusal
 from megatron_opus.types import Batch, TokenDocuments
@@ -120,7 +121,8 @@ class Corpus:
     def open(cls, directory: str | Path, config: DataConfig, open_documents: OpenDocuments) -> Corpus:
         """Open a directory of tools/prepare_data.py, build_proxy.py. open_documents: (name, prefix) -> TokenDocuments.
 
-        Raises ManifestError, TokenizerError, MaskError, CorpusError, and what `open_documents` raises for damaged ones.
+        Every token that is read is compared with the vocabulary (TokenFileError). Raises ManifestError, TokenizerError,
+        MaskError, CorpusError, and what `open_documents` raises for damaged ones.
         """
         directory = Path(directory)
         manifest = manifests.read(directory)
@@ -131,7 +133,15 @@ class Corpus:
             for e in manifest.datasets
             if e.mask_sha256
         }
-        return cls(manifest, documents, tokenizer, config, unlearned)
+        checked = {
+            (e.role, e.name): InVocabulary(
+                documents[e.role, e.name],
+                tokenizer.vocab_size,
+                Path(f"{base_directory(directory, e) / e.prefix}.bin"),
+            )
+            for e in manifest.datasets
+        }
+        return cls(manifest, checked, tokenizer, config, unlearned)
 
     def content_digests(self) -> dict[str, str]:
         """role/domain -> digest of what this process can read: every token of proxies and validation sets, document

@@ -54,6 +54,8 @@ class DatasetEntry:
     probed_characters: int = 0  # of the documents, turned to tokens and back
     lost_characters: int = 0  # of those, not in the text that came back
     most_lost: dict[str, int] = field(default_factory=dict)  # the most frequent of them
+    bin_sample_sha256: str = ""  # see token_files.py; empty: prepared before there were samples
+    idx_sample_sha256: str = ""
     scores: dict[str, Any] = field(default_factory=dict)  # key, min, mean, max, sha256 of <prefix>.score.npy
 
 
@@ -92,6 +94,8 @@ def write(directory: Path, manifest: Manifest) -> None:
 def read(directory: Path) -> Manifest:
     """Raises ManifestError when there is none in `directory` or it is of another format or version."""
     path = directory / FILE_NAME
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ManifestError(f"{path}: expected a file, found a folder or a pipe; prepare the data again")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

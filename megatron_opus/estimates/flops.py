@@ -3,7 +3,8 @@
 A multiply-add is two. All ranks together, T tokens in each of B sequences, matrices [O, I], h heads of c channels, V
 rows of the padded vocabulary, s the one-sided dimension, w_O and w_I the widths of the two-sided sketch, F features:
 
-    linear layers       forward 2 B T O I; gradient of the input as much, gradient of the weight as much
+    linear layers       forward 2 B T O I; gradient of the input as much, gradient of the weight as much; of experts,
+                        topk of them
     output layer        the same with V x hidden
     attention           forward 4 B h c pairs; backward 10 B h c pairs: scores once more, and four products.
                         pairs: T (T + 1) / 2 as causal kernels compute them, T^2 as `dense` and torch's counter do
@@ -96,13 +97,13 @@ def forward(model: ModelLayout, length: int, attention: Attention) -> float:
 
 def backward(model: ModelLayout, length: int, attention: Attention) -> float:
     """Count the gradients of all weights and activations."""
-    products = 2.0 * length * (sum(x.size for x in model.linear) + model.output.size)
+    products = 2.0 * length * (sum(x.size * x.taken for x in model.linear) + model.output.size)
     return 2.0 * products + 2.5 * _attention(model, length, attention)
 
 
 def blocks_forward(model: ModelLayout, length: int, attention: Attention) -> float:
     """Count one sequence through the blocks."""
-    return 2.0 * length * sum(x.size for x in model.linear) + _attention(model, length, attention)
+    return 2.0 * length * sum(x.size * x.taken for x in model.linear) + _attention(model, length, attention)
 
 
 def scoring_backward(model: ModelLayout, selection: SelectionConfig, length: int, attention: Attention) -> float:
@@ -112,7 +113,7 @@ def scoring_backward(model: ModelLayout, selection: SelectionConfig, length: int
         lowest = -1
     first = f"layers.{lowest}.self_attention.linear_qkv"
     reached = [x for x in model.linear if x.block is not None and x.block >= lowest]
-    products = 2.0 * length * (sum(x.size for x in reached if first not in x.name) + model.output.size)
+    products = 2.0 * length * (sum(x.size * x.taken for x in reached if first not in x.name) + model.output.size)
     return products + 2.5 * _attention(model, length, attention, lowest)
 
 

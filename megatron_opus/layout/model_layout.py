@@ -14,8 +14,15 @@ word_embeddings, output_layer [V, h]                     rows, contiguous
 biases of qkv and fc1         as the rows of the weight  as the rows of the weight
 everything else               whole on every rank        replicated
 
-Names and block numbers are global. What a pipeline stage or an expert-parallel rank holds becomes a field of
-`ParameterLayout` beside `cut`, and a size of `ModelLayout` beside `tp_size`.
+With experts (E of width f_e, of which expert-parallel rank r of e holds numbers r E/e to (r + 1) E/e - 1, each whole):
+
+mlp.router.weight                              [E, h]
+mlp.experts.local_experts.i.linear_fc1.weight  [f_e, h] or [2 f_e, h]
+mlp.experts.local_experts.i.linear_fc2.weight  [h, f_e]
+mlp.shared_experts.linear_fc1, linear_fc2      as an MLP's, of the shared experts' width
+mlp.shared_experts.gate_weight                 [1, h]
+
+Names, numbers of blocks and of experts are global.
 """
 
 from __future__ import annotations
@@ -25,11 +32,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig, SelectionConfig
 from megatron_opus.config.dimensions import (
     check_tensor_parallel,
+    expert_ffn_size,
     ffn_size,
     head_channels,
     padded_vocab_size,
@@ -37,7 +45,7 @@ from megatron_opus.config.dimensions import (
 )
 from megatron_opus.types import Ranges
 
-Kind = Literal["linear", "embedding", "positions", "output", "norm", "bias"]
+Kind = Literal["linear", "router", "embedding", "positions", "output", "norm", "bias"]
 Cut = Literal["rows", "columns"]
 
 
@@ -51,6 +59,8 @@ class ParameterLayout:
     cut: Cut | None = None  # the dimension that is cut; None: every rank holds all of it
     halves: bool = False  # gate and up lie one below the other, and each of them is cut by itself
     padding: int = 0  # rows at the end that no token has
+    expert: int | None = None  # its number; None: no expert's
+    taken: float = 1.0  # share of the tokens that go through it: topk / E for an expert
 
     @cached_property
     def block(self) -> int | None:
@@ -66,8 +76,8 @@ class ParameterLayout:
     def by_muon(self) -> bool:
         """True for what a Muon run trains with Muon: matrices of the blocks.
 
-        Embeddings (positions too), the output layer, norms and biases are trained with AdamW. DeepSpeed's own rule goes
-        by names and would give Muon to a position embedding.
+        Embeddings (positions too), the output layer, routers, norms and biases are trained with AdamW. DeepSpeed's own
+        rule goes by names and would give Muon to a position embedding.
         """
         return self.kind == "linear" and self.block is not None
 
@@ -94,6 +104,7 @@ class ModelLayout:
 
     parameters: tuple[ParameterLayout, ...]
     tp_size: int = 1
+    ep_size: int = 1
 
     @cached_property
     def _by_name(self) -> dict[str, ParameterLayout]:
@@ -132,7 +143,13 @@ class ModelLayout:
         """List the matrices whose gradients enter the score; a tied matrix stands once."""
         blocks = scored_blocks(self.blocks, selection.scored_layers)
         asked = {"embedding": selection.score_embedding, "output": selection.score_output_layer}
-        return tuple(p for p in self.matrices if asked.get(p.kind, p.kind == "linear" and p.block in blocks))
+        inside = ("linear", "router")
+        return tuple(p for p in self.matrices if asked.get(p.kind, p.kind in inside and p.block in blocks))
+
+    def held_by(self, ep_rank: int) -> tuple[ParameterLayout, ...]:
+        """List what one expert-parallel rank holds: its own experts, and everything that is no expert's."""
+        count = len({p.expert for p in self.parameters if p.expert is not None}) // self.ep_size
+        return tuple(p for p in self.parameters if p.expert is None or p.expert // count == ep_rank)
 
     def shard(self, name: str, tp_rank: int) -> tuple[Ranges, ...]:
         """Give the ranges of each dimension that `tp_rank` holds of one parameter. Raises KeyError."""
@@ -143,15 +160,19 @@ class ModelLayout:
         return tuple(sum(n for _, n in ranges) for ranges in self.shard(name, 0))
 
     def local_size(self, names: Iterable[str] | None = None) -> int:
-        """Count the numbers that one tensor-parallel rank holds: of these parameters, or of all."""
-        return sum(math.prod(self.local_shape(name)) for name in (self._by_name if names is None else names))
+        """Count the numbers that one rank holds of a stage: of these parameters, or of all."""
+        held = {p.name for p in self.held_by(0)}
+        wanted = held if names is None else [name for name in names if name in held]
+        return sum(math.prod(self.local_shape(name)) for name in wanted)
 
     def published_size(self) -> int:
         """Count the parameters of the whole model as it is published, without the rows that pad the vocabulary."""
         return sum(p.size - p.padding * math.prod(p.shape[1:]) for p in self.parameters)
 
 
-def model_layout(config: ModelConfig, *, tp_size: int = 1, positions: int | None = None) -> ModelLayout:
+def model_layout(
+    config: ModelConfig, *, tp_size: int = 1, ep_size: int = 1, positions: int | None = None
+) -> ModelLayout:
     """Describe the GPT of a configuration.
 
     positions: rows of the learned position embedding where `max_position_embeddings` is not set. Raises ConfigError
@@ -164,8 +185,10 @@ def model_layout(config: ModelConfig, *, tp_size: int = 1, positions: int | None
     padding = vocabulary - (config.vocab_size or vocabulary)
     found: list[ParameterLayout] = []
 
-    def add(name: str, kind: Kind, shape: tuple[int, ...], cut: Cut | None, halves: bool = False, pad: int = 0) -> None:
-        found.append(ParameterLayout(name=name, kind=kind, shape=shape, cut=cut, halves=halves, padding=pad))
+    def add(
+        name: str, kind: Kind, shape: tuple[int, ...], cut: Cut | None, halves: bool = False, pad: int = 0, **more: Any
+    ) -> None:
+        found.append(ParameterLayout(name=name, kind=kind, shape=shape, cut=cut, halves=halves, padding=pad, **more))
 
     def norm(name: str, width: int) -> None:
         add(f"{name}.weight", "norm", (width,), None)
@@ -193,19 +216,34 @@ def model_layout(config: ModelConfig, *, tp_size: int = 1, positions: int | None
             norm(f"{layer}.self_attention.q_layernorm", c)
             norm(f"{layer}.self_attention.k_layernorm", c)
         norm(f"{layer}.pre_mlp_layernorm", h)
-        fc1 = ((2 if config.swiglu else 1) * f, h)
-        linear(f"{layer}.mlp.linear_fc1", fc1, "rows", config.add_bias_linear, halves=config.swiglu)
-        linear(f"{layer}.mlp.linear_fc2", (h, f), "columns", config.add_bias_linear)
+        fold = 2 if config.swiglu else 1
+        if config.num_moe_experts is None:
+            linear(f"{layer}.mlp.linear_fc1", (fold * f, h), "rows", config.add_bias_linear, halves=config.swiglu)
+            linear(f"{layer}.mlp.linear_fc2", (h, f), "columns", config.add_bias_linear)
+            continue
+        add(f"{layer}.mlp.router.weight", "router", (config.num_moe_experts, h), None)
+        width, taken = expert_ffn_size(config), config.moe_router_topk / config.num_moe_experts
+        for e in range(config.num_moe_experts):
+            expert = f"{layer}.mlp.experts.local_experts.{e}"
+            for name, shape, halves in (("fc1", (fold * width, h), config.swiglu), ("fc2", (h, width), False)):
+                add(f"{expert}.linear_{name}.weight", "linear", shape, None, halves, expert=e, taken=taken)
+        if (width := config.moe_shared_expert_intermediate_size or 0) > 0:
+            shared = f"{layer}.mlp.shared_experts"
+            if config.moe_shared_expert_gate:
+                add(f"{shared}.gate_weight", "router", (1, h), None)
+            linear(f"{shared}.linear_fc1", (fold * width, h), "rows", False, halves=config.swiglu)
+            linear(f"{shared}.linear_fc2", (h, width), "columns", False)
     norm("decoder.final_layernorm", h)
     if config.untie_embeddings_and_output_weights:
         add("output_layer.weight", "output", (vocabulary, h), "rows", pad=padding)
-    return ModelLayout(parameters=tuple(found), tp_size=tp_size)
+    return ModelLayout(parameters=tuple(found), tp_size=tp_size, ep_size=ep_size)
 
 
 def recipe_layout(config: RunConfig, tp_size: int | None = None) -> ModelLayout:
     """Describe a recipe's GPT, at its own tensor-parallel degree or at another. Raises as `model_layout` does."""
     tp_size = tp_size or config.parallel.tensor_model_parallel_size
-    return model_layout(config.model, tp_size=tp_size, positions=config.data.seq_length)
+    ep_size = config.parallel.expert_model_parallel_size
+    return model_layout(config.model, tp_size=tp_size, ep_size=ep_size, positions=config.data.seq_length)
 
 
 def scored_blocks(blocks: Sequence[int], which: str) -> tuple[int, ...]:

@@ -75,8 +75,8 @@ def is_lost_peer(error: BaseException | None) -> bool:
     return False
 
 
-def failure_message(error: Exception, doing: str, minutes: float) -> str:
-    """What a failed rank says: its error, what it was doing, and which ranks have given no sign.
+def failure_message(error: Exception, doing: str, minutes: float, why: str = "") -> str:
+    """What a failed rank says: its error, or `why` it failed, what it was doing, and which ranks have given no sign.
 
     Failing ranks leave a word in the rendezvous store and look for the others'; takes up to some seconds.
     """
@@ -86,10 +86,11 @@ def failure_message(error: Exception, doing: str, minutes: float) -> str:
         if lost
         else f"failed while {doing}"
     )
-    message = f"{waited}: {type(error).__name__}: {error}"
+    said = why or f"{type(error).__name__}: {error}"
+    message = f"{waited}: {said}"
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return message
-    called = _roll_call(f"{'waited for others' if lost else f'{type(error).__name__}: {error}'} while {doing}")
+    called = _roll_call(f"{'waited for others' if lost else said} while {doing}")
     return message if not called else f"{message}\n  {called}"
 
 

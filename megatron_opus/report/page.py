@@ -29,7 +29,7 @@ def write_report(runs: Sequence[Path], output: Path, *, data: Path | None = None
     data: the prepared corpus, where it is no longer where the runs had it. command: shown at the end of the page.
     Raises ReportError where no page can be made; an `output` that is not such a page is not overwritten.
     """
-    _check_output(output)
+    check_output(output)
     records, sections = collect(runs, data=data, command=command)
     content = render(records, sections)
     write_text(output, content)
@@ -49,7 +49,8 @@ def notes(sections: Sequence[PageSection]) -> list[str]:
     return [f"{run}: {line}" for section in sections for run, lines in section.notes for line in lines]
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raise ReportError for a place where no page can be written, and for a file that is no page of ours."""
     if not output.parent.is_dir():
         raise ReportError(f"--output {output}: expected an existing folder for it, found none; make {output.parent}")
     if output.is_dir():
@@ -66,6 +67,18 @@ def _check_output(output: Path) -> None:
 
 def render(records: Sequence[RunRecord], sections: Sequence[PageSection]) -> str:
     """The whole file. The same input gives the same text. Raises ReportError without jinja2."""
+    one = len(records) == 1
+    title = f"Run {records[0].label}" if one else f"Comparison of {len(records)} runs"
+    lead = (
+        f"{records[0].strategy}, {tables.count(records[0].last('update_tokens'))} update tokens"
+        if one
+        else f"{', '.join(r.label for r in records)}. Differences are to the first."
+    )
+    return render_page(title, lead, [r.label for r in records], sections)
+
+
+def render_page(title: str, lead: str, labels: Sequence[str], sections: Sequence[PageSection]) -> str:
+    """Render a page of its own title; `labels` name the lines of its panels. Raises ReportError without jinja2."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
@@ -86,25 +99,18 @@ def render(records: Sequence[RunRecord], sections: Sequence[PageSection]) -> str
                 {
                     **vars(g),
                     "panels": [Markup(p.svg(f"{section.id}{i}-{j}")) for j, p in enumerate(g.panels)],
-                    "runs": sorted({run for p in g.panels for run in p.runs}) if len(records) > 1 and g.legend else [],
+                    "runs": sorted({run for p in g.panels for run in p.runs}) if len(labels) > 1 and g.legend else [],
                 }
                 for i, g in enumerate(section.groups)
             ],
         }
         for section in sections
     ]
-    one = len(records) == 1
-    title = f"Run {records[0].label}" if one else f"Comparison of {len(records)} runs"
-    lead = (
-        f"{records[0].strategy}, {tables.count(records[0].last('update_tokens'))} update tokens"
-        if one
-        else f"{', '.join(r.label for r in records)}. Differences are to the first."
-    )
     return engine.get_template(TEMPLATE).render(
         generator=GENERATOR,
         title=title,
         lead=lead,
-        labels=[r.label for r in records],
+        labels=list(labels),
         colours=COLOURS,
         sections=drawn,
     )

@@ -27,6 +27,8 @@ KNOWN = {
     "entropy_ratio": ("Entropy of the draw", "share of a uniform draw's", True),
     "top_k_share": ("Agreement: drawn candidates among the K best", "share of the draw", True),
     "temperature": ("Temperature of the draw", "in the utility's unit", True),
+    "expert_load_offered": ("Busiest expert, of all candidates", "tokens over the mean expert's", True),
+    "expert_load_chosen": ("Busiest expert, of the chosen ones", "tokens over the mean expert's", True),
     "redundancy_share": ("Redundancy in what decided the draw", "share", True),
 }
 OPTIMISATION = {

@@ -40,6 +40,24 @@ class Documents:
     domains: list[tuple[str, list[ListedDocument], list[ListedDocument]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Excerpt:
+    """The beginning of a document's text, under a line that says what it is."""
+
+    domain: str
+    line: str
+    text: str
+    cut: bool
+
+
+@dataclass(kw_only=True)
+class Excerpts:
+    """Columns of excerpts beside each other: heading, documents."""
+
+    title: str
+    columns: list[tuple[str, list[Excerpt]]]
+
+
 @dataclass(kw_only=True)
 class PageSection:
     id: str
@@ -49,6 +67,7 @@ class PageSection:
     tables: list[Table] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     documents: list[Documents] = field(default_factory=list)
+    excerpts: list[Excerpts] = field(default_factory=list)
     files: list[tuple[str, str]] = field(default_factory=list)  # title, content
 
 

@@ -61,10 +61,13 @@ def check(
 ) -> dict[str, Any]:
     """The marker of a checkpoint that this run may resume from. Reads only. Raises CheckpointError."""
     marker = read_marker(path)
-    if marker["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: expected format {FORMAT}, got {marker['format']}")
     verify_files(path, marker)
-    saved, asked = _comparable(marker["config"]), _comparable(to_dict(config))
+    asked = _comparable(to_dict(config))
+    try:
+        saved = _comparable(marker["config"])
+        has_floor = saved["optimizer.min_lr"] > 0
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path}: {MARKER}: config: damaged ({error}); {_other_one(path)}") from error
     differences = _differences("", saved, asked)
     # Megatron's engine writes tensors of the whole model, which any number of data-parallel ranks can read
     free = {"world_size", "data_parallel_size"} if config.parallel.engine == "megatron" else set()
@@ -77,7 +80,7 @@ def check(
         if any(key == "optimizer.lr_decay_steps" for key, _, _ in differences):
             steps = saved["optimizer.lr_decay_steps"]
             hint = f"\nThe schedule of this run ends at step {steps}"
-            if saved["optimizer.min_lr"] > 0:
+            if has_floor:
                 hint += f"; to train on at optimizer.min_lr, set optimizer.lr_decay_steps={steps}"
             else:
                 hint += " with rate 0; a run that is to go on longer needs optimizer.min_lr above 0 from its start"
@@ -121,15 +124,32 @@ def complete(directory: Path) -> list[Path]:
 def read_marker(path: Path) -> dict[str, Any]:
     """Contents of `complete.json`. Raises CheckpointError when the checkpoint is incomplete or the file is broken."""
     try:
-        return json.loads((path / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        found = complete(path.parent)
-        last = found[-1] if found else "none"
+        others = complete(path.parent)
+        last = others[-1] if others else "none"
         raise CheckpointError(
             f"checkpoint {path}: no {MARKER}, it was never finished; last complete one: {last}"
         ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"checkpoint {path}: {MARKER} is not valid JSON ({error})") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path}: {MARKER} is not valid JSON ({error}); {_other_one(path)}") from error
+    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+        told = marker.get("format") if isinstance(marker, dict) else type(marker).__name__
+        raise CheckpointError(f"checkpoint {path}: {MARKER}: expected format {FORMAT}, got {told!r}")
+    kinds = {"step": int, "layout": dict, "config": dict, "fingerprints": dict, "versions": dict, "files": dict}
+    for key, kind in kinds.items():
+        if not isinstance(marker.get(key), kind):
+            raise CheckpointError(
+                f"checkpoint {path}: {MARKER}: {key}: expected {kind.__name__}, got {marker.get(key)!r}; "
+                f"{_other_one(path)}"
+            )
+    digests = marker.get("sha256", {})
+    names = [*marker["files"], *(digests if isinstance(digests, dict) else [".."])]
+    if any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in names):
+        raise CheckpointError(
+            f"checkpoint {path}: {MARKER}: expected the names of files below it, got {names[:5]}; {_other_one(path)}"
+        )
+    return marker
 
 
 def verify_files(path: Path, marker: Mapping[str, Any]) -> None:
@@ -156,8 +176,10 @@ def verify_contents(path: Path, marker: Mapping[str, Any], share: tuple[int, int
     `share` (i, n) reads every n-th file from the i-th on, largest files first, so that ranks divide the work. A
     checkpoint of a release that recorded no digests is passed over: its sizes are all that is known.
     """
-    digests, sizes = marker.get("sha256", {}), marker["files"]
-    names = sorted(digests, key=lambda name: (-sizes.get(name, 0), name))[share[0] :: share[1]]
+    digests = marker.get("sha256", {})
+    if missing := [name for name in digests if not (path / name).is_file()]:
+        raise CheckpointError(f"checkpoint {path} is damaged: {missing[0]} is missing; {_other_one(path)}")
+    names = sorted(digests, key=lambda name: (-(path / name).stat().st_size, name))[share[0] :: share[1]]
     found = sha256_of(path, names)
     changed = [name for name in names if found[name] != digests[name]]
     if changed:

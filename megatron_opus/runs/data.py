@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +10,25 @@ from megatron_opus.backends.formats import indexed
 from megatron_opus.config import RunConfig
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.prepare.embedded import prepare_embedded
+from megatron_opus.data.token_files import verify_contents
 
 Say = Callable[[str], object]
 
 
-def open_corpus(recipe: RunConfig, say: Say) -> Corpus:
-    """The recipe's data; the embedded corpus is made on first use."""
+def open_corpus(recipe: RunConfig, say: Say, *, whole: bool = False, share: tuple[int, int] = (0, 1)) -> Corpus:
+    """Open the recipe's data, after comparing its files with their manifest; the embedded corpus is made on first use.
+
+    A sample of each file is compared, or with `whole` every byte, of which rank i of n takes the `share` (i, n).
+    """
     path = Path(recipe.data.path)
     if recipe.data.path == "embedded":
         path = prepare_embedded(recipe.data.cache_dir, indexed, progress=False, log=say)  # type: ignore[arg-type]
     corpus = Corpus.open(path, recipe.data, indexed.open_documents)
+    started = time.perf_counter()
+    size = verify_contents(path, corpus.manifest, whole=whole, share=share if whole else (0, 1)) / 2**30
+    if whole:
+        seconds = time.perf_counter() - started
+        say(f"verified the contents of the data: {size:.2f} GiB in {seconds:.1f} s, on this rank")
     for entry in corpus.summary():
         say(f"data: {entry['role']} {entry['name']}: {entry['tokens']:,} tokens, {entry['sequences']:,} sequences")
     return corpus

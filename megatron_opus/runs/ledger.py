@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +42,7 @@ _PART = re.compile(r"steps-(\d+)-(\d+)\.parquet")
 
 
 class LedgerError(Refusal, ValueError):
-    """A ledger with steps twice, out of order or missing."""
+    """A ledger that cannot be read, or with steps twice, out of order or missing."""
 
 
 class LedgerWriter:
@@ -92,7 +92,7 @@ class LedgerWriter:
             return None
         path = self.directory / f"steps-{self._first:08d}-{self._last:08d}.parquet"
         with atomic_file(path) as stream:
-            pq.write_table(pa.Table.from_batches(self._rows, SCHEMA), stream, compression="zstd")
+            write_part(pa.Table.from_batches(self._rows, SCHEMA), stream)
         self._rows, self._first = [], None
         return path
 
@@ -106,13 +106,13 @@ class LedgerWriter:
             if first >= step:
                 path.unlink()
             elif last >= step:
-                table = pq.read_table(path, schema=SCHEMA)
+                table = read_part(path)
                 kept = table.filter(pc.less(table["step"], step))
                 self._last = int(pc.max(kept["step"]).as_py())
                 # Both parts exist for a moment; a process that dies in it leaves an overlap, which the next truncate
                 # resolves as it resolved this one.
                 with atomic_file(self.directory / f"steps-{first:08d}-{self._last:08d}.parquet") as stream:
-                    pq.write_table(kept, stream, compression="zstd")
+                    write_part(kept, stream)
                 path.unlink()
             else:
                 self._last = max(self._last, last)
@@ -137,7 +137,7 @@ def read_ledger(directory: str | Path, complete: bool = True) -> pa.Table:
     for (_, last, path), (first, _, after) in itertools.pairwise(parts):
         if first <= last:
             raise LedgerError(f"ledger: {path.name} and {after.name} cover the same steps; call truncate when resuming")
-    table = pa.concat_tables([pq.read_table(path, schema=SCHEMA) for _, _, path in parts]).unify_dictionaries()
+    table = pa.concat_tables([read_part(path) for _, _, path in parts]).unify_dictionaries()
     steps = np.unique(table["step"].to_numpy())
     pairs = table.group_by(["step", "sample_id"]).aggregate([([], "count_all")])
     if pairs.num_rows != table.num_rows:
@@ -145,6 +145,31 @@ def read_ledger(directory: str | Path, complete: bool = True) -> pa.Table:
     if complete and len(steps) != steps[-1] - steps[0] + 1:
         missing = sorted(set(range(int(steps[0]), int(steps[-1]) + 1)) - set(steps.tolist()))
         raise LedgerError(f"ledger {directory}: {len(missing)} steps are missing, the first is {missing[0]}")
+    return table
+
+
+def write_part(table: pa.Table, stream: BinaryIO) -> None:
+    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+
+
+def read_part(path: Path) -> pa.Table:
+    """Read one part, every page compared with its checksum. Raises LedgerError where it is not what was written."""
+    try:
+        table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise LedgerError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): bring it back from a copy, or move it away to go "
+            "on without the decisions of its steps"
+        ) from error
+    named = _PART.fullmatch(path.name)
+    first, last = (int(named[1]), int(named[2])) if named else (0, 1 << 62)
+    found = pc.min_max(table["step"]).as_py()
+    if table["step"].null_count or not (found["min"] == first and found["max"] == last):
+        raise LedgerError(
+            f"{path} cannot be read: expected the steps {first} to {last} by its name, found {found['min']} to "
+            f"{found['max']}; bring it back from a copy, or move it away"
+        )
     return table
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_opus.runs import processes
 
 LOCK_FILE = "lock"
 READ_SECONDS = 2.0  # within which a lock that has just been made gets its contents
+EMPTY: Mapping[str, Any] = {"bytes": 0}  # what `_read` gives for a file that stays without contents
 
 
 class RunLocked(Refusal, RuntimeError):
@@ -50,10 +52,16 @@ class RunLock:
             except FileExistsError:
                 self._set_aside(own)
                 continue
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(json.dumps(own) + "\n")
-            self._own = own
-            return
+            try:
+                with os.fdopen(descriptor, "w") as stream:
+                    stream.write(json.dumps(own) + "\n")
+            except OSError:  # a full disk: an empty lock would stand in the way of the next start
+                self._path.unlink()
+                self._remove_made()
+                raise
+            if _read(self._path) == own:  # else it took so long that another process set the empty file aside
+                self._own = own
+                return
 
     def release(self) -> None:
         """Give the lock back, if it is held, and remove the folders that `acquire` has made and nobody has used."""
@@ -61,10 +69,13 @@ class RunLock:
             return
         if _read(self._path) == self._own:
             self._path.unlink(missing_ok=True)
+        self._remove_made()
+        self._own = None
+
+    def _remove_made(self) -> None:
         for folder in self._made:
             with contextlib.suppress(OSError):  # it is in use
                 folder.rmdir()
-        self._own = None
 
     def _set_aside(self, own: dict[str, Any]) -> None:
         """Remove a lock whose writer has ended. Raises RunLocked for any other."""
@@ -101,7 +112,9 @@ def _this_process() -> dict[str, Any]:
 
 def _why_held(held: dict[str, Any], own: dict[str, Any]) -> str:
     """Say who holds a lock; empty when nobody does any more."""
-    if held.keys() != own.keys():
+    if held == EMPTY:
+        return ""  # its writer was killed between making the file and writing into it
+    if held.keys() != own.keys() or not isinstance(held["pid"], int):
         return "a lock that says nothing of its process"
     process = f"process {held['pid']} on host {held['host']} since {held['since']}"
     if held["job"] and held["job"] == own["job"] and held["restart"] != own["restart"]:
@@ -116,15 +129,17 @@ def _why_held(held: dict[str, Any], own: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Give the contents of a lock, empty where they make no sense; None where there is no lock."""
+    """Give the contents of a lock, {} where they make no sense, EMPTY for none; None where there is no lock."""
     deadline = time.monotonic() + READ_SECONDS
     while True:
+        text = ""
         try:
-            found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found = json.loads(text)
             return found if isinstance(found, dict) else {}
         except FileNotFoundError:
             return None
-        except ValueError:  # it is being written, or its writer died in between
+        except (ValueError, RecursionError):  # it is being written, or its writer died in between
             if time.monotonic() > deadline:
-                return {}
+                return {} if text else dict(EMPTY)
         time.sleep(0.05)

@@ -35,7 +35,7 @@ def iter_metrics(run_dir: Path) -> Iterator[dict[str, Any] | None]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                     raise ValueError("expected an object with an integer `step`")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 torn = f"{path}, line {number}: not a row of metrics ({error}); repair or remove it"
                 continue
             yield row

@@ -6,12 +6,9 @@ import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from megatron_opus.errors import Refusal
 from megatron_opus.runs import checkpoints
-from megatron_opus.runs.ledger import ledger_parts
+from megatron_opus.runs.ledger import LedgerError, ledger_parts, read_part
 from megatron_opus.runs.metrics import METRICS_FILE, iter_metrics
 
 
@@ -57,12 +54,9 @@ def ledger_steps(directory: Path) -> list[int]:
     found: list[int] = []
     for _, _, path in ledger_parts(directory):
         try:
-            found += sorted(set(pq.read_table(path, columns=["step"])["step"].to_pylist()))
-        except (pa.ArrowException, OSError) as error:
-            raise RunRecordError(
-                f"--resume: {path} cannot be read ({str(error).splitlines()[0]}): bring it back from a copy, or "
-                "move it away to go on without the decisions of its steps"
-            ) from error
+            found += sorted(set(read_part(path)["step"].to_pylist()))
+        except LedgerError as error:
+            raise RunRecordError(f"--resume: {error}") from error
     return found
 
 

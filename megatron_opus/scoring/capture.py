@@ -10,6 +10,11 @@ Per tensor-parallel rank, sequence parallel off (on: the token dimension of the 
     VocabParallelEmbedding  ids [B, s]     [B, s, h]       rows of this rank, all columns
     nn.Embedding            ids [B, s]     [B, s, h]       everything
     Conv1D (transformers)   [B, s, in]     [B, s, out]     everything, stored [in, out]
+    an expert               [rows, in]     [rows, out]     everything, of the tokens that were sent to it
+    router, shared gate     [s/tp, B, in]  [s/tp, B, out]  everything, of this rank's tokens
+
+The rows of an expert are tokens of several sequences in any order, under expert parallelism also of other ranks'.
+Its `routing` says which sequence each of them belongs to. An expert without any token has no row, and adds nothing.
 
 An embedding is a linear layer whose sides have changed places: its *row* factor is one-hot(ids), and its column factor
 is the gradient of its output. The sides of a weight stored [in, out] have changed places too: its row factor is the
@@ -23,8 +28,8 @@ activation checkpointing runs a second time, inside the backward pass, is not co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -35,53 +40,13 @@ from torch.utils.hooks import RemovableHandle
 from megatron_opus.scoring.collectives import Traffic, all_gather
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part
+from megatron_opus.scoring.sums import Reading, Sums, by_sequence
 from megatron_opus.selection.precondition import Buckets, Projection, project
-from megatron_opus.types import Groups, ScoredLayer
+from megatron_opus.types import Groups, Routing, ScoredLayer
 
 
 class CaptureError(RuntimeError):
     """A scored layer did not give its factors: scores without it would be silently wrong."""
-
-
-class Sums:
-    """Add up what a pass reads on this rank. The sums are partial: those of tensor-parallel ranks are added later.
-
-    Of the n candidates, phi [n, F] float32 are the features and align [n] float64 the alignment. Of the proxy, psi [F]
-    float32 is the sum of the features over its sequences, and gradients [rows, columns] float32 is such a sum for each
-    matrix. F is the sum of the matrices' sketch dimensions (scope `layer`) or their maximum (scope `model`: all share
-    one sketch, with independent hashes). Three matrices of 8192 give F = 24576 or 8192.
-    """
-
-    def __init__(
-        self, dims: Sequence[int], n: int, scope: str, device: torch.device, features: bool = True, width: int = 0
-    ) -> None:
-        """`width` is at least the F of scope `model`: other pipeline stages may have larger matrices."""
-        self.offsets = [sum(dims[:i]) if scope == "layer" else 0 for i in range(len(dims))]
-        self.dims = list(dims)
-        total = (sum(dims) if scope == "layer" else max([width, *dims])) if features else 0
-        self.phi = torch.zeros(n, total, dtype=torch.float32, device=device)
-        self.psi = torch.zeros(total, dtype=torch.float32, device=device)
-        self.align = torch.zeros(n, dtype=torch.float64, device=device)
-        self.probes: dict[int, Tensor] = {}  # of each matrix, [k, k] float32: see verify.py
-        self.epsilon = 0.0  # relative rounding error of the least precise activations that were seen
-        self.gradients: list[Tensor | None] = [None] * len(dims)
-
-    def columns(self, matrix: int) -> slice:
-        return slice(self.offsets[matrix], self.offsets[matrix] + self.dims[matrix])
-
-    def all_columns(self) -> list[slice]:
-        return [self.columns(i) for i in range(len(self.dims))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Say how a micro-batch is read: as the proxy, or as the candidates first, first + 1, ..."""
-
-    parts: Sequence[Sequence[Part]]  # of each matrix
-    candidate: bool
-    shape: tuple[int, int]  # sequences and tokens of the micro-batch
-    first: int = 0
-    probed: int = 0  # the sequence of the micro-batch that parts with `probe` read
 
 
 class Capture:
@@ -105,9 +70,15 @@ class Capture:
         self._backward_calls = [0] * len(layers)
         self._without_gradient = [0] * len(layers)  # forward calls under no_grad that no call with a graph followed
         self._handles: list[RemovableHandle] = []
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Capture:
+        # what follows tokens must look at a layer's routing before the experts are called
+        for routing in self._routings():
+            self._opened.enter_context(routing.observed(self._reading.shape[0], self._reading.share))
         for index, layer in enumerate(self._layers):
+            if layer.shown is not None:
+                self._opened.enter_context(layer.shown())
             self._handles.append(layer.module.register_forward_hook(self._make_forward_hook(index), with_kwargs=True))
         return self
 
@@ -115,7 +86,14 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._opened.close()
+        if self._reading.candidate and kind is None:
+            for number, routing in enumerate(self._routings()):
+                self._sums.add_load(number, self._reading.first, routing.load())
         self.leaves.clear()
+
+    def _routings(self) -> list[Routing]:
+        return list({id(x.routing): x.routing for x in self._layers if x.routing is not None}.values())
 
     @property
     def observing(self) -> bool:
@@ -125,8 +103,8 @@ class Capture:
         """Raise CaptureError unless every layer was seen forward and backward equally often, at least once."""
         for index, layer in enumerate(self._layers):
             forward, backward = self._forward_calls[index], self._backward_calls[index]
-            if forward and forward == backward:
-                continue
+            if forward == backward and (forward or layer.routing is not None):
+                continue  # an expert to which no token was sent may never be called
             if self._without_gradient[index]:
                 cause = (
                     "it runs under torch.no_grad() inside the model's forward pass, so that no gradient reaches it; a "
@@ -157,6 +135,9 @@ class Capture:
                 return None
             out = output[0] if isinstance(output, tuple) else output
             given = args[0] if args else next(iter(kwargs.values()))
+            if layer.input_of is not None:
+                with torch.no_grad():
+                    given = layer.input_of(given.detach())
             needs_leaf = not out.requires_grad
             if inside_backward():
                 if not self._without_gradient[index]:
@@ -170,10 +151,14 @@ class Capture:
             self._forward_calls[index] += 1
             self._sums.epsilon = max(self._sums.epsilon, torch.finfo(out.dtype).eps)
             kept: list[Tensor] = []
-            if not layer.replicated or self._groups.tp_rank == 0:
+            if not layer.replicated or layer.own_tokens or self._groups.tp_rank == 0:
                 with torch.no_grad():
                     if layer.embedding:
                         kept = [self._by_sequence(given.detach()[..., None], layer, "input")[..., 0]]
+                    elif layer.routing is not None:
+                        x = given.detach()
+                        kept = [_sequences(layer, x)]
+                        kept += [project(x, _first(part, layer)) for part in self._parts_of(index)]
                     else:
                         x = self._by_sequence(given.detach(), layer, "input")
                         kept = [
@@ -201,6 +186,11 @@ class Capture:
                 # autograd keeps this hook until the whole graph is gone: what it closes over must not keep the factors
                 forward = list(kept)
                 kept.clear()
+                if layer.routing is not None:
+                    for part, a in zip(self._parts_of(index), forward[1:], strict=True):
+                        b = project(grad, _second(part, layer))
+                        self._reduce_rows(index, part, *((b, a) if layer.transposed else (a, b)), forward[0])
+                    return
                 grad = self._by_sequence(grad, layer, "output")
                 if layer.embedding:
                     self._read_embedding(index, forward[0], grad)
@@ -292,7 +282,8 @@ class Capture:
             one = (x.reshape(1, -1, x.shape[-1]) for x in (kept, projected))
             sums.psi[sums.columns(matrix)].add_(part.operator.features(*one)[0])
             return
-        rows = slice(self._reading.first, self._reading.first + len(kept))
+        first = self._reading.share * sums.n + self._reading.first
+        rows = slice(first, first + len(kept))
         kappa = self._preconditioners.kappa(matrix)
         a, b = part.widths or ((0, 0) if part.operator is None else (kept.shape[-1], projected.shape[-1]))
         if part.operator is not None:
@@ -304,10 +295,53 @@ class Capture:
             dots = torch.linalg.vecdot(kept[..., a:].float(), projected[..., b:].float()).sum(1)
             sums.align[rows].add_(dots, alpha=kappa)
 
+    def _reduce_rows(self, index: int, part: Part, kept: Tensor, projected: Tensor, sequences: Tensor) -> None:
+        """Reduce the factors [rows, w] of an expert, whose rows belong to `sequences` [rows] of the micro-batch."""
+        matrix, sums, reading = self._matrix_of[index], self._sums, self._reading
+        if part.probe:
+            mine = sequences == reading.share * reading.shape[0] + reading.probed
+            product = projected[mine].float().mT @ kept[mine].float()
+            sums.probes[matrix] = product + sums.probes[matrix] if matrix in sums.probes else product
+            return
+        if part.gradient:
+            self._add_gradient(index, projected.float().mT @ kept.float())
+            return
+        if not len(sequences):
+            return
+        if not reading.candidate:
+            assert part.operator is not None
+            sums.psi[sums.columns(matrix)].add_(part.operator.features(kept[None], projected[None])[0])
+            return
+        size = reading.shape[0]
+        # the sequence of a share, in the rows that share has in the sums
+        rows = (sequences // size) * sums.n + reading.first + sequences % size
+        kappa = self._preconditioners.kappa(matrix)
+        a, b = part.widths or ((0, 0) if part.operator is None else (kept.shape[-1], projected.shape[-1]))
+        if part.operator is not None:
+            found, places = torch.unique(rows, return_inverse=True)
+            a_NTI, b_NTO = (by_sequence(x, places, len(found)) for x in (kept[:, :a], projected[:, :b]))
+            phi = part.operator.features(a_NTI, b_NTO, self._preconditioners.multiplier(matrix))
+            columns = sums.columns(matrix)
+            sums.phi[:, columns].index_add_(0, found, phi, alpha=kappa)
+        if part.aligned:
+            dots = torch.linalg.vecdot(kept[:, a:].float(), projected[:, b:].float())
+            sums.align.index_add_(0, rows, dots.double(), alpha=kappa)
+
     def _add_gradient(self, index: int, value: Tensor) -> None:
         matrix = self._matrix_of[index]
         previous = self._sums.gradients[matrix]
         self._sums.gradients[matrix] = value if previous is None else previous.add_(value)
+
+
+def _sequences(layer: ScoredLayer, x: Tensor) -> Tensor:
+    assert layer.routing is not None
+    found = layer.routing.sequences(layer.expert)
+    if x.dim() != 2 or len(x) != len(found):
+        raise CaptureError(
+            f"layer {layer.name}: expected the {len(found)} rows of the tokens that were sent to this expert, got "
+            f"{list(x.shape)}; the expert is called with other rows than the dispatcher gave it"
+        )
+    return found
 
 
 def inside_backward() -> bool:

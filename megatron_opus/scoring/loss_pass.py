@@ -12,8 +12,9 @@ import torch
 
 from megatron_opus.config import SelectionConfig
 from megatron_opus.scoring.batches import checked
-from megatron_opus.scoring.collectives import Traffic, all_gather, broadcast
+from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, broadcast
 from megatron_opus.scoring.undisturbed import undisturbed
+from megatron_opus.scoring.windows import own_tokens
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, Signals
 
 
@@ -41,7 +42,7 @@ class LossPass:
         candidates = checked(candidates, "candidates").window(self._config.score_length)
         size = self._config.score_micro_batch_size or len(candidates)
         micros = [
-            candidates.rows(first, min(first + size, len(candidates))).to(self._device)
+            own_tokens(candidates.rows(first, min(first + size, len(candidates))), self._groups).to(self._device)
             for first in range(0, len(candidates), size)
         ]
         with undisturbed(self._runner.chunks):
@@ -49,12 +50,14 @@ class LossPass:
         own = torch.zeros(len(candidates), dtype=torch.float32, device=self._device)
         for i, (micro, losses) in enumerate(zip(micros, token_losses or (), strict=token_losses is not None)):
             total = torch.where(micro.loss_mask != 0, losses * micro.loss_mask, 0.0).sum(1)
-            own[i * size : (i + 1) * size] = total / micro.loss_mask.sum(1)  # no token that counts: NaN
+            own[i * size : (i + 1) * size] = total
         groups, traffic = self._groups, self.traffic
+        # the mean runs over the whole sequence; no token that counts: NaN
+        own = all_reduce(own, groups.cp, traffic) / candidates.loss_mask.sum(1).to(self._device)
         broadcast(own, groups.pp, traffic, source=groups.pp_size - 1)  # the other pipeline stages compute no loss
         over = groups.dp if self._config.scope == "global" else None
         gathered = all_gather(own, over, traffic)
-        broadcast(broadcast(gathered, over, traffic), groups.tp, traffic)
+        broadcast(broadcast(broadcast(gathered, over, traffic), groups.cp, traffic), groups.tp, traffic)
         loss = gathered.double().cpu()
         return Signals(
             loss=loss,

@@ -6,12 +6,14 @@ AdamW, separable   Every rank sums the second moments that it owns over rows [d_
 AdamW, exact       The whole local shard is gathered, one matrix at a time.
 Muon               One data-parallel rank that holds the momentum forms the multiplier S and keeps it. Where no rank
                    holds all of it (ZeRO 3), it is gathered to one rank, one matrix at a time. The other ranks
-                   receive the sketched sides S X [d, m] that they need, never S.
+                   receive the sketched sides S X [d, m] that they need, never S. Where Megatron orthogonalises the
+                   shards of all tensor-parallel ranks together, the momentum is gathered over them, and each of these
+                   ranks forms the S of the whole matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +35,10 @@ from megatron_opus.selection.precondition import (
     muon_multiplier,
     muon_side,
     separable_factors,
+    split_multiplier,
 )
 from megatron_opus.selection.sketch import indices
-from megatron_opus.types import AdamHyper, Groups, Hyper, MuonHyper, OptimizerState, ScoredLayer, SgdHyper
+from megatron_opus.types import AdamHyper, Fragment, Groups, Hyper, MuonHyper, OptimizerState, ScoredLayer, SgdHyper
 
 
 @dataclass
@@ -44,6 +47,7 @@ class _Muon:
 
     side: Side
     owner: bool  # this rank forms and keeps S
+    whole: bool = False  # of the whole matrix, the same on every tensor-parallel rank; else of this rank's shard
     multiplier: Tensor | None = None  # S, on the owner
 
 
@@ -51,7 +55,7 @@ class Preconditioners:
     """Read the optimizer state that the ranks of `groups.state` hold between them, and apply P with it.
 
     All ranks of the tensor-parallel and the state group must call `refresh` together, and all ranks of the state group
-    `compose` and `multiplier`.
+    `compose` and `multiplier`. Experts that lie apart have a state group of their own (`Groups.state_of`).
     """
 
     def __init__(
@@ -122,7 +126,8 @@ class Preconditioners:
         Where S stands on the side that is cut, the other side has the sketch alone, the same on every rank.
         """
         whole: Side = "cols" if self._matrices[index].cut == "rows" else "rows"
-        return index in self._muon and self._muon[index].side == whole
+        muon = self._muon.get(index)
+        return muon is not None and not muon.whole and muon.side == whole
 
     def compose(self, requests: Sequence[tuple[int, Side, Projection]]) -> list[Projection]:
         """Return for each (matrix, side, sketch) the projection that applies this shard's side of P, then the sketch.
@@ -130,7 +135,7 @@ class Preconditioners:
         Under Muon one all-reduce over the state group serves all requests (in pieces when large).
         """
         results: list[Projection] = []
-        sent: list[Tensor] = []
+        sent: dict[bool, list[Tensor]] = {False: [], True: []}  # of matrices that lie apart or not
         for index, side, sketch in requests:
             diagonal = self._diagonals.get(index)
             muon = self._muon.get(index)
@@ -139,27 +144,44 @@ class Preconditioners:
             elif muon is not None and muon.side == side:
                 size = len(self._rows[index] if side == "rows" else self._cols[index])
                 if muon.owner:
-                    assert muon.multiplier is not None
-                    value = compose(muon.multiplier, sketch)
-                    assert isinstance(value, Tensor)
-                    value = value.clone() if value is muon.multiplier else value
+                    value = self._times_multiplier(index, muon, sketch)
                 else:
                     value = torch.zeros(size, _width(sketch, size), device=self._device)
-                sent.append(value)
+                sent[self._matrices[index].apart].append(value)
                 results.append(value)
             else:
                 results.append(sketch)
-        all_reduce_many(sent, self._groups.state, self._traffic)
+        all_reduce_many(sent[False], self._groups.state, self._traffic)
+        all_reduce_many(sent[True], self._groups.expert_state, self._traffic)
         return results
+
+    def _times_multiplier(self, index: int, muon: _Muon, sketch: Projection) -> Tensor:
+        """Multiply S with a sketch of its side: [local indices, m]. Collective over the ranks that share a whole S."""
+        s = muon.multiplier
+        assert s is not None
+        if muon.whole and muon.side == self._matrices[index].cut:
+            # this rank sketches its own indices alone: S X is a sum over the ranks, of which it needs its own rows
+            if sketch is None:
+                raise ConfigError(
+                    f"{self._matrices[index].name}: Muon's multiplier joins rows of all tensor-parallel ranks, which "
+                    "operator materialise cannot apply; expected selection.sketch.operator two_sided or two_stage"
+                )
+            own = self._rows[index] if muon.side == "rows" else self._cols[index]
+            value = compose(s[:, own], sketch)
+            assert isinstance(value, Tensor)
+            return _take(all_reduce(value, self._groups.tp, self._traffic), own)
+        value = compose(s, sketch)
+        assert isinstance(value, Tensor)
+        return value.clone() if value is s else value
 
     def multiplier(self, index: int) -> Tensor | None:
         """Return D of one AdamW matrix on this rank's shard, [O, I] float32; None unless the form is `exact`."""
         hyper = self._hypers[index]
         if not self._started[index] or self._config.form != "exact" or not isinstance(hyper, AdamHyper):
             return None
-        shard = self._assemble(index, self._state.second_moment(self._matrices[index].weight))
+        shard = self._assemble(index, _of_part(self._matrices[index], self._state.second_moment))
         if self._state.sharded_over_dp:
-            all_reduce(shard, self._groups.state, self._traffic)
+            all_reduce(shard, self._groups.state_of(self._matrices[index])[0], self._traffic)
         # what is no second moment marks every candidate as not finite: an infinite one would only take the weight out
         return exact_multiplier(torch.where(torch.isfinite(shard), shard, torch.nan), hyper)
 
@@ -180,6 +202,13 @@ class Preconditioners:
                 if isinstance(h, AdamHyper) and self._started[i]]  # fmt: skip
         if not adam:
             return
+        for apart in (False, True):
+            self._read_together([found for found in adam if found[1].apart == apart], apart)
+
+    def _read_together(self, adam: Sequence[tuple[int, ScoredLayer, AdamHyper]], apart: bool) -> None:
+        """Read the second moments of matrices whose state is spread over the same ranks."""
+        if not adam:
+            return
         sizes = [x.d_out + x.d_in for _, x, _ in adam]
         sums = torch.zeros(sum(sizes), dtype=torch.float64, device=self._device)
         views = sums.split(sizes)
@@ -187,15 +216,16 @@ class Preconditioners:
             if x.replicated and self._groups.tp_rank != 0:
                 continue  # every tensor-parallel rank holds the same state: counted once
             rows, cols = self._rows[i], self._cols[i]
-            for fragment in self._state.second_moment(x.weight):
+            for fragment in _of_part(x, self._state.second_moment):
                 row_sum, col_sum = fragment_sums(fragment, len(rows), len(cols))
                 # a negative one may vanish in a sum; NaN does not, on no rank
                 row_sum = torch.where((fragment.values >= 0).all(), row_sum, torch.nan)
                 view[: x.d_out].index_add_(0, rows, row_sum.to(self._device))
                 view[x.d_out :].index_add_(0, cols, col_sum.to(self._device))
         if self._state.sharded_over_dp:
-            all_reduce(sums, self._groups.state, self._traffic)
-        all_reduce(sums, self._groups.tp, self._traffic)
+            all_reduce(sums, self._groups.state_of(adam[0][1])[0], self._traffic)
+        if not apart:  # each of them lies whole on its ranks
+            all_reduce(sums, self._groups.tp, self._traffic)
         if not torch.isfinite(sums).all():
             bad = [x.name for (_, x, _), view in zip(adam, views, strict=True) if not torch.isfinite(view).all()]
             raise UnsupportedOptimizer(
@@ -208,11 +238,17 @@ class Preconditioners:
 
     def _read_momenta(self) -> None:
         chosen = [i for i, h in enumerate(self._hypers) if isinstance(h, MuonHyper) and self._started[i]]
+        for apart in (False, True):
+            self._read_momenta_of([i for i in chosen if self._matrices[i].apart == apart])
+
+    def _read_momenta_of(self, chosen: Sequence[int]) -> None:
+        """Read the momenta of matrices whose state is spread over the same ranks."""
         if not chosen:
             return
-        fragments = [self._state.momentum(self._matrices[i].weight) for i in chosen]
+        group, group_rank = self._groups.state_of(self._matrices[chosen[0]])
+        fragments = [_of_part(self._matrices[i], self._state.momentum) for i in chosen]
         held = torch.tensor([sum(f.values.numel() for f in found) for found in fragments], device=self._device)
-        everywhere = all_gather(held[None], self._groups.state, self._traffic).tolist()  # [dp][matrices]
+        everywhere = all_gather(held[None], group, self._traffic).tolist()  # [dp][matrices]
         load = [0] * len(everywhere)
         for place, (i, found) in enumerate(zip(chosen, fragments, strict=True)):
             rows, cols = len(self._rows[i]), len(self._cols[i])
@@ -221,7 +257,10 @@ class Preconditioners:
             holders = [rank for rank, sizes in enumerate(everywhere) if sizes[place] == rows * cols]
             owner = min(holders or range(len(load)), key=lambda rank: load[rank])
             load[owner] += min(rows, cols) ** 2 * max(rows, cols)
-            muon = _Muon(side=muon_side(rows, cols), owner=owner == self._groups.state_rank)
+            x = self._matrices[i]
+            whole = hyper.whole and not x.replicated
+            side: Side = "rows" if hyper.split else muon_side(x.d_out, x.d_in) if whole else muon_side(rows, cols)
+            muon = _Muon(side=side, owner=owner == group_rank, whole=whole)
             momentum = self._assemble(i, found) if muon.owner or not holders else None
             if not holders:
                 if sum(sizes[place] for sizes in everywhere) != rows * cols:
@@ -230,13 +269,25 @@ class Preconditioners:
                         f"{rows * cols} numbers between them, found {[sizes[place] for sizes in everywhere]}"
                     )
                 assert momentum is not None
-                assert self._groups.state is not None
-                dist.reduce(momentum, dist.get_global_rank(self._groups.state, owner), group=self._groups.state)
+                assert group is not None
+                dist.reduce(momentum, dist.get_global_rank(group, owner), group=group)
                 self._traffic.count(momentum)
             if muon.owner:
                 assert momentum is not None
-                muon.multiplier = muon_multiplier(momentum, self._steps(hyper))
+                momentum = self._joined(i, momentum) if whole else momentum
+                steps = self._steps(hyper)
+                if hyper.split:
+                    muon.multiplier = split_multiplier(momentum, steps, hyper.split)
+                else:
+                    muon.multiplier = muon_multiplier(momentum, steps)
             self._muon[i] = muon
+
+    def _joined(self, index: int, shard: Tensor) -> Tensor:
+        """Put the shards [O, I] of all tensor-parallel ranks together to the whole matrix."""
+        x = self._matrices[index]
+        found = torch.zeros(x.d_out, x.d_in, dtype=shard.dtype, device=self._device)
+        found[self._rows[index][:, None], self._cols[index]] = shard
+        return all_reduce(found, self._groups.tp, self._traffic)
 
     def _steps(self, hyper: MuonHyper) -> tuple[tuple[float, float, float], ...]:
         wanted = self._config.muon_steps
@@ -251,6 +302,16 @@ class Preconditioners:
 
 
 _NAMES = {MuonHyper: "muon", SgdHyper: "sgd"}
+
+
+def _of_part(layer: ScoredLayer, read: Callable[[torch.nn.Parameter], Sequence[Fragment]]) -> Sequence[Fragment]:
+    """Read the fragments of a layer's matrix, which may be a part of its weight."""
+    fragments = read(layer.weight)
+    if layer.part is None:
+        return fragments
+    size = layer.d_out * layer.d_in
+    found = (fragment.within(layer.part * size, size) for fragment in fragments)
+    return [fragment for fragment in found if fragment is not None]
 
 
 def _width(sketch: Projection, size: int) -> int:

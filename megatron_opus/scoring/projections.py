@@ -61,7 +61,7 @@ class Plan:
             build_sketch(config, name=x.name, d_out=x.d_out, d_in=x.d_in, rows=x.rows, cols=x.cols, device=device)
             for x in matrices
         ]
-        self._matrices = matrices
+        self.matrices = matrices
         self._sides: list[Projection] = []
         if config.alignment == "one_sided":
             self._sides = [
@@ -80,19 +80,19 @@ class Plan:
         if self.alignment == "features":
             return [[Part(kept=x.cols, projected=x.rows, operator=x)] for x in self.operators]
         if self.alignment == "direction":
-            return [[Part(kept=None, projected=None, gradient=True)] for _ in self._matrices]
+            return [[Part(kept=None, projected=None, gradient=True)] for _ in self.matrices]
         return [
             [
                 Part(kept=side, projected=None, gradient=True)
                 if x.cut == "rows"
                 else Part(kept=None, projected=side, gradient=True)
             ]
-            for x, side in zip(self._matrices, self._sides, strict=True)
+            for x, side in zip(self.matrices, self._sides, strict=True)
         ]
 
     def gradient_shape(self, index: int) -> tuple[int, int]:
         """Return the shape of what the proxy's `gradient` part gives on this rank."""
-        x = self._matrices[index]
+        x = self.matrices[index]
         rows, cols = (sum(n for _, n in ranges) for ranges in (x.rows, x.cols))
         if self.alignment == "one_sided":
             sketched = min(self._one_sided_dim, x.d_in if x.cut == "rows" else x.d_out)
@@ -114,13 +114,13 @@ class Plan:
                 requests += [(i, "cols", operator.cols), (i, "rows", operator.rows)]
         if self.alignment == "one_sided":
             assert gradients is not None
-            for i, (x, side) in enumerate(zip(self._matrices, self._sides, strict=True)):
+            for i, (x, side) in enumerate(zip(self.matrices, self._sides, strict=True)):
                 if x.cut == "rows":
                     requests += [(i, "cols", side), (i, "rows", gradients[i])]
                 else:
                     requests += [(i, "cols", gradients[i].mT), (i, "rows", side)]
         composed = iter(preconditioners.compose(requests))
-        parts: list[list[Part]] = [[] for _ in self._matrices]
+        parts: list[list[Part]] = [[] for _ in self.matrices]
         if features:
             for i, operator in enumerate(self.operators):
                 own = preconditioners.of_shard(i)

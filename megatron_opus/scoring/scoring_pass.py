@@ -6,6 +6,11 @@ Under data parallelism every rank scores its own share of the candidates and of 
                 or, when the alignment is one_sided or direct, the gradients themselves: all-reduce over dp
     candidates  phi [n, F]: one all-reduce over tp
     align [n]   from phi and psi, or one all-reduce over tp; gathered over dp
+    context     the tokens of a sequence lie on several ranks: all sums over tp run over cp as well, those over dp of
+                gradients too; the mean loss is divided by the tokens of the whole sequence
+    experts     tokens of n sequences on each of `shares` data-parallel ranks meet on the ranks that hold the experts:
+                phi [shares * n, F] and align, one all-reduce over these ranks, of which each keeps its own n rows;
+                gradients of experts are added up over the ranks that hold the same experts
     stages      what lies on other pipeline stages is added up: stages.py
     inter       Gram of gather over dp (phi), n F numbers a rank; only when redundancy is on
 
@@ -26,16 +31,17 @@ from torch import Tensor
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.coverage import Coverage
 from megatron_opus.scoring.batches import checked
-from megatron_opus.scoring.capture import Capture, CaptureError, Reading, Sums
+from megatron_opus.scoring.capture import Capture, CaptureError
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
 from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
 from megatron_opus.scoring.proxy_average import ProxyAverage
 from megatron_opus.scoring.stages import StageSums
+from megatron_opus.scoring.sums import Reading, Sums
 from megatron_opus.scoring.undisturbed import undisturbed
 from megatron_opus.scoring.verify import Verifier, WeightGradients
-from megatron_opus.scoring.windows import window_starts
+from megatron_opus.scoring.windows import own_tokens, window_starts
 from megatron_opus.selection import utility
 from megatron_opus.types import (
     Batch,
@@ -71,12 +77,15 @@ class ScoringPass:
         self.layers = list(layers)
         self._runner, self._config = runner, config
         self._groups, self._device = groups, device
-        slots: dict[int, int] = {}  # a matrix is a parameter: modules that share one are uses of it
-        self._matrix_of = [slots.setdefault(id(x.weight), len(slots)) for x in layers]
+        # a matrix is a parameter, or a part of one: modules that share it are uses of it
+        slots: dict[tuple[int, int | None], int] = {}
+        self._matrix_of = [slots.setdefault((id(x.weight), x.part), len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
         self._plan = Plan(matrices, config.sketch, device)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
         self._dims = [operator.dim for operator in self._plan.operators]
+        numbers: dict[str, int] = {}  # slots: a matrix, or all experts of a layer
+        self._slots = [numbers.setdefault(x.slot or x.name, len(numbers)) for x in matrices]
         shapes = [self._plan.gradient_shape(i) for i in range(len(matrices))]
         self._stages = StageSums(
             [x.name for x in matrices], self._dims, shapes, config.sketch.scope, groups, self.traffic, device
@@ -138,13 +147,13 @@ class ScoringPass:
         losses, sums = self._read(windows, self._parts[1], features, candidate=True, chosen=chosen)
         if self._verifier is not None and probing:
             self._verify(self._verifier, windows, sums, chosen)
-        phi = self._stages.features(all_reduce(sums.phi, groups.tp, traffic), sums.all_columns())
+        phi = self._stages.features(self._of_all_tokens(sums, sums.phi, len(candidates)), sums.all_columns())
         if direct:
-            align = self._stages.total(all_reduce(sums.align, groups.tp, traffic))
+            align = self._stages.total(self._of_all_tokens(sums, sums.align, len(candidates)))
         else:
             assert self._psi is not None
             align = self._stages.from_features(utility.alignment(phi, self._psi))
-        losses = self._stages.of_last(losses)
+        losses = self._stages.of_last(all_reduce(losses, groups.cp, traffic))
         over = groups.dp if self._config.scope == "global" else None
         align, losses = (all_gather(x, over, traffic) for x in (align, losses))
         inter = None
@@ -153,7 +162,8 @@ class ScoringPass:
         # ranks must draw from the same numbers to the last bit, whatever their kernels: the first rank's count
         for value in (align, losses, inter):
             if value is not None:
-                broadcast(broadcast(value, over, traffic), groups.tp, traffic)
+                broadcast(broadcast(broadcast(value, over, traffic), groups.cp, traffic), groups.tp, traffic)
+        load = self._expert_load(sums, len(candidates), together=over is not None)
         finite = torch.isfinite(align) & torch.isfinite(losses)
         if inter is not None:
             finite &= torch.isfinite(inter.diagonal())
@@ -162,6 +172,7 @@ class ScoringPass:
             interaction=None if inter is None else inter.cpu(),
             loss=losses.double().cpu(),
             finite=finite.cpu(),
+            expert_load=load,
             seconds=time.perf_counter() - started,
             bytes_sent=traffic.bytes_sent - sent,
             geometry=self._stages.spoken(self.preconditioners.geometry),
@@ -191,7 +202,9 @@ class ScoringPass:
         _, sums = self._read(proxies, plan.proxy(), not plan.direct, candidate=False, counted=counted)
         total = all_reduce(torch.tensor([float(counted)], device=self._device), groups.dp, traffic)
         if not plan.direct:
-            psi = all_reduce(all_reduce(sums.psi, groups.tp, traffic), groups.dp, traffic)
+            # a sum over all tokens, wherever they were read
+            psi = all_reduce(all_reduce(sums.psi, groups.tp, traffic), groups.cp, traffic)
+            psi = all_reduce(psi, groups.dp, traffic)
             (self._psi,) = self._average([self._stages.features(psi / total, sums.all_columns())])
             return
         # None: a matrix that another tensor-parallel rank counts
@@ -199,7 +212,11 @@ class ScoringPass:
             torch.zeros(plan.gradient_shape(i), dtype=torch.float32, device=self._device) if found is None else found
             for i, found in enumerate(sums.gradients)
         ]
-        all_reduce_many(gradients, groups.dp, traffic)
+        matrices = self._plan.matrices
+        for group, apart in ((groups.state, False), (groups.expert_state, True)):
+            all_reduce_many([g for g, x in zip(gradients, matrices, strict=True) if x.apart == apart], group, traffic)
+        own_tokens = [g for g, x in zip(gradients, matrices, strict=True) if x.own_tokens]
+        all_reduce_many(own_tokens, groups.tp, traffic)
         self._stages.gradients(gradients)
         self._gradients = self._average([x / total for x in gradients])
 
@@ -236,18 +253,43 @@ class ScoringPass:
                 reading = Reading(
                     parts=self._with_probes(parts) if probed else parts,
                     candidate=candidate,
-                    shape=(rows.stop - rows.start, window.tokens.shape[1]),
+                    shape=(rows.stop - rows.start, window.tokens.shape[1] // self._groups.cp_size),
                     first=first,
                     probed=(chosen or 0) - first,
+                    share=self._groups.share,
                 )
-                batch = window.rows(rows.start, rows.stop)
+                batch = own_tokens(window.rows(rows.start, rows.stop), self._groups)
                 micros.append(self._micro(batch, reading, sums, tokens[rows], weights[rows], losses[rows]))
         self._run(micros)
-        sums.phi, sums.align = sums.phi[:total], sums.align[:total]
         return losses[:total], sums
 
     def _sums(self, n: int, features: bool) -> Sums:
-        return Sums(self._dims, n, self._config.sketch.scope, self._device, features, self._stages.width)
+        return Sums(
+            self._dims,
+            self._slots,
+            n,
+            self._config.sketch.scope,
+            self._device,
+            features=features,
+            width=self._stages.width,
+            shares=self._groups.shares,
+        )
+
+    def _expert_load(self, sums: Sums, count: int, *, together: bool) -> Tensor | None:
+        """Return the load [N, layers, experts] of all ranks' candidates on the CPU. Collective where there are experts.
+
+        Each tensor-parallel rank has counted its own tokens, and each stage its own layers.
+        """
+        if not sums.load:
+            return None
+        load = torch.stack([sums.load[i][:count] for i in sorted(sums.load)], 1)
+        load = all_reduce(load, self._groups.tp, self.traffic)
+        load = all_gather(load, self._groups.dp if together else None, self.traffic).cpu()
+        return torch.cat(self._stages.gathered(load), 1)
+
+    def _of_all_tokens(self, sums: Sums, value: Tensor, count: int) -> Tensor:
+        """Add up phi or align over the ranks that read tokens of this rank's sequences, of which it keeps its own."""
+        return sums.of_share(all_reduce(value, self._groups.tokens, self.traffic), self._groups.share, count)
 
     def _micro(
         self, batch: Batch, reading: Reading, sums: Sums, tokens: Tensor, weights: Tensor, losses: Tensor
@@ -285,10 +327,11 @@ class ScoringPass:
     def _verify(self, verifier: Verifier, windows: Sequence[Batch], sums: Sums, chosen: int | None) -> None:
         """Compare sequence `chosen` with autograd; where they differ, read it once more alone, to say why."""
         row = slice(chosen or 0, (chosen or 0) + 1)
-        batch, tokens = windows[0].rows(row.start, row.stop), self._counted_tokens(windows)[row]
+        batch = own_tokens(windows[0].rows(row.start, row.stop), self._groups)
+        tokens = self._counted_tokens(windows)[row]
 
         def alone(parts: Sequence[Sequence[Part]], into: Sums) -> CapturedMicrobatch:
-            reading = Reading(parts=parts, candidate=True, shape=(1, batch.tokens.shape[1]))
+            reading = Reading(parts=parts, candidate=True, shape=(1, batch.tokens.shape[1]), share=self._groups.share)
             one = torch.ones(1, device=self._device)
             return self._micro(batch, reading, into, tokens, one, torch.zeros_like(one))
 

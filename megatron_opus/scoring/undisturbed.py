@@ -24,6 +24,10 @@ def undisturbed(chunks: Sequence[nn.Module]) -> Iterator[None]:
             "scoring differentiates: expected to be called outside of torch.inference_mode(), which builds no graph; "
             "leave that block for the call (torch.no_grad() around it is fine)"
         )
+    # Transformer Engine keeps low-precision copies of weights from the first micro-batch of a step on: a pass makes its
+    # own, and the step goes on with those that it had
+    firsts = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "is_first_microbatch")]
+    kept = [m.is_first_microbatch for m in firsts]
     modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
     flags = [(parameter, parameter.requires_grad) for chunk in chunks for parameter in chunk.parameters()]
     devices = {p.device for p, _ in flags if p.device.type == "cuda"}
@@ -33,6 +37,8 @@ def undisturbed(chunks: Sequence[nn.Module]) -> Iterator[None]:
         _checkpointing_without_reentry(),
     ):
         try:
+            for module in firsts:
+                module.is_first_microbatch = True  # type: ignore[assignment]
             for chunk in chunks:
                 chunk.eval()
             for parameter, _ in flags:
@@ -43,6 +49,8 @@ def undisturbed(chunks: Sequence[nn.Module]) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             for module, mode in modes:
                 module.training = mode
+            for module, first in zip(firsts, kept, strict=True):
+                module.is_first_microbatch = first
 
 
 class _NonReentrant:

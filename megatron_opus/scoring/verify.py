@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opus.errors import Refusal
-from megatron_opus.scoring.capture import Sums
 from megatron_opus.scoring.projections import Part
+from megatron_opus.scoring.sums import Sums
 from megatron_opus.selection.sketch import indices
 from megatron_opus.types import Batch, Groups, MicrobatchRunner, Ranges, ScoredLayer, ScoringMicrobatch
 
@@ -48,8 +48,8 @@ class WeightGradients(Protocol):
     """Differentiates by whole weights with autograd, to check what the hooks of a scoring pass see."""
 
     @property
-    def has_whole_weights(self) -> bool:
-        """Whether this rank can have the gradient of its own shard of each weight whole. ZeRO 3 cannot."""
+    def incomparable(self) -> str:
+        """Why this rank cannot have the gradient of each weight for one of its sequences; empty where it can."""
         ...
 
     def weight_gradients(
@@ -67,9 +67,7 @@ def gradient_check(runner: MicrobatchRunner) -> tuple[WeightGradients | None, st
     """Return the runner if it can differentiate by weights; otherwise None, and the reason why nothing is compared."""
     if not isinstance(runner, WeightGradients):
         return None, f"{type(runner).__name__} cannot differentiate by weights (the model is cut into pipeline stages)"
-    if not runner.has_whole_weights:
-        return None, "ZeRO 3 keeps no whole one"
-    return runner, ""
+    return (None, runner.incomparable) if runner.incomparable else (runner, "")
 
 
 class Verifier:
@@ -102,7 +100,8 @@ class Verifier:
         """
         self._true, self._seen, self._wrong = {}, seen.probes, []
         if known:
-            self._gradients.weight_gradients(micro, [x.weight for x in self._matrices], self._read)
+            weights = list({id(x.weight): x.weight for x in self._matrices}.values())  # several matrices may lie in one
+            self._gradients.weight_gradients(micro, weights, lambda i, gradient: self._read(weights[i], gradient))
         eps = max([seen.epsilon, *(torch.finfo(x.weight.dtype).eps for x in self._matrices)])
         if self._device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
             eps = max(eps, 2.0**-11)  # products of TF32 numbers
@@ -126,7 +125,7 @@ class Verifier:
         worst = max((d / s for d, s in zip(differences_, sizes_, strict=True) if s > 0), default=0.0)
         summary = torch.tensor([float(bool(self._wrong)), float(known and not finite), float(known), worst])
         summary = summary.nan_to_num(0.0, 0.0, 0.0).to(self._device)
-        for group in (self._groups.tp, self._groups.dp):
+        for group in (self._groups.tp, self._groups.cp, self._groups.dp):
             if group is not None:
                 dist.all_reduce(summary, op=dist.ReduceOp.MAX, group=group)
         wrong, unusable, compared, worst = summary.tolist()
@@ -178,11 +177,13 @@ class Verifier:
             f"sequence, found one that differs by {size:.3g} of it (allowed: {self._tolerance:.1e}): {cause}"
         )
 
-    def _read(self, index: int, gradient: Tensor) -> None:
-        layer = self._matrices[index]
-        x, y = self._sides(layer)
-        with torch.autocast(gradient.device.type, enabled=False):
-            self._true[index] = x.mT @ gradient.float() @ y
+    def _read(self, weight: torch.nn.Parameter, gradient: Tensor) -> None:
+        for index, layer in enumerate(self._matrices):
+            if layer.weight is weight:
+                x, y = self._sides(layer)
+                own = gradient if layer.part is None else gradient[layer.part]
+                with torch.autocast(gradient.device.type, enabled=False):
+                    self._true[index] = x.mT @ own.float() @ y
 
     def _pair(self, index: int) -> tuple[Tensor, Tensor]:
         zero = torch.zeros(PROBES, PROBES, device=self._device)

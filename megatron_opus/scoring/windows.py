@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_opus.config import ConfigError, SelectionConfig
+from megatron_opus.types import Batch, Groups
 
 
 def window_starts(config: SelectionConfig, length: int, seed: int) -> list[int]:
@@ -25,3 +26,23 @@ def window_starts(config: SelectionConfig, length: int, seed: int) -> list[int]:
         return [i * wanted for i in range(count)]
     generator = torch.Generator().manual_seed(seed)
     return sorted((torch.randperm(slots, generator=generator)[:count] * wanted).tolist())
+
+
+def own_tokens(batch: Batch, groups: Groups) -> Batch:
+    """Cut this context-parallel rank's tokens out of whole sequences; without context parallelism all of them.
+
+    Of 2 x cp chunks, rank r has numbers r and -1 - r. That is how Megatron cuts, so that causal attention gives every
+    rank as much to do: of 16 tokens over two ranks the first has 0-3 and 12-15, the second 4-11. Raises ConfigError for
+    a length that cannot be cut so.
+    """
+    length, rank, size = batch.tokens.shape[1], groups.cp_rank, groups.cp_size
+    if size == 1:
+        return batch
+    if length % (2 * size):
+        raise ConfigError(
+            f"scored tokens: context parallelism cuts them into 2 x {size} chunks; expected a multiple of {2 * size}, "
+            f"got {length}; set selection.score_length"
+        )
+    chunk = length // (2 * size)
+    first, second = rank * chunk, (2 * size - 1 - rank) * chunk
+    return batch.map(lambda x: torch.cat([x[:, first : first + chunk], x[:, second : second + chunk]], 1))

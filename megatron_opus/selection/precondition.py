@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.types import AdamHyper, Fragment, MuonHyper
 
 Side = Literal["rows", "cols"]
@@ -160,6 +161,31 @@ def muon_multiplier(q: Tensor, coefficients: Sequence[tuple[float, float, float]
             gram = z @ gram @ z
     assert s is not None
     return (s + s.mT) * (inverse / 2)
+
+
+def split_multiplier(
+    q: Tensor, coefficients: Sequence[tuple[float, float, float]], split: Sequence[tuple[int, float]]
+) -> Tensor:
+    """Return S [rows, rows] of a momentum whose parts are orthogonalised apart, each times its scale (`MuonHyper`).
+
+    Rows of different parts do not meet in S. Raises UnsupportedOptimizer for a part that is taller than wide: its
+    multiplier stands on the columns, where the other parts have none.
+    """
+    size = sum(rows for rows, _ in split)
+    groups, first = len(q) // size, 0
+    found = torch.zeros(len(q), len(q), dtype=q.dtype, device=q.device)
+    for rows, scale in split:
+        if groups * rows > q.shape[1]:
+            raise UnsupportedOptimizer(
+                f"Muon: expected parts of a query-key-value matrix with at most as many rows as columns, got "
+                f"{groups * rows} x {q.shape[1]}; set optimizer.muon_split_qkv=false, or "
+                "selection.preconditioner.kind=sgd"
+            )
+        start = torch.arange(groups, device=q.device)[:, None] * size + first
+        index = (start + torch.arange(rows, device=q.device)).flatten()
+        found[index[:, None], index] = scale * muon_multiplier(q[index], coefficients)
+        first += rows
+    return found
 
 
 def separable_factors(row_sum: Tensor, col_sum: Tensor, hyper: AdamHyper) -> tuple[Tensor, Tensor]:

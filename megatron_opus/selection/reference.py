@@ -5,7 +5,7 @@ Plain loops, to be read beside method.md line by line. Everything fast in this p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,20 +56,29 @@ def muon_preconditioner(q: Mapping[str, Tensor], hyper: Mapping[str, MuonHyper])
         out = {}
         for name, g in gradients.items():
             h = hyper[name]
-            x = q[name].double()
-            tall = x.shape[0] > x.shape[1]  # the optimizer works on the smaller side
-            x = x.T if tall else x
-            x = x / torch.linalg.matrix_norm(x)
-            s = torch.eye(len(x), dtype=torch.float64) / torch.linalg.matrix_norm(q[name].double())
-            for a, b, c in h.coefficients:
-                gram = x @ x.T
-                z = a * torch.eye(len(x), dtype=torch.float64) + b * gram + c * gram @ gram
-                x, s = z @ x, z @ s
             weight = h.lr * h.scale * (1 - h.momentum**2 if h.nesterov else 1 - h.momentum)
-            out[name] = weight * (g @ s if tall else s @ g)
+            out[name] = torch.zeros_like(g)
+            first, size = 0, sum(rows for rows, _ in h.split)
+            for rows, scale in h.split or ((len(g), 1.0),):
+                # rows first .. first + rows - 1 of every group of `size` rows, or all of them
+                index = torch.tensor([i for i in range(len(g)) if not size or first <= i % size < first + rows])
+                out[name][index] = weight * scale * _orthogonalised(q[name].double()[index], g[index], h.coefficients)
+                first += rows
         return out
 
     return apply
+
+
+def _orthogonalised(q: Tensor, g: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    tall = q.shape[0] > q.shape[1]  # the optimizer works on the smaller side
+    x = q.T if tall else q
+    x = x / torch.linalg.matrix_norm(x)
+    s = torch.eye(len(x), dtype=torch.float64) / torch.linalg.matrix_norm(q)
+    for a, b, c in coefficients:
+        gram = x @ x.T
+        z = a * torch.eye(len(x), dtype=torch.float64) + b * gram + c * gram @ gram
+        x, s = z @ x, z @ s
+    return g @ s if tall else s @ g
 
 
 def sgd_preconditioner(lr: float) -> Callable[[Gradients], Gradients]:

@@ -5,8 +5,8 @@
         state.pt           what the loop gave: buffer, generators, counters; the same on every rank
         rng_00000.pt ..    random states of each rank
         moment_00000.pt .. each rank's part of the selector's own second moment, where it keeps one
-        complete.json      written last: step, layout, configuration, fingerprints, environment, size and SHA-256 of
-                           every file above
+        complete.json      written last: step, layout, configuration, fingerprints, environment, a hash of this
+                           package's source, size and SHA-256 of every file above
 
 A directory without `complete.json` is not a checkpoint. It is ignored, and removed only when the same step is saved
 again. A complete one is never written into: a second save of its step goes beside it (`step_00000500.1`). Ranks must
@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ from megatron_opus.backends.formats.torch_files import load_plain, pickles_below
 from megatron_opus.backends.model.parallel import rng_tracker
 from megatron_opus.config import RunConfig, to_dict
 from megatron_opus.errors import CheckpointError
-from megatron_opus.files import write_json
-from megatron_opus.ranks.agreement import environment, gathered, on_all_ranks, on_rank_0
+from megatron_opus.files import explain, write_json
+from megatron_opus.ranks.agreement import environment, gathered, on_all_ranks, on_rank_0, software
 from megatron_opus.runs.checkpoints import (
     DELETING,
     FORMAT,
@@ -46,6 +46,9 @@ from megatron_opus.runs.checkpoints import (
     verify_contents,
 )
 from megatron_opus.types import TrainEngine
+
+T = TypeVar("T")
+SOURCE = "megatron_opus source"  # of ranks.agreement.software
 
 
 def save(
@@ -66,7 +69,7 @@ def save(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     own = engine.rank_state()
-    path = on_rank_0(lambda: _new_directory(directory, step))
+    path = on_rank_0(lambda: _explained(directory, lambda: _new_directory(directory, step)))
     engine.save(path)
 
     def write_local() -> None:
@@ -76,7 +79,7 @@ def save(
         if own is not None:
             torch.save(own, path / f"moment_{rank:05d}.pt")
 
-    on_all_ranks(write_local)
+    on_all_ranks(lambda: _explained(path, write_local))
     names: list[str] = on_rank_0(lambda: sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
     # every rank flushes and digests a share of all files, whichever rank wrote them
     digests = gathered(lambda: _synced(path, names[rank::world]))
@@ -97,6 +100,7 @@ def save(
             "fingerprints": dict(fingerprints),
             "versions": _versions(),
             "environment": environment(),  # for the reader: never compared
+            "source": software()[SOURCE],
             "files": {name: (path / name).stat().st_size for name in names},
             "sha256": {name: digest for of_rank in digests for name, digest in of_rank.items()},
         }
@@ -104,7 +108,7 @@ def save(
         _prune(directory, keep)
         return path
 
-    return on_rank_0(mark_complete)
+    return on_rank_0(lambda: _explained(path, mark_complete))
 
 
 def load(
@@ -125,9 +129,15 @@ def load(
     the keys that differ, or the files that are missing, truncated, changed or not to be trusted.
     """
     rank, share, layout = dist.get_rank(), (dist.get_rank(), dist.get_world_size()), _layout(engine)
+    source = software()[SOURCE]
 
     def examine() -> list[Any]:
         marker = check(path, layout=layout, fingerprints=fingerprints, config=config)
+        if marker.get("source", source) != source:
+            say(
+                f"warning: {path.name} was saved by other code of megatron_opus (source {marker['source']}, now "
+                f"{source}): the run goes on, but perhaps not with the same numbers"
+            )
         if not trust:
             refuse_code(pickles_below(path / "engine")[share[0] :: share[1]])
         if verify:
@@ -190,7 +200,8 @@ def _layout(engine: TrainEngine) -> dict[str, Any]:
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
     }
-    return layout if groups.pp_size == 1 else {**layout, "pipeline_model_parallel_size": groups.pp_size}
+    more = {"pipeline_model_parallel_size": groups.pp_size, "expert_model_parallel_size": groups.ep_size}
+    return layout | {key: size for key, size in more.items() if size > 1}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -208,6 +219,16 @@ def _new_directory(directory: Path, step: int) -> Path:
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
+
+
+def _explained(folder: Path, write: Callable[[], T]) -> T:
+    """Run `write`. Raises CheckpointError, with the remedy, where the disk below `folder` refuses it."""
+    try:
+        return write()
+    except (OSError, RuntimeError) as error:
+        if why := explain(error, folder):
+            raise CheckpointError(f"the checkpoint could not be written: {why}") from error
+        raise
 
 
 def _synced(path: Path, names: Sequence[str]) -> dict[str, str]:

@@ -8,8 +8,9 @@ the decisions are gathered (rank_local.py). `selection.debug_checks` compares th
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,22 +19,20 @@ from torch import Tensor
 
 from megatron_opus.config import ConfigError, RunConfig
 from megatron_opus.config.strategies import GHOST
-from megatron_opus.data.buffer import CandidateBuffer
-from megatron_opus.data.corpus import Corpus
-from megatron_opus.data.iterator import SelectedBatchIterator
 from megatron_opus.data.permutation import key
+from megatron_opus.errors import Refusal
 from megatron_opus.ranks.agreement import on_rank_0
 from megatron_opus.runs.ledger import REASONS, exclusions
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.selection.prefilter import Prefilter
 from megatron_opus.training import rank_local
-from megatron_opus.types import Candidates, Groups, Selection, SelectionStrategy, Signals
+from megatron_opus.types import Batch, Candidates, Groups, Selection, SelectionStrategy, Signals
 
 ENTROPY_WARNING = 0.99
 
 
-class TooManyFallbacks(RuntimeError):
+class TooManyFallbacks(Refusal, RuntimeError):
     """Selection fell back to random more often than `selection.max_fallbacks` allows."""
 
 
@@ -49,6 +48,43 @@ class Counters:
     excluded: int = 0  # candidates with non-finite scores
 
 
+class CandidateSource(Protocol):
+    """Where the candidates of each step come from: `data.buffer.CandidateBuffer`, or another loop's own dataset."""
+
+    notices: list[str]  # for the terminal; the driver clears them
+
+    def draw(self, step: int, weights: Tensor | None) -> Candidates: ...
+
+    def settle(self, candidates: Candidates, selected: np.ndarray) -> None: ...
+
+    def counters(self) -> dict[str, dict[str, int]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Sequences(Protocol):
+    """The sequences that the ids of candidates and proxy stand for: `data.corpus.Corpus`, or another loop's dataset."""
+
+    @property
+    def domains(self) -> Mapping[Any, Sequence[str]]: ...
+
+    def batch(self, ids: np.ndarray) -> Batch: ...
+
+    def tokens(self, ids: np.ndarray) -> Tensor: ...
+
+    def proxy_ids(self, step: int, count: int, seed: int) -> np.ndarray: ...
+
+
+class SelectionTaker(Protocol):
+    """What hands the selected sequences to the training step, in its own layout."""
+
+    def fill_selection(
+        self, corpus: Any, sample_ids: np.ndarray, micro_batch_size: int, weights: Tensor | None = None
+    ) -> None: ...
+
+
 class SelectionDriver:
     """One optimizer step's worth of choosing: buffer -> scoring pass -> strategy -> patched iterator."""
 
@@ -56,11 +92,11 @@ class SelectionDriver:
         self,
         config: RunConfig,
         groups: Groups,
-        corpus: Corpus,
-        buffer: CandidateBuffer,
+        corpus: Sequences,
+        buffer: CandidateSource,
         strategy: SelectionStrategy,
         scorer: ScoringPass | None,
-        iterator: SelectedBatchIterator,
+        iterator: SelectionTaker,
         loss_pass: LossPass | None = None,
         prefilter: Prefilter | None = None,
     ) -> None:
@@ -82,12 +118,14 @@ class SelectionDriver:
         self._scored = False  # the last step had a scoring pass
         self.notices: list[str] = []  # for the terminal, in order; the trainer prints and clears them
 
-    def choose(self) -> tuple[Candidates, Signals, Selection]:
+    def choose(self, k: int | None = None) -> tuple[Candidates, Signals, Selection]:
         """Draw N candidates, select K and fill the iterator with this rank's share of them, in buffer order.
 
+        `k` is K of this step where the batch size changes while the run goes on; None: `training.global_batch_size`.
         Buffer order, not draw order: with rho = 1 the step is then bit-identical to one without selection.
         """
-        c, step, k = self._config, self.counters.step, self._config.training.global_batch_size
+        c, step = self._config, self.counters.step
+        k = c.training.global_batch_size if k is None else k
         pool = self._buffer.draw(step, self._strategy.domain_weights(step))
         score = self._score if "ghost" in self._strategy.needs else self._losses
         self._scored = bool(self._strategy.needs) and self._strategy.scores_at(step)
@@ -164,6 +202,11 @@ class SelectionDriver:
         """Seconds that the step's choice and its update took on this rank; those of rank 0 count. Collective."""
         if self._strategy.wants_seconds and self._scored:
             self._strategy.observe_seconds(*on_rank_0(lambda: (choosing, updating)))
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of each sequence."""
+        return self._config.data.seq_length
 
     @property
     def domain_counters(self) -> dict[str, dict[str, int]]:

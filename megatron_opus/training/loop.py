@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 from megatron_opus.config import RunConfig
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.iterator import SelectedBatchIterator
+from megatron_opus.errors import Refusal
 from megatron_opus.ranks.lost_ranks import Watch
 from megatron_opus.ranks.stopping import StopAgreement
 from megatron_opus.runs.ledger import LedgerWriter
+from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.metrics import MetricsWriter, ProgressLine, metrics_row
 from megatron_opus.types import Groups, TrainEngine
 
 
-class NonFiniteLoss(RuntimeError):
-    """Too many consecutive steps had NaN or Inf gradients; the weights are those of the last good step."""
+class NonFiniteLoss(Refusal, RuntimeError):
+    """Too many consecutive steps had NaN or Inf gradients, or the run ends with losses that are no numbers."""
 
 
 class TrainingLoop:
@@ -57,7 +60,8 @@ class TrainingLoop:
     def run(self) -> dict[str, Any]:
         """Train to the end, or until all ranks agree to stop; the last row of metrics.
 
-        Raises NonFiniteLoss, TooManyFallbacks, CaptureError.
+        A run that had reached its end before gives the row that it had recorded. Raises NonFiniteLoss,
+        TooManyFallbacks, CaptureError.
         """
         t, driver, watch = self._config.training, self._driver, self._watch
         record = _Record(self._config, self._run_dir, self._corpus, driver) if self._writes else None
@@ -87,6 +91,10 @@ class TrainingLoop:
         finally:
             if record is not None:
                 record.close()  # a failing step must not take the record of the steps before it along
+        row = row or next(reversed(read_metrics(self._run_dir)), {})
+        if not self.stopped:
+            watch.now("looking at the last losses")
+            _check_last(row)
         return row
 
     def _step(self) -> tuple[dict[str, Any], Any]:
@@ -133,6 +141,17 @@ class TrainingLoop:
                 f"applied (loss {row['loss']}); max_nonfinite_steps is {limit}. The last checkpoint is intact; "
                 f"sample ids of this step: {ids}. Lower optimizer.lr or look at these samples"
             )
+
+
+def _check_last(row: dict[str, Any]) -> None:
+    """Raise NonFiniteLoss for a finished run whose last losses are NaN or infinite (null where they were recorded)."""
+    losses = {"loss": row.get("loss", 0.0), **row.get("validation_loss", {})}
+    broken = [name for name, loss in losses.items() if loss is None or not math.isfinite(loss)]
+    if broken:
+        raise NonFiniteLoss(
+            f"the run has ended, but its last losses are no numbers: {', '.join(broken)}. What it trained cannot be "
+            "used: resume a copy of the run from an earlier checkpoint, and lower optimizer.lr"
+        )
 
 
 class _Record:

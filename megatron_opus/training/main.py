@@ -47,13 +47,15 @@ def main(config: Path, argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage="%(prog)s [key=value ...] [--resume [--no-verify] [--trust-checkpoint]] [--dry-run]"
+        allow_abbrev=False,
+        usage="%(prog)s [key=value ...] [--verify-data] [--resume [--no-verify] [--trust-checkpoint]] [--dry-run]",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
     parser.add_argument(
-        "--no-verify", action="store_true", help="resume without reading the checkpoint's digests again"
+        "--no-verify", action="store_true", help="resume without comparing checkpoint and data with their digests"
     )
+    parser.add_argument("--verify-data", action="store_true", help="compare all of the data with its digests first")
     parser.add_argument("--trust-checkpoint", action="store_true", help="resume from files that could run code")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
@@ -65,8 +67,9 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
     # megatron-core warns six times that Apex and Transformer Engine are absent; the run reports both in its own words
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # imported late: a mistyped key should not take the seconds that torch, megatron-core and deepspeed need
+    from megatron_opus.files import explain
     from megatron_opus.ranks.agreement import software
-    from megatron_opus.ranks.lost_ranks import Watch, failure_message, prepare_nccl
+    from megatron_opus.ranks.lost_ranks import Watch, failure_message, is_lost_peer, prepare_nccl
     from megatron_opus.ranks.stopping import STOPPED, SignalWatch
     from megatron_opus.runs.lock import RunLock
     from megatron_opus.runs.record import compare_record
@@ -76,15 +79,16 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
         return 2
     from megatron_opus.training.session import Session
 
-    lock = RunLock(Path(recipe.output_dir) / recipe.name)
+    folder = Path(recipe.output_dir) / recipe.name
+    lock = RunLock(folder)
 
     def claim(run_dir: Path) -> str:
         try:
             lock.acquire()
             for line in compare_record(run_dir) if arguments.resume else ():
                 print(line, file=sys.stderr, flush=True)
-        except Refusal as error:
-            return str(error)
+        except (Refusal, OSError) as error:
+            return explain(error, run_dir) or str(error)
         return ""
 
     watch, signals, timeout = Watch(), SignalWatch(), recipe.parallel.distributed_timeout_minutes
@@ -97,6 +101,7 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
             recipe,
             resume=arguments.resume,
             verify=not arguments.no_verify,
+            verify_data=arguments.verify_data,
             trust_checkpoint=arguments.trust_checkpoint,
             versions=software(),
             say=_say(rank),
@@ -109,12 +114,15 @@ def _run(recipe: RunConfig, arguments: argparse.Namespace, rank: int) -> int:
         watch.now("ending the run")
         dist.barrier()
     except Exception as error:
-        if session is None and isinstance(error, Refusal):
-            if rank == 0 or error.of_one_rank:
-                print(f"error: {'' if rank == 0 else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        why = str(error) if isinstance(error, Refusal) else explain(error, folder)
+        if session is None and why:
+            if rank == 0 or getattr(error, "of_one_rank", True):
+                print(f"error: {'' if rank == 0 else f'rank {rank}: '}{why}", file=sys.stderr, flush=True)
             return 2
-        traceback.print_exc()
-        print(f"error: rank {rank}: {failure_message(error, watch.doing, timeout)}", file=sys.stderr, flush=True)
+        if not (why or is_lost_peer(error)):
+            traceback.print_exc()  # nobody foresaw this one: where it came from is all there is to go by
+        said = failure_message(error, watch.doing, timeout, why)
+        print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
         return 1
     finally:
         lock.release()

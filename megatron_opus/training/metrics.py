@@ -16,11 +16,10 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from megatron_opus.data.corpus import Corpus
 from megatron_opus.files import write_text
 from megatron_opus.nested import flatten
 from megatron_opus.runs.metrics import METRICS_FILE, read_metrics
-from megatron_opus.training.driver import SelectionDriver
+from megatron_opus.training.driver import SelectionDriver, Sequences
 from megatron_opus.types import Candidates, Selection, Signals
 
 
@@ -31,6 +30,7 @@ class MetricsWriter:
         self._path = run_dir / METRICS_FILE
         _truncate(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
+        self._start = 0
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -39,11 +39,18 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """`row` has an int `step`; nested mappings (losses per domain) become dotted TensorBoard tags."""
+        self._start = self._file.tell()  # of the last row
         self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
         self._file.flush()
         if self._events is not None:
-            for tag, value in _scalars(row):
+            for tag, value in scalars(row):
                 self._events.add_scalar(tag, value, row["step"])
+
+    def rewrite(self, row: Mapping[str, Any]) -> None:
+        """Write the last row again, to which something has been added."""
+        self._file.seek(self._start)
+        self._file.truncate()
+        self.write(row)
 
     def sync(self) -> None:
         """Everything written so far is on disk: called before a checkpoint counts."""
@@ -72,10 +79,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+def scalars(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Yield (TensorBoard tag, value) of every number in a row of metrics."""
     for tag, value in flatten(row, "/").items():
         if isinstance(value, int | float) and not isinstance(value, bool) and tag != "step":
             yield tag, value
+
+
+def expert_load(signals: Signals, selection: Selection) -> dict[str, float]:
+    """How unevenly experts are taken by the scored tokens of all candidates and of the chosen ones; {} without experts.
+
+    The tokens of the busiest expert of a layer over the mean of its experts, averaged over layers: 1 is even. Of 8
+    experts of which each token takes 2, 4 is the largest.
+    """
+    if signals.expert_load is None:
+        return {}
+
+    def busiest(load: torch.Tensor) -> float:
+        return float((load.amax(1) / load.mean(1)).mean())
+
+    offered, chosen = signals.expert_load, signals.expert_load[selection.indices]
+    return {"expert_load_offered": busiest(offered.sum(0)), "expert_load_chosen": busiest(chosen.sum(0))}
 
 
 class ProgressLine:
@@ -123,7 +147,7 @@ class ProgressLine:
 
 def metrics_row(
     driver: SelectionDriver,
-    corpus: Corpus,
+    corpus: Sequences,
     candidates: Candidates,
     signals: Signals,
     selection: Selection,
@@ -156,12 +180,13 @@ def metrics_row(
         "candidate_tokens": counters.candidate_tokens,
         "scored_tokens": counters.scored_tokens,
         **selection.diagnostics,
+        **expert_load(signals, selection),
         "fallbacks": counters.fallbacks,
         "excluded_total": counters.excluded,
         "geometry": signals.geometry,
         "selected_share": share,
         **weighted,
-        "domain_tokens": {name: c["used"] * corpus.seq_length for name, c in domains.items()},  # trained on
+        "domain_tokens": {name: c["used"] * driver.seq_length for name, c in domains.items()},  # trained on
         "domain_epochs": {name: c["offered"] / c["sequences"] for name, c in domains.items()},  # offered, in passes
         "score_seconds": signals.seconds,
         "score_bytes_sent": signals.bytes_sent,

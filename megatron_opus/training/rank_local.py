@@ -69,8 +69,10 @@ def merge(signals: Signals, selection: Selection, n: int, groups: Groups) -> tup
         diagnostics=diagnostics,
         fallback="; ".join(f"data-parallel rank {r}: {s.fallback}" for r, s in enumerate(drawn) if s.fallback),
     )
+    loads = [s.expert_load for s in heard if s.expert_load is not None]
     whole = replace(
         signals,
+        expert_load=torch.cat(loads) if len(loads) == len(heard) else None,
         interaction=None,
         alignment=_joined([s.alignment for s in heard], n),
         loss=_joined([s.loss for s in heard], n),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ class Session:
         stop_requested: Callable[[], int] = lambda: 0,
         watch: Watch | None = None,
         verify: bool = True,
+        verify_data: bool = False,
         trust_checkpoint: bool = False,
         claim: Callable[[Path], str] = lambda run_dir: "",
     ) -> None:
@@ -70,7 +72,9 @@ class Session:
 
         `stop_requested` gives the number of the signal by which this process was asked to stop, 0 for none. `watch` is
         told what this rank is doing. `verify` and `trust_checkpoint` say how a checkpoint is read at resume
-        (`checkpoint.load`). `claim` takes the run folder for this process, on rank 0, or says why it cannot be had.
+        (`checkpoint.load`). The data's files are compared with their manifest by a sample, and whole at a resume with
+        `verify`, or with `verify_data`. `claim` takes the run folder for this process, on rank 0, or says why it cannot
+        be had.
         """
         self._claim = claim
         self._say = say
@@ -83,7 +87,8 @@ class Session:
         # before the data where the vocabulary is known: preparing a corpus for a model that does not fit is a waste
         if recipe.model.vocab_size is not None:
             together(lambda: _check_memory(recipe, say), "comparing the model with the memory of its machine")
-        corpus = together(lambda: open_corpus(recipe, say), "opening the data")
+        whole, share = verify_data or (resume and verify), (dist.get_rank(), dist.get_world_size())
+        corpus = together(lambda: open_corpus(recipe, say, whole=whole, share=share), "opening the data")
         config = together(lambda: resolve(recipe, corpus.tokenizer.vocab_size), "resolving the configuration")
         if recipe.model.vocab_size is None:
             together(lambda: _check_memory(config, say), "comparing the model with the memory of its machine")
@@ -225,7 +230,12 @@ class Session:
         problem = [""]
         if dist.get_rank() == 0 and not (problem := [self._claim(self.run_dir)])[0]:
             exists = (self.run_dir / CONFIG_FILE).exists()
-            if exists and not resume:
+            if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
+                problem[0] = (
+                    "training.tensorboard: expected the package tensorboard, found none; pip install tensorboard, or "
+                    "set training.tensorboard=false (metrics.jsonl has the same numbers)"
+                )
+            elif exists and not resume:
                 problem[0] = (
                     f"{self.run_dir} already holds a run: continue it with --resume, or choose another name with "
                     "name=<new name>"
@@ -261,10 +271,15 @@ class Session:
 
 def _check_weights(model: nn.Module, layout: ModelLayout, groups: Groups) -> None:
     """Replicated weights are the same on every rank, shards on the data-parallel ranks that hold the same one."""
+    parameters = dict(named_parameters(model))
+    apart = {n: p for n, p in parameters.items() if layout.ep_size > 1 and layout[n].expert is not None}
     alike, cut = weight_digests(
-        named_parameters(model), lambda name: layout.tp_size > 1 and layout[name].cut is not None
+        ((n, p) for n, p in parameters.items() if n not in apart),
+        lambda name: layout.tp_size > 1 and layout[name].cut is not None,
     )
     stage = f"pipeline stage {groups.pp_rank}" if groups.pp_size > 1 else ""
+    experts, _ = weight_digests(apart.items(), lambda name: False)
+    check_agreement({"initial weight": experts}, peers=f"expert-parallel rank {groups.ep_rank} {stage}".strip())
     check_agreement({"initial weight": alike}, peers=stage)
     check_agreement({"initial weight": cut}, peers=f"tensor-parallel rank {groups.tp_rank} {stage}".strip())
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_opus.backends.formats import hf_layout
+from megatron_opus.backends.formats import hf_config, hf_layout
 from megatron_opus.backends.formats.safetensors_files import INDEX, SINGLE, SafetensorsWriter, tensor_bytes
 from megatron_opus.config import ConfigError, ModelConfig
 from megatron_opus.data import manifest as manifests
@@ -80,11 +80,11 @@ def hf_to_opus(
     """Write tp_RR_of_TT.safetensors with the local shards of every rank, and weights.json last.
 
     Raises ConfigError (before any tensor is read) for an output that exists, a degree that does not divide the model,
-    files that are not those of a GPT-2 or Qwen3 model.
+    files that are not those of a GPT-2, Qwen3 or Llama model.
     """
     _refuse_existing(output, overwrite)
-    raw = hf_layout.read_config(source)
-    model = hf_layout.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    raw = hf_config.read_config(source)
+    model = hf_config.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     layout = model_layout(model, tp_size=tp_size)
     weights = HfWeights(source, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     total, count = 0, 0
@@ -98,7 +98,7 @@ def hf_to_opus(
                     out.write(name, weights.read(name, *layout.shard(name, rank)).to(dtype))
             total += sum(tensor_bytes(*t) for t in tensors.values())
             count += len(tensors)
-        shutil.copyfile(source / hf_layout.CONFIG_FILE, partial / SOURCE_CONFIG)
+        shutil.copyfile(source / hf_config.CONFIG_FILE, partial / SOURCE_CONFIG)
         copied = _copy_companions(source, partial)
         marker = {"format": FORMAT, "tensor_model_parallel_size": tp_size, "model": dataclasses.asdict(model)}
         write_json(partial / WEIGHTS_FILE, marker)
@@ -147,7 +147,7 @@ def opus_to_hf(
         dtypes = {dtype for dtype, _ in tensors.values()}
         dtype = str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
         base = next((found for found in map(_base_config, origins) if found is not None), None)
-        config = hf_layout.published_config(model, dtype, base)
+        config = hf_config.published_config(model, dtype, base)
         beside = _Companions()
         for directory in [tokenizer] if tokenizer else origins:
             try:
@@ -161,7 +161,7 @@ def opus_to_hf(
                 break
         if base is None and beside.eod is not None:  # it stands before every document, and after it
             config |= {"bos_token_id": beside.eod, "eos_token_id": beside.eod}
-        write_json(partial / hf_layout.CONFIG_FILE, config)
+        write_json(partial / hf_config.CONFIG_FILE, config)
         if origin is not None:
             write_json(partial / ORIGIN, origin)
     return Converted(output=output, tensors=len(tensors), bytes=total, companions=beside.names, notice=beside.notice)
@@ -226,7 +226,7 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{output} exists; choose another output, or say --overwrite to replace it")
-    if not any((output / name).is_file() for name in (WEIGHTS_FILE, hf_layout.CONFIG_FILE)):
+    if not any((output / name).is_file() for name in (WEIGHTS_FILE, hf_config.CONFIG_FILE)):
         raise ConfigError(f"{output} is not a converted model; --overwrite does not delete anything else")
 
 
@@ -309,7 +309,7 @@ def _origins(weights: WeightSource) -> list[Path]:
 
 
 def _base_config(origin: Path) -> dict[str, Any] | None:
-    for name in (SOURCE_CONFIG, hf_layout.CONFIG_FILE):
+    for name in (SOURCE_CONFIG, hf_config.CONFIG_FILE):
         if (origin / name).is_file():
-            return hf_layout.read_config(origin, name)
+            return hf_config.read_config(origin, name)
     return None

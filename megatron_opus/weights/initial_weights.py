@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_opus.backends.model.stages import named_parameters
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig
-from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
+from megatron_opus.config.dimensions import expert_ffn_size, ffn_size, head_channels, query_groups
 from megatron_opus.errors import CheckpointError
 from megatron_opus.layout.model_layout import ModelLayout, recipe_layout
 from megatron_opus.ranks.agreement import RankMismatch
@@ -57,7 +57,7 @@ def refuse_other_model(source: WeightSource, model: ModelConfig) -> None:
             "num_attention_heads": m.num_attention_heads,
             "num_query_groups": query_groups(m),
             "kv_channels": head_channels(m),
-            "ffn_hidden_size": ffn_size(m),
+            **({"ffn_hidden_size": ffn_size(m)} if m.num_moe_experts is None else _experts(m)),
             "vocab_size": m.vocab_size,
             "position_embedding_type": m.position_embedding_type,
             "rotary_base": m.rotary_base if rope else None,
@@ -72,9 +72,23 @@ def refuse_other_model(source: WeightSource, model: ModelConfig) -> None:
         }
 
     theirs, ours = shape(source.model), shape(model)
-    faults = [f"  model.{key}: expected {want}, got {ours[key]}" for key, want in theirs.items() if ours[key] != want]
+    faults = [
+        f"  model.{key}: expected {theirs.get(key)}, got {ours.get(key)}"
+        for key in {**theirs, **ours}
+        if theirs.get(key) != ours.get(key)
+    ]
     if faults:
         raise WeightsError("\n".join([f"model.init_from: {source.where} is another model than the recipe's:", *faults]))
+
+
+def _experts(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": expert_ffn_size(model),
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+    }
 
 
 @torch.no_grad()
@@ -82,7 +96,8 @@ def _fill(model: nn.Module, source: WeightSource, layout: ModelLayout, groups: G
     """Copy the weights that this rank and stage hold, and give a checksum of what was read of every parameter."""
     parameters = dict(named_parameters(model))
     whole = groups.pp_size == 1  # a stage has its own layers alone
-    expected = {p.name: layout.local_shape(p.name) for p in layout.parameters if whole or p.name in parameters}
+    held = layout.held_by(groups.ep_rank)
+    expected = {p.name: layout.local_shape(p.name) for p in held if whole or p.name in parameters}
     refuse_unless_equal(expected, {n: tuple(p.shape) for n, p in parameters.items()}, "the model as it was built")
     digests = {}
     for name, parameter in parameters.items():

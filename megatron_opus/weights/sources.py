@@ -4,6 +4,7 @@
     HfWeights       Hugging Face directory  published tensors (hf_layout.py)
     ShardedWeights  hf-to-opus directory    tensor-parallel degree of the conversion
     ShardedWeights  checkpoints/step_*      tensor-parallel degree of the run, under ZeRO 3 data-parallel parts as well
+    MegatronWeights checkpoints/step_*      of Megatron's engine: chunks of the whole model's tensors
 
 A rank that starts from such weights reads its own rows and columns only, so the degree need not be the files'.
 """
@@ -19,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_opus.backends.formats import hf_layout
+from megatron_opus.backends.formats import hf_config, hf_layout
 from megatron_opus.backends.formats.deepspeed_shards import DeepSpeedShards
 from megatron_opus.backends.formats.safetensors_files import SafetensorsFiles
+from megatron_opus.backends.formats.torch_dist import TorchDistTensors
 from megatron_opus.backends.model.build import DTYPES
 from megatron_opus.config import ConfigError, ModelConfig, RunConfig, from_dict
 from megatron_opus.layout.model_layout import model_layout
@@ -78,13 +80,13 @@ class HfWeights(WeightSource):
     """Reads a Hugging Face directory. Raises WeightsError listing missing, unexpected and ill-shaped tensors."""
 
     def __init__(self, directory: Path, *, make_vocab_size_divisible_by: int = 128) -> None:
-        raw = hf_layout.read_config(directory)
-        model = hf_layout.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+        raw = hf_config.read_config(directory)
+        model = hf_config.model_config(raw, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
         super().__init__(model, directory)
         self.layouts = hf_layout.layouts(self.model, self.layout)
         self._files = SafetensorsFiles(directory)
         self._absent_table = ""
-        self._prefix = hf_layout.PREFIX[hf_layout.family(self.model)]
+        self._prefix = hf_layout.PREFIX[hf_config.family(self.model)]
         if not any(name.startswith(self._prefix) for name in self._files.names):
             self._prefix = ""  # saved from the model without its head, as the published GPT-2 files are
         # A tied model may be stored with its one table under the head's name alone.
@@ -104,7 +106,7 @@ class HfWeights(WeightSource):
     def _stored(self, tensor: str) -> str:
         if tensor == self._absent_table:
             return hf_layout.HEAD
-        full = hf_layout.PREFIX[hf_layout.family(self.model)]
+        full = hf_layout.PREFIX[hf_config.family(self.model)]
         return self._prefix + tensor.removeprefix(full) if tensor.startswith(full) else tensor
 
     def _check(self, published: Mapping[str, tuple[tuple[int, ...], bool]]) -> None:
@@ -112,7 +114,7 @@ class HfWeights(WeightSource):
         found = {name: self._files.shape(name) for name in self._files.names if not hf_layout.is_buffer(name)}
         tied_copy = hf_layout.HEAD in found and hf_layout.HEAD not in expected
         head = found.pop(hf_layout.HEAD) if tied_copy else None
-        refuse_unless_equal(expected, found, f"{self.where} does not hold the tensors of its {hf_layout.CONFIG_FILE}")
+        refuse_unless_equal(expected, found, f"{self.where} does not hold the tensors of its {hf_config.CONFIG_FILE}")
         if head is not None:
             self._check_tied(head)
 
@@ -219,6 +221,23 @@ class ShardedWeights(WeightSource):
         return value if columns is None else torch.cat([value[:, start : start + n] for start, n in columns], dim=1)
 
 
+class MegatronWeights(WeightSource):
+    """Reads a checkpoint of Megatron's engine, whatever layout wrote it. Raises WeightsError when it does not fit."""
+
+    def __init__(self, model: ModelConfig, where: Path, engine: Path) -> None:
+        super().__init__(model, where)
+        self._tensors = TorchDistTensors(engine)
+        expected = {p.name: p.shape for p in self.layout.parameters}
+        found = {name: shape for name in expected if (shape := self._tensors.shape(name)) is not None}
+        refuse_unless_equal(expected, found, f"{where} does not hold the tensors of its configuration")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors.dtype(name)
+
+    def _read(self, name: str, rows: Ranges, columns: Ranges | None) -> Tensor:
+        return self._tensors.read(name, rows, *(() if columns is None else (columns,)))
+
+
 # --- places ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +285,7 @@ def open_weights(path: str | Path) -> WeightSource:
     path = Path(path)
     if (path / WEIGHTS_FILE).is_file():
         return _open_converted(path)
-    if (path / hf_layout.CONFIG_FILE).is_file():
+    if (path / hf_config.CONFIG_FILE).is_file():
         return HfWeights(path)
     if (path / "checkpoints").is_dir():
         newest = checkpoints.latest(path / "checkpoints")
@@ -276,7 +295,7 @@ def open_weights(path: str | Path) -> WeightSource:
     if (path / checkpoints.MARKER).is_file():
         return _open_checkpoint(path)
     raise WeightsError(
-        f"{path}: expected a Hugging Face model ({hf_layout.CONFIG_FILE}), a converted one ({WEIGHTS_FILE}), a run "
+        f"{path}: expected a Hugging Face model ({hf_config.CONFIG_FILE}), a converted one ({WEIGHTS_FILE}), a run "
         f"folder or a checkpoint ({checkpoints.MARKER}), found none of them"
     )
 
@@ -295,9 +314,11 @@ def _open_converted(path: Path) -> ShardedWeights:
     return ShardedWeights(model, path, ConvertedShards(path, tp_size), tp_size)
 
 
-def _open_checkpoint(path: Path) -> ShardedWeights:
+def _open_checkpoint(path: Path) -> WeightSource:
     config, marker = checkpoint_config(path)
     checkpoints.verify_files(path, marker)
+    if config.parallel.engine == "megatron":
+        return MegatronWeights(config.model, path, path / "engine")
     layout = marker["layout"]
     tp_size = layout["tensor_model_parallel_size"]
     shards = DeepSpeedShards(

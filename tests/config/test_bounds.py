@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from config_numbers import MAPPINGS, numeric
 
 from megatron_opus.config import (
     AdoConfig,
@@ -18,38 +17,15 @@ from megatron_opus.config import (
     OptimizerConfig,
     PreconditionerConfig,
     RedundancyConfig,
-    RunConfig,
     SelectionConfig,
     SketchConfig,
     from_dict,
     to_dict,
 )
-from megatron_opus.config.schema import Bound, Section, hints, without_bounds
+from megatron_opus.config.schema import Bound
 from megatron_opus.runs.checkpoints import settings_that_differ
 
 SMALL: dict[str, Any] = {"name": "x", "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}}
-
-
-def fields(cls: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, hint in hints(cls).items():
-        if isinstance(hint, type) and issubclass(hint, Section):
-            yield from fields(hint, (*path, name))
-        else:
-            yield (*path, name), hint
-
-
-def numeric() -> list[tuple[tuple[str, ...], type, tuple[Any, ...]]]:
-    found = []
-    for path, hint in fields():
-        plain, bounds = without_bounds(hint)
-        if typing.get_origin(plain) is dict:
-            plain, bounds = without_bounds(typing.get_args(plain)[1])
-        if plain in (int, float):
-            found.append((path, plain, bounds))
-    return found
-
-
-MAPPINGS = ("domain_weights", "domain_max_epochs", "minimum", "maximum")
 
 
 def set_to(path: tuple[str, ...], value: Any) -> dict[str, Any]:

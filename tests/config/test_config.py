@@ -363,7 +363,7 @@ def test_every_key_that_a_page_names_exists() -> None:
     pages = (CONFIGS.parent / "README.md", *(CONFIGS.parent / "docs").glob("*.md"))
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     sections = "model|data|parallel|optimizer|training|selection"
-    named = set(re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)(?=[`=,])", text))
+    named = set(re.findall(rf"(?<![.\w])((?:{sections})(?:\.[a-z_]+)+)(?=[`=,])", text))
     paths = [*leaves(to_dict(from_dict(SMALL)))]
     known = {".".join(path[:depth]) for path in paths for depth in range(2, len(path) + 1)}  # sections of sections too
     assert len(named) > 20

@@ -13,9 +13,10 @@ from proxy_helpers import built, corpus_texts, sentence
 from score_helpers import opened, scored, topic_corpus
 
 from megatron_opus.corpus_scores.documents import Block, ScoreError
+from megatron_opus.corpus_scores.duplicates import copies
 from megatron_opus.corpus_scores.keep import KeepConfig, keep
 from megatron_opus.corpus_scores.lexical import Dsir
-from megatron_opus.corpus_scores.rules import _gumbel, parse_rules, ranks
+from megatron_opus.corpus_scores.rules import _gumbel, parse_rules, principal_axes, ranks
 from megatron_opus.corpus_scores.scorer import DocumentScorer
 from megatron_opus.data.manifest import Manifest
 
@@ -248,3 +249,74 @@ def test_opus_trains_on_what_is_kept(tmp_path: Path) -> None:
     assert len(found["losses"]) == 3
     assert all(np.isfinite(found["losses"]))
     assert 0 < sum(found["selected"]) < len(found["selected"])
+
+
+# --- axes and copies ------------------------------------------------------------------------------------------------
+
+
+def test_every_axis_keeps_its_share() -> None:
+    """Guards against an axis that points down, one that takes the whole budget, and scores as large as they come."""
+    random = np.random.default_rng(3)
+    quality, other = random.normal(size=400), random.normal(size=400)
+    scores = {
+        "a": (1000 * (quality + 0.1 * random.normal(size=400))).astype(np.float32),
+        "b": (quality + 0.1 * random.normal(size=400)).astype(np.float32),
+        "c": other.astype(np.float32),
+    }
+    tokens, domains = np.full(400, 10), np.zeros(400, dtype=np.int64)
+    rank = ranks(parse_rules("axes:2"), scores, domains, tokens, 0)
+    kept = np.argsort(rank)[:80]
+    first, second = principal_axes(scores, 2)
+    assert np.corrcoef(first, quality)[0, 1] > 0.98
+    assert np.corrcoef(second, other)[0, 1] > 0.98
+    for axis in (first, second):
+        best = set(np.argsort(-axis)[:40].tolist())
+        assert len(best & set(kept.tolist())) >= 39
+    scores["c"][7] = np.nan
+    assert np.isinf(ranks(parse_rules("axes:2"), scores, domains, tokens, 0)[7])
+    with pytest.raises(ScoreError, match="at most as many axes, got 3 scores"):
+        ranks(parse_rules("axes:4"), scores, domains, tokens, 0)
+    for wrong in ("axes:0", "axes:2@a", "axes"):
+        with pytest.raises(ScoreError, match="rule 'axes"):
+            parse_rules(wrong)
+
+
+def copied_corpus(tmp_path: Path) -> Path:
+    """Ten documents, the first of them again at place 10, and changed in two words of 60 at place 11."""
+    random = np.random.default_rng(5)
+    texts = [" ".join("".join(random.choice([*"abcdefghij"], 5)) for _ in range(60)) for _ in range(10)]
+    words = texts[0].split()
+    texts += [texts[0], " ".join([*words[:10], "changed", *words[11:40], "twice", *words[41:]])]
+    file = write_jsonl(tmp_path / "text.jsonl", texts)
+    held = write_jsonl(tmp_path / "held.jsonl", [sentence("finance", i) for i in range(8)])
+    goal = write_jsonl(tmp_path / "goal.jsonl", [sentence("sports", i) for i in range(8)])
+    sets = [spec("web", "candidates", file), spec("money", "validation", held), spec("goal", "proxy", goal)]
+    prepared(tmp_path / "corpus", *sets, duplicates="keep")
+    return tmp_path / "corpus"
+
+
+def test_copies_leave_before_the_rule_chooses(tmp_path: Path) -> None:
+    """Guards against a copy that is kept because it scores high, and a first one that leaves in its place."""
+    corpus = copied_corpus(tmp_path)
+    said: list[str] = []
+    assert np.flatnonzero(copies(opened(corpus), "exact", said.append)).tolist() == [10]
+    assert "1 of 12 documents" in said[0]
+    scored(corpus, Length(), tmp_path / "sizes")
+    config = KeepConfig(
+        corpus=corpus, scores={"s": tmp_path / "sizes"}, rule="top", output=tmp_path / "kept", duplicates="exact"
+    )
+    manifest = keep(config, opened(corpus), said.append)
+    assert next(e.documents for e in manifest.datasets if e.name == "web") == 11
+    rows = pq.read_table(tmp_path / "kept" / "dropped.parquet").to_pylist()
+    assert [(row["document"], row["reason"]) for row in rows] == [(10, "copy of an earlier document")]
+    for wrong in ("near", "near:0.99", "all"):
+        with pytest.raises(ScoreError, match=f"duplicates '{wrong}'"):
+            copies(opened(corpus), wrong, said.append)
+
+
+def test_near_copies_are_found(tmp_path: Path) -> None:
+    """Guards against a sketch of single tokens, by which all documents on a topic are copies of each other."""
+    pytest.importorskip("datasketch", reason="near duplicates need the extra `duplicates`")
+    corpus = copied_corpus(tmp_path)
+    assert np.flatnonzero(copies(opened(corpus), "near:0.5", lambda _: None)).tolist() == [10, 11]
+    assert np.flatnonzero(copies(opened(corpus), "near:0.9", lambda _: None)).tolist() == [10]

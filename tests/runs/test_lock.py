@@ -117,3 +117,13 @@ def test_a_zombie_has_ended(tmp_path: Path) -> None:
         pass
     assert Path(f"/proc/{process.pid}").exists()
     process.wait()
+
+
+def test_an_empty_lock_is_taken_over(tmp_path: Path) -> None:
+    """Guards against a process that was killed between making its lock and writing into it, whose run then waits for a
+    user to remove a file."""
+    (tmp_path / LOCK_FILE).touch()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert os.listdir(tmp_path) == []

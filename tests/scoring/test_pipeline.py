@@ -193,11 +193,15 @@ def with_fault(fault: str, estimator: str, layout: dict[str, Any]) -> dict[str, 
             fake.objective = lambda losses, micro=micro: micro.objective(losses) / len(micros)
         original(self, scaled)
 
-    original = pipeline.ScheduleRunner.backward
+    def ungathered(self: Any, param_sync: bool = True) -> None:
+        disable(self, param_sync=False)
+
+    original, disable = pipeline.ScheduleRunner.backward, ddp.DistributedDataParallel.disable_forward_pre_hook
     where: dict[str, tuple[Any, str, Any]] = {
         "local layer numbers": (stages, "first_layer", lambda piece: 0),
         "sums of stage scores": (StageSums, "features", lambda self, value, columns: value),
         "schedule divides": (pipeline.ScheduleRunner, "backward", undivided),
+        "hooks off, not gathered": (ddp.DistributedDataParallel, "disable_forward_pre_hook", ungathered),
         "stale weights": (ddp.MegatronEngine, "_gathered", lambda self: contextlib.nullcontext()),
     }
     target, name, wrong = where[fault]
@@ -229,7 +233,13 @@ def test_the_faults_are_seen(world2: Any, alone: Any, fault: str, estimator: str
         assert moved > 100 * TOLERANCE
 
 
-def test_stale_weights_are_seen(world2: Any) -> None:
-    """Guards against scoring under overlapped gathering without the toggle: Megatron's own hook refuses it."""
+def test_stale_weights_are_seen(world2: Any, alone: Any) -> None:
+    """Guards against scoring under overlapped gathering without the toggle, which Megatron's own hook refuses, and
+    against hooks that are taken off without gathering what the last step has updated."""
     arguments = {"model": "gpt2", "parallel": OVERLAPS}
     assert world2.run(alignment_with, "stale weights", "one_sided", arguments) == [None, None]
+    truth = alone("one_sided", "gpt2")["align"]
+    for right in world2.run(train_and_score, "one_sided", arguments):
+        assert relative(right["align"], truth) < TOLERANCE
+    for stale in world2.run(alignment_with, "hooks off, not gathered", "one_sided", arguments):
+        assert relative(stale, truth) > 100 * TOLERANCE

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gpt_runs import GPT2, LENGTH, QWEN3, batch_of_step, recipe, share_of_rank, start
+from megatron_muon import KINDS, layout_of, needs_muon
 from small_models import random_batch
 
 from megatron_opus.config import SelectionConfig
@@ -27,7 +28,7 @@ def scorer_of(engine: Any, groups: Any, config: Any) -> Any:
     layers, state = megatron_layers(engine.module, recipe_layout(config)), engine.optimizer_state()
     selection = dataclasses.replace(SelectionConfig(), score_length=LENGTH // 2)
     runner, device = engine.runner(), torch.device(engine.device)
-    verify = runner if runner.has_whole_weights else None  # the comparison with autograd must disturb nothing either
+    verify = None if runner.incomparable else runner  # the comparison with autograd must disturb nothing either
     scorer = ScoringPass(runner, layers, state, selection, groups=groups, device=device, verify=verify)
     mine = [random_batch(4, LENGTH, seed=i).rows(2 * groups.dp_rank, 2 * groups.dp_rank + 2) for i in (1, 2)]
     return lambda: scorer(*mine)
@@ -44,16 +45,26 @@ def everything(engine: Any) -> dict[str, torch.Tensor]:
     if hasattr(engine, "deepspeed"):
         states = Partition(engine.deepspeed).optimizer.state.values()
     else:
-        states = [v for part in engine._optimizer.chained_optimizers for v in part.optimizer.state.values()]
+        from megatron_opus.backends.engines.megatron.muon import leaves
+
+        states = [v for part, _ in leaves(engine._optimizer) for v in part.optimizer.state.values()]
     for i, state in enumerate(states):
         found |= {f"state {i} {k}": torch.as_tensor(v).clone() for k, v in state.items()}
     found["random"] = torch.get_rng_state()
     return found | {f"random {k}": v for k, v in rng_tracker().get_states().items()}
 
 
-def run(arguments: dict[str, Any], scored: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], bool]:
+def run(
+    arguments: dict[str, Any], scored: bool, kind: str = ""
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], bool]:
+    with layout_of(kind):
+        return _run(dict(arguments), scored)
 
+
+def _run(arguments: dict[str, Any], scored: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], bool]:
+    muon = arguments.pop("muon", {})
     config = recipe(**arguments)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **muon))
     engine, groups = start(config)
     score = scorer_of(engine, groups, config)
     finite = True
@@ -72,8 +83,8 @@ def run(arguments: dict[str, Any], scored: bool) -> tuple[list[tuple[float, floa
     return losses, everything(engine), finite
 
 
-def compare(pool: Any, arguments: dict[str, Any]) -> None:
-    plain, scored = (pool.run(run, arguments, flag) for flag in (False, True))
+def compare(pool: Any, arguments: dict[str, Any], kind: str = "") -> None:
+    plain, scored = (pool.run(run, arguments, flag, kind) for flag in (False, True))
     for (losses, state, _), (losses_scored, state_scored, finite) in zip(plain, scored, strict=True):
         assert finite
         assert losses_scored == losses
@@ -126,3 +137,19 @@ def test_scoring_disturbs_nothing_of_megatrons_engine_under_tensor_parallelism(w
 def test_scoring_disturbs_nothing_of_megatrons_sgd(world2: Any) -> None:
     """Fault: a momentum that the pass reads as its own."""
     compare(world2, {"parallel": MEGATRON["replicated"], "optimizer": "sgd", "model": DROPOUT})
+
+
+@needs_muon
+@pytest.mark.parametrize("kind", KINDS)
+def test_scoring_disturbs_nothing_of_megatrons_muon(world2: Any, kind: str) -> None:
+    """Fault: a momentum that the pass multiplies in place, or matrices gathered by it that belong to a later step."""
+    compare(world2, {**KINDS[kind], "optimizer": "muon", "model": DROPOUT}, kind)
+
+
+@needs_muon
+@pytest.mark.parametrize("mode", ["blockwise", "duplicated", "distributed"])
+def test_scoring_disturbs_nothing_of_megatrons_muon_under_tensor_parallelism(world4: Any, mode: str) -> None:
+    """Fault: a reduction of the pass that pairs with one of Muon's own over the same ranks."""
+    arguments = {"optimizer": "muon", "tp": 2, "sp": True, "model": DROPOUT, "muon": {"muon_tp_mode": mode}}
+    for kind in ("plain", "layer-wise, overlaps"):
+        compare(world4, {**KINDS[kind], **arguments}, kind)

@@ -281,6 +281,26 @@ def test_the_processor_clock_leaves_out_what_else_the_machine_did(tmp_path):
         report.collect(found, runs, record)
 
 
+def test_seconds_before_the_first_step_are_counted(tmp_path):
+    """Guards against a filter that scored for an hour and passes for as fast as random, and a misspelt arm."""
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps({"opus": 2.0}))
+    found = experiment.read_experiment(experiment_file(tmp_path, clock="cpu", seeds=[1], before=str(before)))
+    runs = found.runs(tmp_path / "out", None)
+    record = experiment.record(found, runs, tmp_path / "out")
+    for run in runs:
+        write_run(run, {1: 4.0, 3: 3.0}, 1.0, cpu=0.5)
+    arm = next(a for a in report.collect(found, runs, record).arms if a.arm == "opus")
+    assert arm.second_ratio is not None
+    assert arm.second_ratio.mean == pytest.approx(2.0)  # 4 steps of half a second, and 2 seconds before them
+    before.write_text(json.dumps({"opsu": 2.0}))
+    with pytest.raises(experiment.LabError, match="expected arms of the experiment, got opsu"):
+        report.collect(found, runs, record)
+    before.unlink()
+    with pytest.raises(experiment.LabError, match="expected JSON, arm -> seconds"):
+        report.collect(found, runs, record)
+
+
 def started(
     tmp_path, monkeypatch, broken: str = ""
 ) -> tuple[experiment.Experiment, list[experiment.PlannedRun], list[str], list[str]]:

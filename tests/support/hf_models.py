@@ -17,13 +17,16 @@ LENGTH = 24
 
 def config(kind: str, tied: bool, **changes: Any) -> Any:
     """Shapes in which everything that can be mixed up has another size."""
-    from transformers import GPT2Config, Qwen3Config
+    from transformers import GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     common = {"vocab_size": VOCAB, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "gpt2":
         shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "n_inner": 48}
         return GPT2Config(**{**common, **shape, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **changes})
-    return Qwen3Config(
+    if kind == "qwen3_moe":
+        experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+        changes = {**experts, **changes}
+    return {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "llama": LlamaConfig}[kind](
         **{
             **common,
             "hidden_size": 32,
@@ -71,7 +74,7 @@ def published_logits(directory: Path) -> Tensor:
 
 def recipe_for(directory: Path, tp: int, **sections: dict[str, Any]) -> RunConfig:
     """A recipe of the model in `directory`, from its own config.json, that starts from its weights."""
-    from megatron_opus.backends.formats.hf_layout import model_config, read_config
+    from megatron_opus.backends.formats.hf_config import model_config, read_config
 
     model = to_dict(model_config(read_config(directory), make_vocab_size_divisible_by=32))
     raw: dict[str, Any] = {
@@ -116,13 +119,15 @@ def logits_of(gpt: Any, groups: Any, dist: Any, forward_loss: Any, batch_type: A
     positions = torch.arange(LENGTH).expand_as(ids)
     with torch.no_grad():
         part = gpt(input_ids=ids, position_ids=positions, attention_mask=None).float()
+        even = gpt.config.sequence_parallel  # which splits the tokens over two ranks
+        length = LENGTH - 2 if even else LENGTH - 1
         losses = forward_loss(
             gpt,
             batch_type(
-                tokens=ids[:, :-1],
-                labels=ids[:, 1:],
-                loss_mask=torch.ones(2, LENGTH - 1),
-                position_ids=positions[:, :-1],
+                tokens=ids[:, :length],
+                labels=ids[:, 1 : length + 1],
+                loss_mask=torch.ones(2, length),
+                position_ids=positions[:, :length],
             ),
         )
     parts = [part]

@@ -1,7 +1,7 @@
 """Real runs of the trainer, one operating system process for each rank, that tests may signal, stop and kill.
 
 The ranks start as under a launcher, through launch/start.py, but are forked from one process that has imported torch,
-megatron-core and deepspeed already: that takes most of the time of a short run.
+megatron-core and deepspeed already: that takes most of the time of a short run. Other programs are run in the same way.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ def tiny(cache: Path, runs: Path, name: str, *more: str) -> list[str]:
         *("training.eval_interval=0", "training.eval_sequences=2", "selection.score_length=32"),
         *more,
     ]
+
+
+class Variables:
+    """Environment variables of a rank, set before it begins: a `prepare` of Server.launch."""
+
+    def __init__(self, **variables: str) -> None:
+        self._variables = variables
+
+    def __call__(self) -> None:
+        os.environ.update(self._variables)
 
 
 class Launched:
@@ -89,12 +99,26 @@ class Launched:
         return "\n".join(f"--- rank {r}:\n{self.log(r)[-3000:]}" for r in range(len(self.pids)))
 
 
-class Server:
-    """Forks ranks. One for all tests; `close` kills whatever is left."""
+def trainer() -> None:
+    """Import what takes the time of a short run of the trainer."""
+    import megatron_opus.training.session  # noqa: F401
 
-    def __init__(self) -> None:
+
+def train(arguments: list[str], recipe: str) -> int:
+    """Run the trainer on this rank; its exit status. The arguments stand in `sys.argv` as well."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    import start
+
+    return start.start(recipe)
+
+
+class Server:
+    """Forks ranks that run `program`. One for all tests; `close` kills whatever is left."""
+
+    def __init__(self, prepare: Callable[[], None] = trainer, program: Callable[[list[str], str], int] = train) -> None:
+        """`prepare()` runs once, before any rank is forked; `program(arguments, recipe)` gives a rank's status."""
         self._connection, theirs = mp.get_context("spawn").Pipe()
-        self._process = mp.get_context("spawn").Process(target=_serve, args=(theirs,))
+        self._process = mp.get_context("spawn").Process(target=_serve, args=(theirs, prepare, program))
         self._process.start()
         theirs.close()
         self._started: list[Launched] = []
@@ -104,7 +128,12 @@ class Server:
         return self._connection.recv()
 
     def launch(
-        self, world: int, arguments: list[str], logs: Path, prepare: Callable[[], None] | None = None
+        self,
+        world: int,
+        arguments: list[str],
+        logs: Path,
+        prepare: Callable[[], None] | None = None,
+        recipe: str = RECIPE,
     ) -> Launched:
         """`prepare` runs first on every rank, with RANK set: a fault to put in."""
         logs.mkdir(parents=True, exist_ok=True)
@@ -118,9 +147,9 @@ class Server:
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
             }
             files.append(logs / f"rank{rank}.log")
-            pids.append(self.ask("fork", arguments, environment, str(files[-1]), prepare))
+            pids.append(self.ask("fork", arguments, environment, str(files[-1]), prepare, recipe))
         values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-        launched = Launched(self, pids, files, Path(values["output_dir"]) / values["name"])
+        launched = Launched(self, pids, files, Path(values.get("output_dir", logs)) / values.get("name", ""))
         self._started.append(launched)
         return launched
 
@@ -131,12 +160,11 @@ class Server:
         self._process.join()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None], program: Callable[[list[str], str], int]) -> None:
     import torch
 
-    import megatron_opus.training.session  # noqa: F401  what takes the time
-
     torch.set_num_threads(1)
+    prepare()
     while True:
         try:
             request = connection.recv()
@@ -149,13 +177,20 @@ def _serve(connection: Connection) -> None:
             pid = os.fork()
             if pid == 0:
                 try:
-                    _rank(*request[1:])
+                    _rank(program, *request[1:])
                 finally:
                     os._exit(99)
             connection.send(pid)
 
 
-def _rank(arguments: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None) -> None:
+def _rank(
+    program: Callable[[list[str], str], int],
+    arguments: list[str],
+    environment: dict[str, str],
+    log: str,
+    prepare: Callable[[], None] | None,
+    recipe: str,
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -164,9 +199,6 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str, prepare: 
     os.environ.update(environment)
     os.setsid()
     sys.argv = ["run", *arguments]
-    sys.path.insert(0, str(ROOT / "launch"))
-    import start
-
     if prepare is not None:
         prepare()
-    os._exit(start.start(RECIPE))
+    os._exit(program(arguments, recipe))

@@ -98,6 +98,23 @@ def test_the_miniature_twin_runs_from_published_weights_to_published_weights(
     assert done.companions == ("tokenizer.json", "generation_config.json")
 
 
+def test_a_run_of_megatrons_engine_goes_the_same_way(
+    world2: Any, model: Path, embedded_cache: Path, tmp_path: Path
+) -> None:
+    """Guards against a checkpoint of that engine that cannot be exported, or started from at another degree."""
+    keys = ("parallel.engine=megatron", "parallel.tensor_model_parallel_size=2")
+    config = recipe(model, embedded_cache, tmp_path, *keys)
+    result = world2.run(run, config)[0]
+    folder = tmp_path / config.name
+    opus_to_hf(folder, tmp_path / "exported")
+    got = hf_models.published_logits(tmp_path / "exported")
+    torch.testing.assert_close(result["logits"][..., : got.shape[-1]], got, rtol=0, atol=1e-4)
+    keys = ("parallel.engine=megatron", f"model.init_from={folder}", "optimizer.lr=1e-12")
+    again = recipe(model, embedded_cache, tmp_path / "again", *keys)
+    started = world2.run(run, again)[0]
+    torch.testing.assert_close(started["logits"], result["logits"], rtol=0, atol=1e-4)
+
+
 def test_recomputation_does_not_disturb_scoring(
     world2: Any, trained: tuple[Path, dict[str, Any]], model: Path, embedded_cache: Path, tmp_path: Path
 ) -> None:

@@ -139,7 +139,8 @@ def test_only_candidates_with_infinite_factors_are_excluded(
         assert sum(ledger["selected"]) == STEPS * K
         assert result["counters"].excluded == sum(holds)
         assert result["counters"].fallbacks == 0
-        assert not result["error"]
+        # the validation sets have the token, too, so that the run does not count as a good one at its end
+        assert result["error"].startswith("NonFiniteLoss: the run has ended, but its last losses are no numbers: prose")
         assert any("2 of 8 candidates excluded for a non-finite loss: sample ids" in text for text in result["notices"])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from launched import VOLATILE, tiny
+from megatron_muon import needs_muon
 
 from megatron_opus.runs.ledger import read_ledger
 from megatron_opus.runs.metrics import read_metrics
@@ -44,6 +45,53 @@ def test_the_ledger_is_that_of_one_process(server: Any, embedded_cache: Path, tm
     assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
     assert others[-1]["validation_loss"] == pytest.approx(rows[-1]["validation_loss"], rel=1e-4)
 
+
+def test_both_engines_train_the_same_run(server: Any, embedded_cache: Path, tmp_path: Path) -> None:
+    """Guards against a recipe whose losses depend on the engine: AdamW, two data-parallel ranks, selection, warm-up,
+    decay, clipping and two accumulation steps. float32 sums in another order are left."""
+    keys = ("training.train_steps=8", "training.micro_batch_size=1", "selection.debug_checks=true")
+    schedule = ("optimizer.lr_warmup_fraction=0.45", "optimizer.lr_decay_steps=7", "optimizer.min_lr=0.0001")
+    found = {}
+    for engine in ("deepspeed", "megatron"):
+        run = server.launch(
+            2,
+            tiny(embedded_cache, tmp_path, engine, *keys, *schedule, f"parallel.engine={engine}"),
+            tmp_path / f"logs_{engine}",
+        )
+        assert set(run.wait().values()) == {0}, run.log(0)
+        found[engine] = read_ledger(run.run_dir / "ledger"), read_metrics(run.run_dir)
+    (one, rows), (other, others) = found["deepspeed"], found["megatron"]
+    for column in ("step", "sample_id", "selected", "draw_order"):
+        assert one[column].equals(other[column]), column
+    for name in ("loss", "grad_norm", "lr"):
+        want = [row[name] for row in rows]
+        assert [row[name] for row in others] == pytest.approx(want, rel=ENGINES_AGREE), name
+    assert others[-1]["validation_loss"] == pytest.approx(rows[-1]["validation_loss"], rel=ENGINES_AGREE)
+
+
+@needs_muon
+def test_a_run_of_megatrons_muon(server: Any, embedded_cache: Path, tmp_path: Path) -> None:
+    """Guards against a start, a report or a checkpoint that knows DeepSpeed's Muon alone: whole matrices over TP 2 x
+    PP 2 draw what one process draws, and a layer-wise run in bf16 resumes as the undisturbed one."""
+    muon = ("parallel.engine=megatron", "optimizer.name=muon", "optimizer.muon_lr=0.001")
+    whole = (*muon, "parallel.use_distributed_optimizer=false", "optimizer.muon_fp32_matmul_prec=highest")
+    one, rows = ledger_of(server, embedded_cache, tmp_path, "one", 1, *whole)
+    layout = (*LAYOUTS["TP 2 x PP 2"], "optimizer.muon_tp_mode=duplicated")
+    four, others = ledger_of(server, embedded_cache, tmp_path, "four", 4, *whole, *layout)
+    for column in ("step", "sample_id", "selected"):
+        assert one[column].equals(four[column]), column
+    assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert {row["geometry"] for row in others[1:]} == {"muon"}
+    layer_wise = (*muon, "training.precision=bf16", "training.checkpoint_interval=2")
+    schedule = ("training.train_steps=2", "optimizer.lr_decay_steps=4", "optimizer.min_lr=0.0001")
+    straight, rows = ledger_of(server, embedded_cache, tmp_path, "long", 2, *layer_wise, *schedule[1:])
+    ledger_of(server, embedded_cache, tmp_path, "part", 2, *layer_wise, *schedule)
+    resumed, others = ledger_of(server, embedded_cache, tmp_path, "part", 2, *layer_wise, *schedule[1:], "--resume")
+    assert straight.equals(resumed)
+    assert [row["loss"] for row in others] == [row["loss"] for row in rows]
+
+
+ENGINES_AGREE = 1e-5  # float32
 
 STEPS, INTERVAL, KILLS = 20, 4, 5
 # the distributed optimizer over two data-parallel ranks, returned candidates, proxy momentum and dropout

@@ -130,6 +130,37 @@ def test_a_diverging_run_stops_with_its_checkpoint_intact(world2, embedded_cache
     assert list((tmp_path / "nan/checkpoints").glob("*/complete.json"))
 
 
+def without_weights(config: RunConfig, resume: bool) -> str:
+    """What a run says whose weights are NaN from its start."""
+    from megatron_opus.training.session import Session
+
+    session = Session(config, resume=resume, versions={}, say=lambda text: None)
+    with torch.no_grad():
+        for parameter in session.engine.module.parameters():
+            parameter.fill_(float("nan"))
+    try:
+        session.train()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_run_whose_last_losses_are_no_numbers_fails(world2, embedded_cache, tmp_path):
+    """Guards against a run that ends with status 0 and NaN for its losses, and against one that does when resumed."""
+    config = recipe(
+        embedded_cache,
+        tmp_path,
+        "last",
+        training={"train_steps": 2, "max_nonfinite_steps": 100},
+        selection={"strategy": "random"},
+    )
+    for resume in (False, True):
+        said = world2.run(without_weights, config, resume)
+        assert all("NonFiniteLoss: the run has ended, but its last losses are no numbers: loss" in t for t in said), (
+            said
+        )
+
+
 def test_another_run_is_never_written_over(world2, embedded_cache, tmp_path):
     """Fault: a second start with the same name destroys the first run's record."""
     config = recipe(embedded_cache, tmp_path, "mine", training={"train_steps": 2})

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_opus import config as configs
-from megatron_opus.backends.formats.hf_layout import family, layouts, model_config, published_config, published_shapes
+from megatron_opus.backends.formats.hf_config import family, model_config, published_config
+from megatron_opus.backends.formats.hf_layout import layouts, published_shapes
 from megatron_opus.backends.formats.safetensors_files import SafetensorsFiles
 from megatron_opus.config import ConfigError
 from megatron_opus.layout.model_layout import model_layout
@@ -173,7 +174,8 @@ def test_a_degree_that_does_not_divide_is_refused_before_anything_is_read(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "llama"}, "model_type: expected one of gpt2, qwen3, got 'llama'"),
+        ({"model_type": "mistral"}, "model_type: expected one of gpt2, qwen3, llama, got 'mistral'"),
+        ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope scaling: expected none"),

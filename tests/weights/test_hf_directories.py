@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_opus.backends.formats.hf_layout import model_config, published_config, read_config
+from megatron_opus.backends.formats.hf_config import model_config, published_config, read_config
 from megatron_opus.backends.formats.safetensors_files import INDEX, SINGLE, SafetensorsFiles, WeightFileError
 from megatron_opus.config import ConfigError
 from megatron_opus.weights.sources import HfWeights
 
-TABLE = {"gpt2": "transformer.wte.weight", "qwen3": "model.embed_tokens.weight"}
+TABLE = {"gpt2": "transformer.wte.weight", "qwen3": "model.embed_tokens.weight", "llama": "model.embed_tokens.weight"}
 
 
 def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -26,7 +26,7 @@ def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> N
     save_file(tensors, directory / SINGLE, {"format": "pt"})
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", [*TABLE])
 def test_a_tied_table_under_the_head_s_name_alone(tmp_path: Path, kind: str) -> None:
     """Guards against a whole tied model refused as incomplete: some exporters keep the head and drop the table."""
     source = hf_models.save(tmp_path / "hf", kind, tied=True)
@@ -64,6 +64,34 @@ def test_a_malformed_config_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        ("qwen3", {"num_hidden_layers": "2"}, "num_hidden_layers: expected a positive whole number, got '2'"),
+        ("qwen3", {"hidden_size": True}, "hidden_size: expected a positive whole number, got True"),
+        ("qwen3", {"vocab_size": 10**30}, "vocab_size: expected a positive whole number"),
+        ("qwen3", {"head_dim": None}, "missing key head_dim"),  # transformers refuses it, too
+        ("qwen3", {"head_dim": 12.5}, "head_dim: expected a positive whole number, got 12.5"),
+        ("qwen3", {"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number above 0 and at most 1, got '1e-5'"),
+        ("qwen3", {"rms_norm_eps": None}, "rms_norm_eps: expected a number above 0"),
+        ("qwen3", {"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, got 'false'"),
+        ("qwen3", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta: expected a positive whole number, got 'x'"),
+        ("qwen3", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta: expected a positive whole number"),
+        ("gpt2", {"layer_norm_epsilon": None}, "layer_norm_epsilon: expected a number above 0"),
+        ("gpt2", {"n_inner": [1]}, r"n_inner: expected a positive whole number, got \[1\]"),
+        ("gpt2", {"hidden_size": 48}, "n_embd is 32, and hidden_size, which means the same, is 48"),
+        ("gpt2", {"num_attention_heads": 8}, "n_head is 4, and num_attention_heads, which means the same, is 8"),
+        ("gpt2", {"head_dim": 16}, "head_dim: GPT-2 has n_embd / n_head numbers per head, 8, got 16"),
+    ],
+)
+def test_numbers_are_numbers_and_said_once(tmp_path: Path, kind: str, values: dict[str, object], said: str) -> None:
+    """Guards against tracebacks for values of another type, "false" that counts as true, and head dimensions that two
+    keys state differently, of which `transformers` may take the other one."""
+    raw = read_config(hf_models.save(tmp_path / "hf", kind))
+    with pytest.raises(ConfigError, match=rf"config\.json: {said}"):
+        model_config({**raw, **values})
 
 
 def test_a_folder_for_a_config_is_refused(tmp_path: Path) -> None:

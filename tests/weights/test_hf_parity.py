@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megatron_opus.weights.convert import hf_to_opus, opus_to_hf
 
-MODELS = [("gpt2", True), ("gpt2", False), ("qwen3", True), ("qwen3", False)]
+MODELS = [(kind, tied) for kind in ("gpt2", "qwen3", "llama") for tied in (True, False)]
 NAMES = [f"{kind}-{'tied' if tied else 'untied'}" for kind, tied in MODELS]
 # float32 twice, in other orders of summation; the logits are of the order of 1 to 10.
 TOLERANCE = 1e-4
@@ -105,6 +105,7 @@ def trained(recipe: Any, output: Path) -> dict[str, Any]:
         ("qwen3", False, 2, 1, "fp32"),
         ("qwen3", True, 1, 2, "bf16"),
         ("gpt2", True, 1, 3, "fp32"),
+        ("llama", True, 2, 1, "fp32"),
         ("qwen3", False, 1, 3, "bf16"),
     ],
 )

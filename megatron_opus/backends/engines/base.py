@@ -27,9 +27,13 @@ class WholeModelRunner:
         self._model, self._token_losses, self._device = model, token_losses, device
 
     @property
-    def has_whole_weights(self) -> bool:
+    def incomparable(self) -> str:
         # ZeRO 3 gathers a weight while its module runs, and replaces it before autograd could keep a gradient of it
-        return not any(is_partitioned(p) for p in self._model.parameters())
+        if any(is_partitioned(p) for p in self._model.parameters()):
+            return "ZeRO 3 keeps no whole one"
+        if any(not getattr(p, "allreduce", True) for p in self._model.parameters()):  # as Megatron marks experts
+            return "experts on other ranks add up the gradients of several ranks' sequences"
+        return ""
 
     def padded(self, sequences: int, size: int, windows: int = 1) -> int:
         return sequences
@@ -56,14 +60,15 @@ class WholeModelRunner:
         self, micro: ScoringMicrobatch, weights: Sequence[nn.Parameter], read: Callable[[int, Tensor], None]
     ) -> None:
         # Megatron's fused kernel would add the gradient to main_grad and give autograd an empty one
-        fused = [m for m in self._model.modules() if getattr(m, "gradient_accumulation_fusion", False)]
+        names = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")  # Megatron's, Transformer Engine's
+        fused = [(m, name) for m in self._model.modules() for name in names if getattr(m, name, False)]
 
         def hook(index: int, gradient: Tensor) -> Tensor:
             read(index, gradient)
             return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps what a hook returns: nothing, here
 
-        for module in fused:
-            module.gradient_accumulation_fusion = False  # type: ignore[assignment]
+        for module, name in fused:
+            setattr(module, name, False)
         handles = []
         try:
             for index, weight in enumerate(weights):
@@ -77,8 +82,8 @@ class WholeModelRunner:
         finally:
             for handle in handles:
                 handle.remove()
-            for module in fused:
-                module.gradient_accumulation_fusion = True  # type: ignore[assignment]
+            for module, name in fused:
+                setattr(module, name, True)
 
 
 def accumulation_steps(config: RunConfig, dp_size: int) -> int:
@@ -109,7 +114,8 @@ def evaluate(
 
     `batches` holds the same sequences on every rank, of which each data-parallel rank evaluates its share. Dropout is
     off and the model's mode is restored. `equally_often` makes every rank run as many forward passes as the others:
-    ZeRO 3 gathers weights in each of them. A domain without any counted token is NaN.
+    ZeRO 3 gathers weights in each of them, and experts on other ranks wait for
+    tokens. A domain without any counted token is NaN.
     """
     sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)  # loss, tokens
     with evaluation(runner.chunks):
@@ -119,10 +125,14 @@ def evaluate(
             starts = range(first, first + largest, micro_batch_size)
             pieces = [batch.rows(start, min(start + micro_batch_size, last)) for start in starts if start < last]
             idle = [batch.rows(0, 1)] * (len(starts) - len(pieces)) if equally_often else []
-            found = runner.losses([*pieces, *idle]) or ()
+            given = [*pieces, *idle]
+            if groups.ep is not None:  # experts take equally many tokens from every rank
+                size = min(micro_batch_size, largest)
+                given = [Batch.cat([x, *[x.rows(0, 1)] * (size - len(x))]) for x in given]
+            found = runner.losses(given) or ()
             for piece, losses in zip(pieces, found, strict=False):  # the idle ones do not count
                 counted = piece.loss_mask.to(device) != 0
-                sums[row, 0] += losses[counted].double().sum()
+                sums[row, 0] += losses[: len(piece)][counted].double().sum()
                 sums[row, 1] += counted.sum()
     for group in (groups.pp, groups.dp):  # of the stages, the last one alone has counted
         if group is not None:

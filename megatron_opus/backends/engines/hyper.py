@@ -15,11 +15,13 @@ from megatron_opus.types import AdamHyper, Geometry, Hyper, MuonHyper, SgdHyper
 
 SECOND_MOMENT = "exp_avg_sq"
 MOMENTUM = "momentum_buffer"
-Kind = Literal["adamw", "muon", "sgd"]
+Kind = Literal["adamw", "muon", "sgd", "other"]
+# Optimizers that keep a state of another kind, though they are made of one that is known
+_NOT_THOSE = {"AdaptiveMuon"}
 
 
 def kind_of(optimizer: Any, group: dict[str, Any]) -> Kind:
-    """What updates the parameters of this group."""
+    """Say what updates the parameters of this group: `other` for an optimizer whose geometry is not known."""
     classes = type(optimizer).__mro__
     names = {cls.__name__ for cls in classes}
     # torch has a Muon of its own, with other numbers
@@ -32,10 +34,13 @@ def kind_of(optimizer: Any, group: dict[str, Any]) -> Kind:
         return "adamw"
     if "SGD" in names:
         return "sgd"
-    raise UnsupportedOptimizer(
-        "optimizer: expected Adam, AdamW, FusedAdam, DeepSpeedCPUAdam, SGD or DeepSpeed's Muon, got "
-        f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    )
+    if "TensorParallelMuon" in names and not names & _NOT_THOSE:  # Megatron's
+        return "muon"
+    return "other"
+
+
+def full_name(optimizer: Any) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__name__}"
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:
@@ -60,6 +65,7 @@ class Found:
 
     weight: Tensor
     kind: Kind
+    optimizer: str  # its full name
     group: dict[str, Any]
     state: dict[str, Any]
     steps: int | None  # completed steps as the engine counts them; None: nobody counts them for us
@@ -94,6 +100,12 @@ def hypers(
             wanted = "adamw"  # a Muon run has AdamW weights, and that is what moves them
         if wanted == "sgd":
             result.append(SgdHyper(lr=lr * _sgd_factor(f) if f.kind == "sgd" else lr))
+        elif f.kind == "other":
+            raise UnsupportedOptimizer(
+                f"optimizer: expected Adam, AdamW, FusedAdam, DeepSpeedCPUAdam, SGD or the Muon of DeepSpeed or "
+                f"Megatron, got {f.optimizer}, whose geometry is not known; score in SGD's geometry, which needs no "
+                "state (selection.preconditioner.kind=sgd), or train with one of those"
+            )
         elif wanted == "adamw" and f.kind == "muon" and own_adam is not None:
             result.append(own_adam(lr))
         elif wanted != f.kind:

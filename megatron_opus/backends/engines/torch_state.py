@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_opus.backends.engines.deepspeed import muon
-from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, find, hypers, kind_of, kinds
+from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, find, full_name, hypers, kind_of, kinds
 from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.types import Fragment, Geometry, Hyper
 
@@ -28,7 +28,8 @@ class TorchState:
         for weight in weights:
             group = self._optimizer.param_groups[find(self._where, weight)[0]]
             kind, state = kind_of(self._optimizer, group), self._optimizer.state.get(weight, {})
-            found.append(Found(weight=weight, kind=kind, group=group, state=state, steps=None if state else 0))
+            name, steps = full_name(self._optimizer), None if state else 0
+            found.append(Found(weight=weight, kind=kind, optimizer=name, group=group, state=state, steps=steps))
         return hypers(found, geometry, self._has_muon, muon=muon.hyper)
 
     def second_moment(self, weight: torch.nn.Parameter) -> Sequence[Fragment]:

@@ -35,8 +35,8 @@ class IndexedDocuments:
     `num_tokens` counts every token of the stream, end-of-document tokens included.
     """
 
-    def __init__(self, name: str, dataset: IndexedDataset) -> None:
-        self.name = name
+    def __init__(self, name: str, dataset: IndexedDataset, idx: Path) -> None:
+        self.name, self._idx = name, idx
         self._dataset = dataset
         self._dtype = np.dtype(dataset.index.dtype)
         self.num_tokens = _stream_tokens(dataset.index.sequence_pointers, dataset.sequence_lengths, self._dtype)
@@ -47,7 +47,14 @@ class IndexedDocuments:
         """[documents], int64, ascending, exclusive. Built at the first use: 8 bytes of memory per document."""
         if self._document_ends is None:
             starts = np.append(self._dataset.index.sequence_pointers // self._dtype.itemsize, self.num_tokens)
-            self._document_ends = starts[np.asarray(self._dataset.document_indices)[1:]]
+            numbers = np.asarray(self._dataset.document_indices)
+            within = len(numbers) > 1 and numbers[0] == 0 and np.all(np.diff(numbers) >= 0)
+            if not (within and numbers[-1] == len(starts) - 1 and np.all(np.diff(starts) >= 0)):
+                raise IndexedDataError(
+                    f"{self.name}: {self._idx}: its documents do not follow each other from the first token to the "
+                    "last; the file is damaged: restore it, or prepare the data again"
+                )
+            self._document_ends = starts[numbers[1:]]
         return self._document_ends
 
     def tokens(self, start: int, length: int) -> np.ndarray:
@@ -81,7 +88,10 @@ def open_documents(name: str, prefix: str | Path) -> IndexedDocuments:
         )
     if expected == 0:
         raise IndexedDataError(f"{name}: {bin_} holds no token; prepare the data again from documents with text")
-    return IndexedDocuments(name, IndexedDataset(str(prefix), mmap=True))
+    try:
+        return IndexedDocuments(name, IndexedDataset(str(prefix), mmap=True), idx)
+    except (AssertionError, ValueError) as error:  # what Megatron's reader says of it
+        raise IndexedDataError(f"{name}: {idx} is damaged ({error}); prepare the data again or restore it") from error
 
 
 def _check_index(name: str, idx: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
@@ -107,7 +117,13 @@ def _check_index(name: str, idx: Path) -> tuple[np.dtype, np.ndarray, np.ndarray
         raise IndexedDataError(f"{name}: {idx} lists no document; prepare the data again from documents with text")
     lengths = np.memmap(idx, np.int32, "r", _HEADER.size, (sequences,))
     pointers = np.memmap(idx, np.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
-    return np.dtype(DType.dtype_from_code(code)), lengths, pointers
+    try:
+        dtype = np.dtype(DType.dtype_from_code(code))
+    except (KeyError, ValueError) as error:
+        raise IndexedDataError(f"{name}: {idx}: unknown code {code} for the type of its tokens; restore it") from error
+    if dtype.kind not in "iu":
+        raise IndexedDataError(f"{name}: {idx}: expected tokens of whole numbers, found {dtype}; restore it")
+    return dtype, lengths, pointers
 
 
 def _stream_tokens(pointers: np.ndarray, lengths: np.ndarray, dtype: np.dtype) -> int:

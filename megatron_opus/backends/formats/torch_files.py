@@ -94,11 +94,22 @@ class _DistributedMetadata(pickle.Unpickler):
         raise CheckpointError(_could_run_code(full))
 
 
-def _refuse_code_of_parts(path: Path) -> None:
-    """Refuse code in `.metadata`, and in every piece of the files beside it that it points to."""
+def load_metadata(path: Path) -> Any:
+    """Read the `.metadata` of a distributed checkpoint (torch.distributed.checkpoint.metadata.Metadata).
+
+    Raises CheckpointError for a file that is missing, torn, or names anything but its own kind of records.
+    """
     try:
         with path.open("rb") as stream:
-            pieces = dict(_DistributedMetadata(stream).load().storage_data)
+            return _DistributedMetadata(stream).load()
+    except Exception as error:  # a torn pickle raises many kinds
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _refuse_code_of_parts(path: Path) -> None:
+    """Refuse code in `.metadata`, and in every piece of the files beside it that it points to."""
+    pieces = dict(load_metadata(path).storage_data)
+    try:
         for index, piece in pieces.items():
             file = path.parent / piece.relative_path
             if file.resolve().parent != path.parent.resolve():

@@ -49,5 +49,6 @@ def build_model(config: RunConfig) -> nn.Module:
         seed=config.seed,
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.training.recompute,
+        dispatcher=config.parallel.moe_token_dispatcher_type,
         sums_gradients=config.parallel.engine == "deepspeed",
     )

@@ -90,6 +90,26 @@ def cuda_names() -> Iterator[None]:
         torch.cuda.synchronize, torch.cuda.current_stream = synchronize, current_stream
 
 
+def install_dispatcher() -> None:
+    """Let Megatron's all-to-all dispatcher of experts run on the CPU; nothing happens with an accelerator.
+
+    It copies the numbers of tokens for each rank to the host on a CUDA stream, and torch.distributed wants them as
+    numbers: on the CPU there is nothing to copy, and Megatron would leave them tensors.
+    """
+    if not active():
+        return
+    kind: Any = releases.all_to_all_dispatcher()
+
+    def splits_as_numbers(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        for name in ("input_splits", "output_splits"):
+            if isinstance(value := getattr(self, name), torch.Tensor):
+                setattr(self, name, value.tolist())
+        return tokens_per_expert
+
+    kind.cuda_dtoh_stream = _NoStream()
+    kind._maybe_dtoh_and_synchronize = splits_as_numbers
+
+
 def plain() -> contextlib.AbstractContextManager[Any]:
     """Turn `cuda_names` off inside the block: looking at every tensor operation takes time."""
     return torch._C.DisableTorchFunction() if active() else contextlib.nullcontext()

@@ -18,11 +18,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 
-from megatron_opus.backends.model import cpu_shims, extras, stages
+from megatron_opus.backends.model import cpu_shims, extras, releases, stages
 from megatron_opus.backends.model.attention import DocumentMask, SdpaCoreAttention, TransformerEngineCoreAttention
 from megatron_opus.backends.model.parallel import derived_seed, init_parallel, rng_tracker, seed_all
 from megatron_opus.config import ConfigError, ModelConfig
-from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
+from megatron_opus.config.dimensions import expert_ffn_size, ffn_size, head_channels, query_groups
 from megatron_opus.layout.model_layout import ModelLayout, model_layout
 from megatron_opus.types import Batch, Ranges
 
@@ -44,6 +44,7 @@ def transformer_config(
     sequence_parallel: bool,
     device: Literal["cpu", "cuda", "meta"],
     recompute: Literal["none", "full"] = "none",
+    dispatcher: str = "allgather",
 ) -> TransformerConfig:
     """Megatron's configuration of this model on this device. Fusions only on CUDA, and only those without extras."""
     cuda = device == "cuda"
@@ -56,6 +57,19 @@ def transformer_config(
             "microbatch_group_size_per_vp_stage": pp_size,
             "pipeline_dtype": params_dtype,
             "deallocate_pipeline_outputs": True,
+        }
+    if config.num_moe_experts is not None:
+        pipeline |= {
+            "num_moe_experts": config.num_moe_experts,
+            "moe_router_topk": config.moe_router_topk,
+            "moe_ffn_hidden_size": expert_ffn_size(config),
+            "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
+            "moe_shared_expert_gate": config.moe_shared_expert_gate,
+            "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coeff else "none",
+            "moe_aux_loss_coeff": config.moe_aux_loss_coeff,
+            "moe_token_dispatcher_type": dispatcher,
+            "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+            "expert_tensor_parallel_size": 1,
         }
     fused_gelu = cuda and config.add_bias_linear and not config.swiglu
     return TransformerConfig(
@@ -106,6 +120,7 @@ def build_gpt(
     recompute: Literal["none", "full"] = "none",
     device: Literal["cpu", "cuda", "meta"] | None = None,
     sums_gradients: bool = True,
+    dispatcher: str = "allgather",
 ) -> Any:
     """GPTModel of this rank, initialised, in `params_dtype`, on `device` (default: the accelerator, else the CPU).
 
@@ -119,7 +134,8 @@ def build_gpt(
     """
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    layout = model_layout(config, tp_size=tp_size, positions=seq_length)
+    ep_size = parallel_state.get_expert_model_parallel_world_size()
+    layout = model_layout(config, tp_size=tp_size, ep_size=ep_size, positions=seq_length)
     positions = config.max_position_embeddings or seq_length
     if config.position_embedding_type == "learned_absolute" and positions < seq_length:
         raise ConfigError(f"model.max_position_embeddings: expected at least {seq_length}, got {positions}")
@@ -132,6 +148,7 @@ def build_gpt(
         sequence_parallel=sequence_parallel,
         device=kind,
         recompute=recompute,
+        dispatcher=dispatcher,
     )
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     built = []
@@ -179,7 +196,15 @@ class Norm(nn.Module):
 
 def _layer_specs(config: ModelConfig, layers: int) -> TransformerBlockSubmodules:
     chosen = extras.attention_backend(config.attention_backend, extras.detect_transformer_engine())
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    if config.num_moe_experts is not None:
+        releases.name_missing_kernels()
+        cpu_shims.install_dispatcher()
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     attention = parts.self_attention.submodules
@@ -192,11 +217,13 @@ def _layer_specs(config: ModelConfig, layers: int) -> TransformerBlockSubmodules
 def _mark_parameters(model: nn.Module, layout: ModelLayout) -> None:
     """Say on each parameter whether it is a shard: DeepSpeed counts replicated ones once in the gradient norm."""
     for name, parameter in stages.named_parameters(model):
-        sharded = layout[name].cut is not None and layout.tp_size > 1
+        # Megatron counts a copy of another tensor-parallel rank once; every rank's experts are its own
+        apart = layout[name].expert is not None and layout.ep_size > 1
+        sharded = apart or (layout[name].cut is not None and layout.tp_size > 1)
         for attribute, value in (
             ("model_parallel", sharded),
             ("tensor_model_parallel", sharded),
-            ("partition_dim", 1 if layout[name].cut == "columns" else 0),
+            ("partition_dim", {"rows": 0, "columns": 1, None: -1}[layout[name].cut]),
             ("partition_stride", 1),
         ):
             setattr(parameter, attribute, value)
@@ -206,14 +233,15 @@ def _mark_parameters(model: nn.Module, layout: ModelLayout) -> None:
 def _init_weights(model: nn.Module, config: ModelConfig, layout: ModelLayout, *, tp_rank: int, seed: int) -> None:
     """Apply Megatron's rules: N(0, std), residual output layers N(0, std / sqrt(2 * layers)), norms 1, biases 0.
 
-    The layers that write to the residual stream are those that are cut by columns.
+    The layers that write to the residual stream are those that are cut by columns, and the second ones of experts.
     """
     for name, parameter in stages.named_parameters(model):
         entry = layout[name]
         if entry.kind in ("norm", "bias"):
             parameter.fill_(1.0 if entry.kind == "norm" else 0.0)
             continue
-        std = config.init_method_std / (math.sqrt(2.0 * config.num_layers) if entry.cut == "columns" else 1.0)
+        to_residual = entry.cut == "columns" or (entry.expert is not None and "linear_fc2" in name)
+        std = config.init_method_std / (math.sqrt(2.0 * config.num_layers) if to_residual else 1.0)
         generator = torch.Generator().manual_seed(derived_seed(seed, "weights", name))
         value = torch.empty(entry.shape, device="cpu").normal_(0.0, std, generator=generator)
         for dim, ranges in enumerate(layout.shard(name, tp_rank)):
@@ -286,6 +314,11 @@ def forward_piece(model: Any, batch: Batch) -> Tensor:
         raise ValueError(
             f"sequence length: expected a multiple of tensor_model_parallel_size ({config.tensor_model_parallel_size}) "
             f"under sequence parallelism, got {length}; pad it or set parallel.sequence_parallel=false"
+        )
+    if batch.document_ids is not None and config.context_parallel_size > 1:
+        raise ValueError(
+            "document_ids: expected none with context parallelism, whose attention takes no mask here; set "
+            "data.reset_attention_mask=false"
         )
     documents = None if batch.document_ids is None else DocumentMask.from_ids(batch.document_ids)
     # What recomputation keeps of a layer's arguments must be tensors; it passes the bias by without keeping it.

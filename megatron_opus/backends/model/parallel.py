@@ -29,6 +29,7 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
         )
     world, tp = torch.distributed.get_world_size(), parallel.tensor_model_parallel_size
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    ep = parallel.expert_model_parallel_size
     if world % (tp * pp):
         wanted = f"tensor_model_parallel_size: {tp}" if pp == 1 else f"tensor x pipeline parallel: {tp} x {pp}"
         raise ConfigError(f"parallel.{wanted} does not divide the {world} processes started")
@@ -36,10 +37,15 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
     if tp > 1:
         # Overlapping tensor-parallel communication with matmuls relies on kernels starting in issue order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if parallel_state.model_parallel_is_initialized() and (tp, pp, vpp) != (
+    if (stage := world // pp) % ep:
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size: {ep} does not divide the {stage} processes of a pipeline stage"
+        )
+    if parallel_state.model_parallel_is_initialized() and (tp, pp, vpp, ep) != (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     ):
         _leave_groups()
     if not parallel_state.model_parallel_is_initialized():
@@ -47,6 +53,8 @@ def init_parallel(parallel: ParallelConfig, *, seed: int = 0) -> Groups:
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )
@@ -120,8 +128,18 @@ def megatron_groups() -> Groups:
             getattr(parallel_state, f"get_{kind}_parallel_{x}") for x in ("group", "rank", "world_size")
         )
         found |= {short: group() if size() > 1 else None, f"{short}_rank": rank(), f"{short}_size": size()}
+    inner = found["tp_size"] * found["cp_size"]
     if found["cp_size"] > 1:  # ZeRO cuts the state over both
         found["state"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         found["state_rank"] = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         found["state_size"] = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        found |= {"tokens": parallel_state.get_tensor_and_context_parallel_group(), "shares": 1}
+    if found["ep_size"] > 1:
+        found["expert_state_rank"] = parallel_state.get_expert_data_parallel_rank()
+        if parallel_state.get_expert_data_parallel_world_size() > 1:
+            found["expert_state"] = parallel_state.get_expert_data_parallel_group()
+        sent = parallel_state.get_expert_tensor_and_model_parallel_group()
+        if (size := torch.distributed.get_world_size(sent)) > inner:  # both are blocks of neighbouring ranks
+            shares = size // inner
+            found |= {"tokens": sent, "shares": shares, "share": found["dp_rank"] % shares}
     return Groups(**found)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
+from megatron_opus.backends.model import hf_experts
 from megatron_opus.backends.model.scored_layers import half_of_a_tied_weight, of_blocks
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.types import ScoredLayer
@@ -37,6 +38,9 @@ def plain_layers(
     names: dict[int, str] = {}
     layers = []
     for name, module, weight in matrices(model):
+        if hf_experts.is_experts(module):
+            layers += [x for x in hf_experts.scored(name, module) if wanted is None or wanted(x.name)]
+            continue
         is_output = weight is roles.output
         if isinstance(module, nn.Embedding):
             if weight is not roles.token or not selection.score_embedding:
@@ -68,9 +72,11 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     inside = {id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
     for name, module in model.named_modules():
         weight = _weight(module)
+        if hf_experts.is_experts(module):
+            yield name, module, module.gate_up_proj
         if weight is None or not weight.requires_grad or id(module) in inside:
             continue  # nn.MultiheadAttention uses the weights of its parts without calling them
-        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
+        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module) or hf_experts.is_router(module):
             yield name, module, weight
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import nn
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
-from megatron_opus.backends.model import stages
+from megatron_opus.backends.model import experts, stages, te_layers
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import Cut, Kind, ModelLayout, ParameterLayout, block_number, scored_blocks
 from megatron_opus.types import ScoredLayer
@@ -21,7 +24,9 @@ OUTPUT_LAYER = "output_layer"  # the attribute by which megatron-core's own mode
 def megatron_layers(
     model: nn.Module, layout: ModelLayout | None = None, selection: SelectionConfig | None = None
 ) -> list[ScoredLayer]:
-    """List the Column- and RowParallelLinear layers with trainable weights, in module order.
+    """List the column- and row-parallel linear layers with trainable weights, in module order.
+
+    They are Megatron's own or Transformer Engine's.
 
     The (un)embedding is among them where it is asked for. `layout` (default: read off the model) says what each matrix
     is and which piece of it this tensor-parallel rank holds. `selection` (default: its defaults) says which blocks are
@@ -37,8 +42,16 @@ def megatron_layers(
     found_embedding = next(((n, m) for n, m in modules if isinstance(m, VocabParallelEmbedding)), None)
     embedding = found_embedding[0] if found_embedding else stages.EMBEDDING
     layers, tied_model = [], shares
+    if any(te_layers.parallel_mode(m) for _, m in modules):
+        te_layers.check(stages.pieces(model)[0].config, [m for _, m in modules])
+    owners = {n: m for n, m in modules if isinstance(m, MoELayer)}
+    routings = {n: experts.DispatchedSequences(m) for n, m in owners.items()}
+    apart = parallel_state.get_expert_model_parallel_world_size() > 1
     for name, module in modules:
-        if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+        if name.rpartition(".")[0] in owners and isinstance(module, Router | SharedExpertMLP):
+            layers += _beside_experts(name, module)
+        engine = te_layers.parallel_mode(module)
+        if engine is None and not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             continue
         # a tied output layer is another use of the embedding's weight; on another pipeline stage it has a copy of it
         tied = module.weight is None or (shares and _is_output(name))
@@ -58,7 +71,13 @@ def megatron_layers(
         if found != local:
             raise ValueError(f"{entry.name}: expected the local shape {local}, got {found}")
         by_columns = entry.cut == "columns"
-        scattered = bool(module.reduce_scatter_embeddings if is_embedding else module.sequence_parallel)
+        owner, _, number = name.partition(".experts.local_experts.")
+        own: dict[str, Any] = {}
+        if number:
+            first = cast(MoELayer, owners[owner]).local_expert_indices[0]
+            own = {"routing": routings[owner], "expert": int(number.split(".")[0]) - first, "apart": apart}
+            own["slot"] = f"{owner}.experts"
+        scattered = bool(module.reduce_scatter_embeddings if is_embedding else module.sequence_parallel) and not own
         rows, cols = layout.shard(entry.name, rank)
         layers.append(
             ScoredLayer(
@@ -74,6 +93,8 @@ def megatron_layers(
                 cut="cols" if by_columns else "rows",
                 input_scattered=scattered and not by_columns and not is_embedding,
                 output_scattered=scattered and (by_columns or is_embedding),
+                input_of=None if engine is None else te_layers.input_of(module),
+                **own,
             )
         )
     if tied_model and selection.score_embedding and not selection.score_output_layer:
@@ -83,12 +104,38 @@ def megatron_layers(
     return of_blocks(layers, selection.scored_layers, blocks)
 
 
+def _beside_experts(name: str, module: Any) -> list[ScoredLayer]:
+    """The router or the gate of shared experts: whole on every rank, which reads its own tokens alone."""
+    router = isinstance(module, Router)
+    weight, matrix = (module.weight, name) if router else (module.gate_weight, f"{name}.gate_weight")
+    if weight is None or not weight.requires_grad:
+        return []
+    product, shown = experts.shown_router(module) if router else experts.shown_gate(module)
+    rows, columns = local_shape(weight)
+    return [
+        ScoredLayer(
+            name=matrix,
+            module=product,
+            weight=weight,
+            d_out=rows,
+            d_in=columns,
+            rows=((0, rows),),
+            cols=((0, columns),),
+            sequence_first=True,
+            replicated=True,
+            own_tokens=True,
+            shown=shown,
+        )
+    ]
+
+
 def built_layout(model: nn.Module) -> ModelLayout:
     """Read the layout off megatron-core's own layers: for a model of which no configuration of ours exists.
 
     Their shards are contiguous, but gate and up are apart in a gated linear_fc1.
     """
     found: dict[str, ParameterLayout] = {}
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
     for piece in stages.pieces(model):
         modules = dict(piece.named_modules())
         for local, parameter in piece.named_parameters():
@@ -107,11 +154,22 @@ def built_layout(model: nn.Module) -> ModelLayout:
                 kind = "output" if _is_output(owner) else kind
             elif isinstance(module, RowParallelLinear) and leaf == "weight":
                 cut, shape = "columns", (module.output_size, module.input_size)
+            elif mode := te_layers.parallel_mode(module):
+                if leaf == "weight" or (leaf == "bias" and mode == "column"):
+                    cut = "rows" if mode == "column" else "columns"
+                    dim = 0 if cut == "rows" else 1
+                    shape = (*shape[:dim], shape[dim] * tp_size, *shape[dim + 1 :])
+                    halves = owner.endswith("linear_fc1") and piece.config.gated_linear_unit
+            elif isinstance(module, Router | SharedExpertMLP) and len(shape) > 1:
+                kind = "router"
+            if ".local_experts." in owner:
+                cut = None  # expert tensor parallelism is refused
             name = stages.global_name(piece, local)
             if name != local and kind == "output":
                 kind = "embedding"  # the last stage's copy of a tied weight
             found.setdefault(name, ParameterLayout(name=name, kind=kind, shape=shape, cut=cut, halves=halves))
-    return ModelLayout(parameters=tuple(found.values()), tp_size=parallel_state.get_tensor_model_parallel_world_size())
+    ep_size = parallel_state.get_expert_model_parallel_world_size()
+    return ModelLayout(parameters=tuple(found.values()), tp_size=tp_size, ep_size=ep_size)
 
 
 def half_of_a_tied_weight(given: str, missing: str) -> str:

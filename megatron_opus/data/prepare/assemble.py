@@ -13,6 +13,7 @@ from megatron_opus.data import unlearned_spans
 from megatron_opus.data.manifest import Role
 from megatron_opus.data.prepare.resolve import DatasetSpec
 from megatron_opus.data.prepare.tokenize import Job
+from megatron_opus.data.token_files import sampled_sha256
 
 
 class TokenFiles(Protocol):
@@ -131,6 +132,8 @@ def write_dataset(prefix: Path, dtype: np.dtype, chosen: Chosen, storage: Storag
         "bin_bytes": written.bin_bytes,
         "bin_sha256": written.bin_sha256,
         "idx_sha256": written.idx_sha256,
+        "bin_sample_sha256": sampled_sha256(Path(f"{prefix}.bin")),
+        "idx_sample_sha256": sampled_sha256(Path(f"{prefix}.idx")),
     }
     tokens = [int(part[keep].sum(dtype=np.int64)) for part, keep in zip(lengths, chosen.kept, strict=True)]
     spans = unlearned_spans.joined(

@@ -29,6 +29,7 @@ from megatron_opus.data.proxy import report as proxy_report
 from megatron_opus.data.proxy.choice import ProxyChoice, Survey, choose, survey
 from megatron_opus.data.proxy.encoders import Encoder
 from megatron_opus.data.proxy.similarity import CandidateDocuments, ProxyError, Scorer, Scoring, refuse_difference
+from megatron_opus.data.token_files import sampled_sha256
 from megatron_opus.files import PARTIAL, atomic_file, locked
 from megatron_opus.types import TokenDocuments
 
@@ -275,6 +276,8 @@ def _write_proxy(config: ProxyConfig, scorer: Scorer, choice: ProxyChoice, stora
         bin_bytes=written.bin_bytes,
         bin_sha256=written.bin_sha256,
         idx_sha256=written.idx_sha256,
+        bin_sample_sha256=sampled_sha256(folder / f"{name}.bin"),
+        idx_sample_sha256=sampled_sha256(folder / f"{name}.idx"),
         sources=sources,
         **masked,
     )

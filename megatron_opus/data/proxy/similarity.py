@@ -94,12 +94,13 @@ class CandidateDocuments:
             for e, s in zip(self.entries, self.streams, strict=True)
         ]
 
-    def pieces(self) -> list[DocumentRange]:
-        """Consecutive documents of about 4 M tokens, each in one piece."""
+    def pieces(self, tokens: int | None = None) -> list[DocumentRange]:
+        """Consecutive documents of about `tokens` tokens (default 4 M), each in one piece."""
+        size = tokens or _PIECE_TOKENS
         found: list[DocumentRange] = []
         for domain, stream in enumerate(self.streams):
             ends = stream.document_ends
-            marks = np.arange(_PIECE_TOKENS, stream.num_tokens, _PIECE_TOKENS)
+            marks = np.arange(size, stream.num_tokens, size)
             bounds = np.unique(np.concatenate([[0], np.searchsorted(ends, marks) + 1, [len(ends)]]))
             for first, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
                 found.append(DocumentRange(number=len(found), domain=domain, first=first, stop=stop))

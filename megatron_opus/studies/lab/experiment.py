@@ -33,7 +33,7 @@ from megatron_opus.nested import flatten
 RECORD = "experiment.json"
 ROOT = Path(__file__).resolve().parents[3]
 REQUIRED = ("name", "hypothesis", "metric", "stopping_rule", "recipe", "baseline", "seeds", "arms")
-OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts", "start")
+OPTIONAL = ("corpus", "settings", "shared", "clock", "contrasts", "start", "before")
 CLOCKS = ("wall", "cpu")
 RESERVED = ("name", "output_dir", "seed")  # the laboratory's own
 SHARES_OF = "shares_of"  # of an arm: another arm, whose realised domain shares it takes
@@ -89,6 +89,7 @@ class Experiment:
     start: Mapping[str, Any]  # dotted overrides, beside `settings`, of a run that all arms of a seed begin with
     shared: Mapping[str, Any]  # metric and settings that replace those above on larger text, whose domains differ
     clock: str  # `wall`, or `cpu`: the seconds a processor worked for a run, which other work beside it leaves alone
+    before: Path | None = None  # JSON, arm -> seconds spent for it before its first step, as on scoring its data
 
     def on_shared_text(self) -> Experiment:
         """The same experiment on the larger text: another name, its own metric and settings. Raises LabError."""
@@ -215,6 +216,7 @@ def read_experiment(path: Path) -> Experiment:
         contrasts=tuple((arm, other) for arm, other in contrasts),
         shared=shared,
         clock=clock,
+        before=Path(raw["before"]) if raw.get("before") else None,
     )
 
 

@@ -7,6 +7,7 @@ both curves have reached. The ratio is (update tokens of the arm at the target) 
 interpolated on its own curve: for a worse arm on the baseline's, for a better one on the arm's. Below 1 is better.
 Seconds to target: the same over the clock of the steps, scoring included, evaluation and checkpoints left out; with
 `clock: cpu` over the processor's seconds, which tell the same on a machine of one's own, and the truth on a shared one.
+Where the experiment names a file `before`, the clock of an arm begins with what was spent for it before its first step.
 
 Runs of one schedule are compared: in the middle of a run the learning rate has not come down yet, so a better arm
 reaches the target later than a run planned for fewer tokens would.
@@ -14,6 +15,7 @@ reaches the target later than a run planned for fewer tokens would.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -71,7 +73,12 @@ class Results:
 
 def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mapping[str, Any]) -> Results:
     """Read every finished run. Raises LabError when the metric's domains are not among those evaluated."""
-    runs = {(p.arm, p.seed): read_run(p.directory) for p in planned if p.arm != START and is_finished(p)}
+    before = _seconds_before(experiment)
+    runs = {
+        (p.arm, p.seed): _later(read_run(p.directory), before.get(p.arm, 0.0))
+        for p in planned
+        if p.arm != START and is_finished(p)
+    }
     for run in runs.values():
         missing = [d for d in experiment.metric if d not in run.curves]
         if missing:
@@ -88,6 +95,27 @@ def collect(experiment: Experiment, planned: Sequence[PlannedRun], record: Mappi
             for p in planned
             if (p.arm, p.seed) in runs and (shares := source_shares(p.directory, p.config))
         },
+    )
+
+
+def _seconds_before(experiment: Experiment) -> dict[str, float]:
+    """Arm -> seconds of the experiment's clock that were spent for it before its first step."""
+    if experiment.before is None:
+        return {}
+    try:
+        raw = json.loads(experiment.before.read_text(encoding="utf-8"))
+        found = {str(arm): float(seconds) for arm, seconds in raw.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise LabError(f"before: {experiment.before}: expected JSON, arm -> seconds ({error})") from error
+    if unknown := [arm for arm in found if arm not in experiment.arms]:
+        raise LabError(f"before: {experiment.before}: expected arms of the experiment, got {', '.join(unknown)}")
+    return found
+
+
+def _later(run: Run, seconds: float) -> Run:
+    """Let the clocks of a run begin `seconds` earlier."""
+    return dataclasses.replace(
+        run, clock=[s + seconds for s in run.clock], cpu_clock=[s + seconds for s in run.cpu_clock]
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from gpt_runs import GPT2, recipe, start, steps
+from megatron_muon import KINDS as MUON
+from megatron_muon import needs_muon
 
 FIRST, LAST = 2, 5
 KINDS: dict[str, dict[str, Any]] = {
@@ -85,3 +87,32 @@ def missing(path: Path) -> str:
 def test_nothing_to_load(world2: Any, tmp_path: Path) -> None:
     """Guards against a run that silently starts anew."""
     assert all("found none" in said for said in world2.run(missing, tmp_path))
+
+
+@needs_muon
+@pytest.mark.parametrize("kind", [k for k in MUON if k != "layer-wise, by size"])
+def test_a_resumed_run_of_muon_is_the_undisturbed_one(world2: Any, tmp_path: Path, kind: str) -> None:
+    """Guards against a momentum that one rank alone holds and nobody writes, and AdamW's moments beside it."""
+    arguments, path = {**MUON[kind], "optimizer": "muon"}, fresh(tmp_path / "a")
+    whole = world2.run(train, arguments, None, 0, LAST)
+    assert world2.run(train, arguments, path, 0, LAST, FIRST) == whole
+    resumed = world2.run(train, arguments, path, FIRST, LAST)
+    assert [x[FIRST:] for x in whole] == resumed
+
+
+@needs_muon
+def test_a_resumed_run_of_muon_over_tensor_parallel_ranks(world4: Any, tmp_path: Path) -> None:
+    """Guards against shards of a momentum written under one name by several ranks: TP 2 x DP 2, layer-wise."""
+    arguments, path = {**MUON["layer-wise"], "optimizer": "muon", "tp": 2, "sp": True}, fresh(tmp_path / "a")
+    whole = world4.run(train, arguments, path, 0, LAST, FIRST)
+    assert [x[FIRST:] for x in whole] == world4.run(train, arguments, path, FIRST, LAST)
+
+
+@needs_muon
+def test_muon_on_another_number_of_data_parallel_ranks(world2: Any, world4: Any, tmp_path: Path) -> None:
+    """Guards against a momentum that is bound to the ranks that wrote it."""
+    arguments, path = {**MUON["plain"], "optimizer": "muon"}, fresh(tmp_path / "a")
+    whole = world2.run(train, arguments, path, 0, LAST, FIRST)
+    for of_rank in world4.run(train, arguments, path, FIRST, LAST):
+        for got, want in zip(of_rank, whole[0][FIRST:], strict=True):
+            assert got == pytest.approx(want, rel=1e-4)

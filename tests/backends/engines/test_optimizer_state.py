@@ -154,13 +154,23 @@ def test_geometries_that_have_no_state() -> None:
     ):
         with pytest.raises(UnsupportedOptimizer, match=f"geometry {geometry}"):
             optimizer_state(optimizer).hypers([weight], geometry)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedOptimizer, match="Adagrad"):
-        optimizer_state(torch.optim.Adagrad(model.parameters()))
-    with pytest.raises(UnsupportedOptimizer, match="torch"):  # its numbers are not those of DeepSpeed's
-        optimizer_state(torch.optim.Muon([weight]))
     foreign = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(UnsupportedOptimizer, match="belongs to no parameter group"):
         optimizer_state(torch.optim.AdamW(model.parameters())).hypers([foreign])
+
+
+def test_an_optimizer_whose_geometry_is_not_known() -> None:
+    """Guards against scores in a geometry that somebody guessed: it is refused by name, and SGD's can be asked for."""
+    weight = TinyGPT().lm_head.weight
+    for optimizer in (
+        torch.optim.Adagrad([weight], lr=0.1),
+        torch.optim.Muon([weight], lr=0.1),  # its numbers are not those of DeepSpeed's
+    ):
+        state, name = optimizer_state(optimizer), type(optimizer).__name__
+        for geometry in ("auto", "adamw", "muon"):
+            with pytest.raises(UnsupportedOptimizer, match=rf"{name}, whose geometry .*preconditioner.kind=sgd"):
+                state.hypers([weight], geometry)  # type: ignore[arg-type]
+        assert state.hypers([weight], "sgd") == [SgdHyper(lr=0.1)]
 
 
 def test_rate_of_a_new_gradient_in_sgd() -> None:

@@ -90,6 +90,20 @@ def test_a_moved_private_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         releases.megatron_random()
 
 
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("torch_dist_strategies", "_replace_state_dict_keys_with_sharded_keys"),
+        ("distributed_optimizer", "_get_model_param_range_map"),
+    ],
+)
+def test_a_moved_private_name_of_the_engine_is_named(monkeypatch: pytest.MonkeyPatch, where: str, name: str) -> None:
+    """Guards against an AttributeError at the first checkpoint of a run."""
+    monkeypatch.delattr(getattr(releases, where)(), name)
+    with pytest.raises(releases.UnsupportedRelease, match=rf"expected .*{name}, found none"):
+        getattr(releases, where)()
+
+
 def test_a_muon_without_its_shape_factor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against scoring with numbers that an older DeepSpeed's Muon does not use."""
     monkeypatch.delattr(releases.deepspeed_muon()[0], "_aspect_ratio_scale")

@@ -15,7 +15,7 @@ import torch
 from megatron_opus.backends.engines.deepspeed import muon
 from megatron_opus.backends.engines.deepspeed.partition import Partition
 from megatron_opus.backends.engines.deepspeed.second_moment import SecondMoment
-from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, hypers, kind_of, kinds
+from megatron_opus.backends.engines.hyper import MOMENTUM, SECOND_MOMENT, Found, full_name, hypers, kind_of, kinds
 from megatron_opus.types import Fragment, Geometry, Hyper
 
 
@@ -40,8 +40,8 @@ class DeepSpeedState:
         for weight in weights:
             group = self._partition.group(weight)
             state = self._optimizer.state.get(self._partition.key(weight), {})
-            kind = kind_of(self._optimizer, group)
-            found.append(Found(weight=weight, kind=kind, group=group, state=state, steps=steps))
+            kind, name = kind_of(self._optimizer, group), full_name(self._optimizer)
+            found.append(Found(weight=weight, kind=kind, optimizer=name, group=group, state=state, steps=steps))
         return hypers(
             found,
             geometry,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from megatron_opus.backends.engines.base import WholeModelRunner, evaluate, of_all_ranks
@@ -59,6 +60,8 @@ class DeepSpeedEngine:
         micro_batches, expected = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
         lr = self.lr
         engine.train()
+        # DeepSpeed divides the loss by the micro-batches; what balances experts enters the graph beside the loss
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / micro_batches, device=self.device))
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         norm, applied = math.inf, False
         own: list[Tensor] = []

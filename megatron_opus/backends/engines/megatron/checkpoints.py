@@ -17,33 +17,33 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_opus.backends.engines.megatron.muon import leaves
+from megatron_opus.backends.model import releases
 from megatron_opus.errors import CheckpointError
+
+DistributedOptimizer = releases.distributed_optimizer()
+_strategies: Any = releases.torch_dist_strategies()
 
 STEPS, MOMENTS = "completed_steps", "moments"
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
-class _InThisProcess(TorchDistSaveShardedStrategy):
+class _InThisProcess(_strategies.TorchDistSaveShardedStrategy):
     """Writes Megatron's `torch_dist` format with PyTorch's own writer.
 
     Megatron's starts a process to collect results, which would outlive a rank that is killed.
     """
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        by_key, *_ = _strategies._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
         dcp.save(
-            mcore_to_pyt_state_dict(by_key, False),
+            _strategies.mcore_to_pyt_state_dict(by_key, False),
             storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(
+            planner=_strategies.MCoreSavePlanner(
                 dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
             ),
         )
@@ -151,7 +151,7 @@ def _allocate(optimizer: Any) -> list[Any]:
     A step on zero gradients at rate 0 moves no weight.
     """
     fresh = []
-    for part in optimizer.chained_optimizers:
+    for part, _ in leaves(optimizer):
         inner = part.optimizer
         if inner is None or inner.state:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from megatron_opus.backends.engines.base import WholeModelRunner, accumulation_steps, evaluate, of_all_ranks
+from megatron_opus.backends.engines.hyper import kind_of
 from megatron_opus.backends.engines.losses import sequence_losses, unweighted_losses
-from megatron_opus.backends.engines.megatron import checkpoints
+from megatron_opus.backends.engines.megatron import checkpoints, muon
 from megatron_opus.backends.engines.megatron.distributed_optimizer import MegatronState
 from megatron_opus.backends.engines.megatron.pipeline import ScheduleRunner, run_schedule
 from megatron_opus.backends.engines.schedule import learning_rate
-from megatron_opus.backends.model import cpu_shims, stages
+from megatron_opus.backends.model import cpu_shims, releases, stages
 from megatron_opus.backends.model.build import DTYPES
 from megatron_opus.backends.model.gpt import forward_loss, forward_piece
 from megatron_opus.config import RunConfig
@@ -35,8 +36,14 @@ class MegatronEngine:
     """megatron.core's DistributedDataParallel, optimizers and schedules as a `TrainEngine`."""
 
     def __init__(self, model: nn.Module, config: RunConfig, groups: Groups) -> None:
-        """Wrap an initialised model. Collective. Raises ConfigError for batch sizes or a schedule that do not fit."""
+        """Wrap an initialised model. Collective.
+
+        Raises ConfigError for batch sizes or a schedule that do not fit, and UnsupportedRelease where Muon is asked of
+        a release without it.
+        """
         t, p = config.training, config.parallel
+        if config.optimizer.name == "muon":
+            releases.megatron_muon()
         self.groups = groups
         self.device = next(model.parameters()).device
         self._config, self._model = config, model
@@ -48,13 +55,16 @@ class MegatronEngine:
             self._optimizer = get_megatron_optimizer(
                 _optimizer_config(config), self._wrapped, use_gloo_process_groups=False
             )
+        if config.optimizer.name == "muon":
+            muon.mark_masters(self._optimizer)
         self._set_rates()
         megatron = self._wrapped[0].config
         megatron.finalize_model_grads_func = finalize_model_grads
         if p.overlap_grad_reduce:
             waiting = [wrapped.no_sync for wrapped in self._wrapped]
             megatron.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
-        kind = "distributed" if p.use_distributed_optimizer else "replicated"
+        sharded = "layer-wise" if config.optimizer.name == "muon" else "distributed"
+        kind = sharded if p.use_distributed_optimizer else "replicated"
         self.description = (
             f"{t.precision}, Megatron's {kind} optimizer, tensor parallel {groups.tp_size} x pipeline parallel "
             f"{groups.pp_size} x data parallel {groups.dp_size}, {config.optimizer.name}"
@@ -74,7 +84,7 @@ class MegatronEngine:
     def runner(self) -> MicrobatchRunner:
         pieces = stages.pieces(self._model)
         if self.groups.pp is None:
-            return _WholeRunner(pieces[0], self.device, self._gathered)
+            return WholeRunner(pieces[0], forward_loss, self.device, self._gathered)
         return ScheduleRunner(pieces, self.device, self._gathered)
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -139,9 +149,11 @@ class MegatronEngine:
     def _set_rates(self) -> None:
         """Set rate and decay of the coming step, which Megatron leaves to its training loop."""
         o, lr = self._config.optimizer, self.lr
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-            group["weight_decay"] = o.weight_decay * group["wd_mult"]
+        for part, _ in muon.leaves(self._optimizer):
+            for group in part.optimizer.param_groups:
+                by_muon = kind_of(part.optimizer, group) == "muon"
+                group["lr"] = lr * group["lr_mult"] * (o.muon_lr / o.lr if by_muon else 1.0)
+                group["weight_decay"] = (o.muon_weight_decay if by_muon else o.weight_decay) * group["wd_mult"]
 
     def _of_last_stage(self, values: Tensor) -> Tensor:
         if self.groups.pp is not None:
@@ -149,25 +161,15 @@ class MegatronEngine:
             dist.broadcast(values, src=last, group=self.groups.pp)
         return values
 
-    @contextlib.contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """Gather the weights that the last step has updated, and keep them: outside a training step nothing waits.
-
-        The hooks of `overlap_param_gather` gather them in the next forward pass of training, and refuse frozen ones.
-        """
-        hooked = [wrapped for wrapped in self._wrapped if wrapped.remove_forward_pre_hook_handles]
-        for wrapped in hooked:
-            wrapped.disable_forward_pre_hook(param_sync=True)
-        try:
-            yield
-        finally:
-            for wrapped in hooked:
-                wrapped.enable_forward_pre_hook()
+    def _gathered(self) -> contextlib.AbstractContextManager[None]:
+        return gathered(self._wrapped)
 
     # --- evaluation and checkpoints ---------------------------------------------------------------------------------
 
     def evaluate(self, batches: Mapping[str, Batch], micro_batch_size: int) -> dict[str, float]:
-        return evaluate(self.runner(), batches, self.groups, micro_batch_size, self.device, equally_often=False)
+        return evaluate(
+            self.runner(), batches, self.groups, micro_batch_size, self.device, equally_often=self.groups.ep is not None
+        )
 
     def save(self, path: Path) -> None:
         with self._gathered(), cpu_shims.cuda_names():
@@ -182,11 +184,34 @@ class MegatronEngine:
         self._set_rates()
 
 
-class _WholeRunner(WholeModelRunner):
+@contextlib.contextmanager
+def gathered(wrapped: Sequence[Any]) -> Iterator[None]:
+    """Gather the weights that the last step has updated, and keep them: outside a training step nothing waits.
+
+    The hooks of `overlap_param_gather` gather them in the next forward pass of training, and refuse frozen ones.
+    `wrapped` are this stage's pieces inside their DistributedDataParallel.
+    """
+    hooked = [piece for piece in wrapped if piece.remove_forward_pre_hook_handles]
+    for piece in hooked:
+        piece.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for piece in hooked:
+            piece.enable_forward_pre_hook()
+
+
+class WholeRunner(WholeModelRunner):
     """Runs micro-batches through the bare model, between or inside the accumulation steps of its wrapper."""
 
-    def __init__(self, model: nn.Module, device: torch.device, gathered: Callable[[], Any]) -> None:
-        super().__init__(model, forward_loss, device)
+    def __init__(
+        self,
+        model: nn.Module,
+        token_losses: Callable[[Any, Batch], Tensor],
+        device: torch.device,
+        gathered: Callable[[], Any],
+    ) -> None:
+        super().__init__(model, token_losses, device)
         self._gathered = gathered
 
     def losses(self, batches: Any) -> list[Tensor] | None:
@@ -213,15 +238,20 @@ def _wrap(pieces: list[Any], config: RunConfig) -> list[Any]:
         bucket_size=min(MAX_BUCKET, parameters // BUCKETS + 1) if p.overlap_grad_reduce else None,
     )
     with cpu_shims.cuda_names():
+        layer_wise = config.optimizer.name == "muon" and p.use_distributed_optimizer
+        more = muon.buffer_layouts(pieces, settings) if layer_wise else [{}] * len(pieces)
         return [
             # buckets pay on the first piece of a stage, whose backward pass is the last one
-            DistributedDataParallel(piece.config, settings, piece, disable_bucketing=number > 0)
+            DistributedDataParallel(piece.config, settings, piece, disable_bucketing=number > 0, **more[number])
             for number, piece in enumerate(pieces)
         ]
 
 
 def _optimizer_config(config: RunConfig) -> OptimizerConfig:
     o, p = config.optimizer, config.parallel
+    more: dict[str, Any] = {"use_distributed_optimizer": p.use_distributed_optimizer}
+    if o.name == "muon":
+        more = muon.options(o, layer_wise=p.use_distributed_optimizer)
     return OptimizerConfig(
         optimizer="adam" if o.name == "adamw" else o.name,
         lr=o.lr,
@@ -233,7 +263,7 @@ def _optimizer_config(config: RunConfig) -> OptimizerConfig:
         sgd_momentum=o.sgd_momentum,
         bf16=config.training.precision == "bf16",
         params_dtype=DTYPES[config.training.precision],
-        use_distributed_optimizer=p.use_distributed_optimizer,
         overlap_param_gather=p.overlap_param_gather,
         clip_grad=0.0,  # done by `_take_step`
+        **more,
     )

@@ -72,11 +72,18 @@ class ScheduleRunner:
     """Runs scoring micro-batches through a model that is cut into pipeline stages (see `MicrobatchRunner`)."""
 
     def __init__(
-        self, pieces: Sequence[Any], device: torch.device, quiet: Callable[[], AbstractContextManager[None]]
+        self,
+        pieces: Sequence[Any],
+        device: torch.device,
+        quiet: Callable[[], AbstractContextManager[None]],
+        forward: Callable[[Any, Batch], Tensor] = forward_piece,
     ) -> None:
-        """`pieces` are the bare parts of this stage. `quiet()` keeps the wrappers' own hooks away while they run."""
+        """`pieces` are the bare parts of this stage. `quiet()` keeps the wrappers' own hooks away while they run.
+
+        `forward(piece, batch)` gives what a piece sends on, or, of the last one, the unreduced losses [b, T].
+        """
         self.chunks: Sequence[nn.Module] = pieces
-        self._device, self._quiet = device, quiet
+        self._device, self._quiet, self._forward = device, quiet, forward
         self._config = pieces[0].config
         virtual = len(pieces)
         self._multiple = parallel_state.get_pipeline_model_parallel_world_size() if virtual > 1 else 1
@@ -104,7 +111,7 @@ class ScheduleRunner:
                 return torch.zeros((), device=self._device)
 
             filled_up = Batch.cat([batch, *[batch.rows(0, 1)] * (size - len(batch))])
-            return forward_piece(piece, filled_up.to(self._device)), keep
+            return self._forward(piece, filled_up.to(self._device)), keep
 
         length = batches[0].tokens.shape[1]
         filled = self.padded(count, 1)
@@ -119,7 +126,7 @@ class ScheduleRunner:
             micro = micros[index]
             # module hooks see this forward pass alone, others are in flight; those on tensors wait for the backward
             with micro.observed(), micro.precision():
-                output = forward_piece(piece, micro.batch.to(self._device))
+                output = self._forward(piece, micro.batch.to(self._device))
 
             def loss(token_losses: Tensor) -> Tensor:
                 with torch.autocast(self._device.type, enabled=False):

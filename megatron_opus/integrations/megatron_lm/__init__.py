@@ -1,0 +1,1 @@
+"""OPUS inside Megatron-LM's own training loop: `selecting` around `pretrain()`, or `python -m` around a script."""

@@ -1,0 +1,85 @@
+"""Stands for Transformer Engine's linear layers on a CPU: their attributes and their arithmetic, none of their kernels.
+
+`swap` puts them into a Megatron GPT of local layers, with the same weights: the query, key and value projection and the
+first layer of the MLP take the norm before them in, as Megatron-LM's default layers do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T of this rank's part of W, returned with the bias that is left to add."""
+
+    def __init__(self, local: Any, mode: str) -> None:
+        super().__init__()
+        self.parallel_mode = mode
+        self.weight, self.bias = local.weight, local.bias
+        self.out_features, self.in_features = self.weight.shape
+        self.sequence_parallel = local.sequence_parallel
+        self.is_first_microbatch = True
+        self.fuse_wgrad_accumulation = False
+        self.firsts: list[bool] = []  # of every call
+
+    def product(self, x: Tensor) -> tuple[Tensor, Any]:
+        self.firsts.append(self.is_first_microbatch)
+        self.is_first_microbatch = False
+        column = self.parallel_mode == "column"
+        if column:
+            gather = gather_from_sequence_parallel_region
+            x = gather(x) if self.sequence_parallel else copy_to_tensor_model_parallel_region(x)
+        y = nn.functional.linear(x, self.weight, self.bias if column else None)
+        if not column:
+            reduce = reduce_scatter_to_sequence_parallel_region
+            y = reduce(y) if self.sequence_parallel else reduce_from_tensor_model_parallel_region(y)
+        return y, None if column else self.bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        return self.product(x)
+
+
+class LayerNormLinear(Linear):
+    """As `Linear`, of norm(x)."""
+
+    def __init__(self, local: Any, norm: Any, *, zero_centered_gamma: bool) -> None:
+        super().__init__(local, "column")
+        self.normalization = type(norm).__name__
+        self.zero_centered_gamma = zero_centered_gamma
+        self.eps = norm.eps
+        self.layer_norm_weight = norm.weight
+        if zero_centered_gamma:
+            with torch.no_grad():
+                norm.weight -= 1.0
+        self.layer_norm_bias = getattr(norm, "bias", None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        weight = self.layer_norm_weight + 1.0 if self.zero_centered_gamma else self.layer_norm_weight
+        shape = x.shape[-1:]
+        if self.normalization == "RMSNorm":
+            return self.product(nn.functional.rms_norm(x, shape, weight, self.eps))
+        return self.product(nn.functional.layer_norm(x, shape, weight, self.layer_norm_bias, self.eps))
+
+
+def swap(model: Any, *, zero_centered_gamma: bool = False) -> Any:
+    """`model` with its linear layers replaced; the norms before them are gone."""
+    for layer in model.decoder.layers:
+        attention, mlp = layer.self_attention, layer.mlp
+        more = {"zero_centered_gamma": zero_centered_gamma}
+        attention.linear_qkv = LayerNormLinear(attention.linear_qkv, layer.input_layernorm, **more)
+        mlp.linear_fc1 = LayerNormLinear(mlp.linear_fc1, layer.pre_mlp_layernorm, **more)
+        attention.linear_proj = Linear(attention.linear_proj, "row")
+        mlp.linear_fc2 = Linear(mlp.linear_fc2, "row")
+        layer.input_layernorm, layer.pre_mlp_layernorm = nn.Identity(), nn.Identity()
+    assert parallel_state.model_parallel_is_initialized()
+    return model
