@@ -36,7 +36,7 @@ def test_the_tables_are_the_reports(folder):
         assert table in text
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     rows = (folder / "report.md").read_text(encoding="utf-8").splitlines()
-    for arm in data["arms"]:
+    for arm in (arm for arm in data["arms"] if arm["loss"] is not None):  # an arm without a finished run has no loss
         assert any(row.startswith(f"| {arm['arm']} |") and f"{arm['loss']['mean']:.4f}" in row for row in rows)
 
 
