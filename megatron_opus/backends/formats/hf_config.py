@@ -172,7 +172,8 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
                 f"{raw.get('mlp_only_layers')} and {raw.get('norm_topk_prob')}"
             )
         experts = {
-            "num_moe_experts": need("num_experts"),
+            # published under the first name, written under the second by newer versions of the library
+            "num_moe_experts": raw.get("num_experts") or need("num_local_experts"),
             "moe_router_topk": need("num_experts_per_tok"),
             "moe_ffn_hidden_size": need("moe_intermediate_size"),
             "moe_aux_loss_coeff": float(raw.get("router_aux_loss_coef") or 0.0),
@@ -251,6 +252,8 @@ def published_config(model: ModelConfig, dtype: str, base: Mapping[str, Any] | N
             "router_aux_loss_coef": model.moe_aux_loss_coeff,
         }
     kept = {k: v for k, v in (base or {}).items() if k not in ("dtype", "torch_dtype", "transformers_version")}
+    if kind == "qwen3_moe":
+        kept.pop("num_local_experts", None)  # one place, as below
     if "rope_parameters" in kept and kind != "gpt2":  # where newer versions of the library keep it
         own.pop("rope_theta")
         kept.pop("rope_theta", None)  # one place: an older key beside it may say something else
