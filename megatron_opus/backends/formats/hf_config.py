@@ -252,6 +252,8 @@ def published_config(model: ModelConfig, dtype: str, base: Mapping[str, Any] | N
             "router_aux_loss_coef": model.moe_aux_loss_coeff,
         }
     kept = {k: v for k, v in (base or {}).items() if k not in ("dtype", "torch_dtype", "transformers_version")}
+    if kind == "qwen3_moe":
+        kept.pop("num_local_experts", None)  # one place, as below
     if "rope_parameters" in kept and kind != "gpt2":  # where newer versions of the library keep it
         own.pop("rope_theta")
         kept.pop("rope_theta", None)  # one place: an older key beside it may say something else
