@@ -10,7 +10,7 @@ quantile of 1,000 bootstrap samples of the documents, drawn within each domain, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,7 +52,10 @@ def separations(corpus: CorpusDocuments, scores: Mapping[str, Scores], good: str
         LENGTH: lengths,
         **{name: found.of for name, found in scores.items()},
     }
-    return [_row(name, of[good], of[bad], lengths[good], lengths[bad]) for name, of in columns.items()]
+    rows = [_row(name, of[good], of[bad], lengths[good], lengths[bad]) for name, of in columns.items()]
+    none = float("nan")  # in pairs of equal length, what is left of the length is how they were matched
+    rows[0] = replace(rows[0], pair_auc=none, pair_low=none, pair_high=none)
+    return rows
 
 
 def auc(good: np.ndarray, bad: np.ndarray) -> float:
@@ -109,8 +112,6 @@ def as_markdown(rows: list[Separation]) -> str:
     """Return the rows as a Markdown table."""
     lines = ["| score | AUC | 95% | AUC of pairs of equal length | 95% | pairs |", "|---|---|---|---|---|---|"]
     for r in rows:
-        lines.append(
-            f"| {r.name} | {r.auc:.2f} | {r.low:.2f} to {r.high:.2f} | {r.pair_auc:.2f} | {r.pair_low:.2f} to "
-            f"{r.pair_high:.2f} | {r.pairs} |"
-        )
+        pairs = "– | –" if np.isnan(r.pair_auc) else f"{r.pair_auc:.2f} | {r.pair_low:.2f} to {r.pair_high:.2f}"
+        lines.append(f"| {r.name} | {r.auc:.2f} | {r.low:.2f} to {r.high:.2f} | {pairs} | {r.pairs} |")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ def test_a_row_for_the_length_and_for_each_score(tmp_path: Path) -> None:
     scores = {"sum": scored(corpus, TokenSum(), tmp_path / "sum")}
     length, found = separations(opened(corpus), scores, "science", "sports")
     assert (length.name, found.name) == ("length", "sum")
+    assert np.isnan(length.pair_auc)
     assert found.auc == pytest.approx(auc(scores["sum"].of["science"], scores["sum"].of["sports"]))
     assert found.low <= found.auc <= found.high
     assert found.low < found.high
