@@ -67,7 +67,7 @@ def validate(config: RunConfig) -> None:
     )
     check_floors(s.floors, t.global_batch_size)
     d.domain_schedule.resolved(t.train_steps)
-    _check_mechanisms(s)
+    check_mechanisms(s)
     require(
         p.offload_optimizer == "none" or p.zero_stage > 0,
         "parallel.offload_optimizer: expected none at zero_stage 0, which keeps no partition that could lie elsewhere, "
@@ -82,8 +82,8 @@ def validate(config: RunConfig) -> None:
     )
 
 
-def _check_mechanisms(s: SelectionConfig) -> None:
-    """Bandit, controller and prefilter: what they need of the strategy, and of each other."""
+def check_mechanisms(s: SelectionConfig) -> None:
+    """Raise ConfigError where bandit, controller or prefilter lacks what it needs of the strategy."""
     bandit, prefilter = s.domain_bandit.enabled, s.prefilter.pool_ratio > 1
     scoring = ", ".join(GHOST)
     require(

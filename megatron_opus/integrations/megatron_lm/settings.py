@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opus.config import ConfigError, RunConfig, SelectionConfig
+from megatron_opus.config.checks import check_mechanisms
 from megatron_opus.config.load import without_removed
 from megatron_opus.config.recipe import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_opus.config.schema import Section, build
@@ -42,6 +43,7 @@ def load(path: str | Path) -> HookConfig:
 
 
 def _check(selection: SelectionConfig) -> None:
+    check_mechanisms(selection)
     if selection.strategy == "filter_then_weight":
         raise ConfigError(
             "selection.strategy: expected one that gives no weights to losses, got filter_then_weight; Megatron-LM "
