@@ -19,7 +19,11 @@ from packaging.version import Version
 from megatron_opus.errors import Refusal
 
 LOWEST = {"megatron-core": "0.16", "deepspeed": "0.17", "torch": "2.6"}
-TESTED = {"megatron-core": ("0.16.1", "0.19.2"), "deepspeed": ("0.19.8",), "torch": ("2.13.0", "2.14.1")}
+TESTED = {
+    "megatron-core": ("0.16.1", "0.17.1", "0.18.2", "0.19.2"),
+    "deepspeed": ("0.19.8",),
+    "torch": ("2.13.0", "2.14.1"),
+}
 
 
 class UnsupportedRelease(Refusal, RuntimeError):

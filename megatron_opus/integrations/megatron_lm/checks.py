@@ -11,7 +11,7 @@ from megatron_opus.backends.engines.megatron.training_loop import megatron_versi
 from megatron_opus.backends.model.releases import UnsupportedRelease
 from megatron_opus.config import ConfigError, SelectionConfig
 
-TESTED = ("0.16.1", "0.19.2", "0.20.0")
+TESTED = ("0.16.1", "0.18.2", "0.19.2", "0.20.0")
 # Every name of megatron.training.training that is wrapped or called, with the arguments that are relied on.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "setup_model_and_optimizer": (),
