@@ -95,7 +95,8 @@ def damaged_run(config: RunConfig, kind: str, wanted: str) -> dict[str, Any]:
     return {
         "clean": clean,
         "damaged": damaged,
-        "psi": tuple(x["proxy_average"][0][0][0] for x in (clean_state, damaged_state)),  # of the only stage and rank
+        # of the only stage and rank; None where no proxy was finite
+        "psi": tuple((x["proxy_average"][0][0] or [None])[0] for x in (clean_state, damaged_state)),
         "holds": [token in row for row in corpus.batch(np.array(table["sample_id"])).tokens.numpy()],
         "ledger": table,
         "notices": driver.notices.all,
