@@ -10,14 +10,16 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_opus.data.excluded_documents import base_directory
 from megatron_opus.data.manifest import FILE_NAME, Manifest
 from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.errors import Refusal
-from megatron_opus.types import TokenDocuments
+
+if TYPE_CHECKING:  # importing torch takes seconds, which `prepare-data --help` need not wait for
+    from megatron_opus.types import TokenDocuments
 
 BLOCKS, BLOCK = 64, 1 << 16  # evenly spaced blocks of bytes, the first and the last of the file among them
 
@@ -50,6 +52,8 @@ def verify_contents(directory: Path, manifest: Manifest, *, whole: bool, share: 
     """
     expected: dict[Path, tuple[str, str]] = {}
     for entry in manifest.datasets:
+        from megatron_opus.data.excluded_documents import base_directory  # imports torch
+
         prefix = base_directory(directory, entry) / entry.prefix
         expected[Path(f"{prefix}.bin")] = entry.bin_sha256, entry.bin_sample_sha256
         expected[Path(f"{prefix}.idx")] = entry.idx_sha256, entry.idx_sample_sha256
