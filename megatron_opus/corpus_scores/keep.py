@@ -19,8 +19,8 @@ from megatron_opus.corpus_scores.rules import RuleSet, named_scores, parse_rules
 from megatron_opus.corpus_scores.score_files import Scores, read_scores
 from megatron_opus.corpus_scores.scorer import Say
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.excluded_documents import WithoutDocuments, base_directory, read_spans, write_spans
-from megatron_opus.data.manifest import DatasetEntry, Manifest
+from megatron_opus.data.excluded_documents import WithoutDocuments, read_spans, write_spans
+from megatron_opus.data.manifest import DatasetEntry, Manifest, base_directory
 from megatron_opus.files import PARTIAL, atomic_file, locked
 
 SETTINGS_KEY = "keep"

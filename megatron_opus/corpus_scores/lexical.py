@@ -12,7 +12,8 @@ from megatron_opus.corpus_scores.documents import Block, CorpusDocuments, ScoreE
 from megatron_opus.corpus_scores.ngrams import check_columns, features, hashed_ngrams
 from megatron_opus.corpus_scores.scorer import DocumentScorer, LearningScorer, target_identity
 from megatron_opus.data import manifest as manifests
-from megatron_opus.data.excluded_documents import base_directory, read_spans
+from megatron_opus.data.excluded_documents import read_spans
+from megatron_opus.data.manifest import base_directory
 from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.data.proxy.encoders import Encoder, LexicalEncoder, Nearest
 from megatron_opus.data.proxy.similarity import CandidateDocuments, Scorer, Scoring

@@ -20,8 +20,8 @@ import torch
 from megatron_opus.config import DataConfig
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.excluded_documents import base_directory, open_entry, open_unlearned
-from megatron_opus.data.manifest import ROLES, Manifest, Role
+from megatron_opus.data.excluded_documents import open_entry, open_unlearned
+from megatron_opus.data.manifest import ROLES, Manifest, Role, base_directory
 from megatron_opus.data.permutation import key, permute
 from megatron_opus.data.token_files import InVocabulary
 from megatron_opus.data.tokenizers.base import Tokenizer, reopen_tokenizer

@@ -10,7 +10,6 @@ its tokens 0 to 3 are the base's 0 to 3, and its tokens 4 to 8 are the base's 7 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from megatron_opus.data import manifest as manifests
 from megatron_opus.data import unlearned_spans
-from megatron_opus.data.manifest import DatasetEntry, ManifestError
+from megatron_opus.data.manifest import DatasetEntry, ManifestError, base_directory
 from megatron_opus.files import atomic_file
 from megatron_opus.types import TokenDocuments
 
@@ -50,11 +49,6 @@ def open_unlearned(directory: Path, entry: DatasetEntry, documents: TokenDocumen
     if not isinstance(documents, WithoutDocuments):
         return unlearned_spans.open_spans(entry.name, place, entry.mask_spans, entry.tokens)
     return documents.ranges(unlearned_spans.open_spans(entry.name, place, entry.mask_spans, documents.base.num_tokens))
-
-
-def base_directory(directory: Path, entry: DatasetEntry) -> Path:
-    # `..` is meant of the directory itself, not of a link to it.
-    return Path(os.path.normpath(directory.resolve() / entry.base)) if entry.base else directory
 
 
 def _check_base(directory: Path, base: Path, entry: DatasetEntry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,12 @@ class DatasetEntry:
     bin_sample_sha256: str = ""  # see token_files.py; empty: prepared before there were samples
     idx_sample_sha256: str = ""
     scores: dict[str, Any] = field(default_factory=dict)  # key, min, mean, max, sha256 of <prefix>.score.npy
+
+
+def base_directory(directory: Path, entry: DatasetEntry) -> Path:
+    """Return the prepared directory that holds the files of an entry of `directory`: its own, or its base."""
+    # `..` is meant of the directory itself, not of a link to it.
+    return Path(os.path.normpath(directory.resolve() / entry.base)) if entry.base else directory
 
 
 @dataclass(frozen=True, kw_only=True)

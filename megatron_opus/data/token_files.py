@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_opus.data.manifest import FILE_NAME, Manifest
+from megatron_opus.data.manifest import FILE_NAME, Manifest, base_directory
 from megatron_opus.data.prepare.records import file_sha256
 from megatron_opus.errors import Refusal
 
@@ -52,8 +52,6 @@ def verify_contents(directory: Path, manifest: Manifest, *, whole: bool, share: 
     """
     expected: dict[Path, tuple[str, str]] = {}
     for entry in manifest.datasets:
-        from megatron_opus.data.excluded_documents import base_directory  # imports torch
-
         prefix = base_directory(directory, entry) / entry.prefix
         expected[Path(f"{prefix}.bin")] = entry.bin_sha256, entry.bin_sample_sha256
         expected[Path(f"{prefix}.idx")] = entry.idx_sha256, entry.idx_sample_sha256

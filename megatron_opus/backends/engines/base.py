@@ -114,8 +114,8 @@ def evaluate(
 
     `batches` holds the same sequences on every rank, of which each data-parallel rank evaluates its share. Dropout is
     off and the model's mode is restored. `equally_often` makes every rank run as many forward passes as the others:
-    ZeRO 3 gathers weights in each of them, and experts on other ranks wait for
-    tokens. A domain without any counted token is NaN.
+    ZeRO 3 gathers weights in each of them, and experts on other ranks
+    wait for tokens. A domain without any counted token is NaN.
     """
     sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=device)  # loss, tokens
     with evaluation(runner.chunks):

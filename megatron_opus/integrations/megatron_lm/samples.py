@@ -46,6 +46,14 @@ class Samples:
         """Return [n] int32: the position in `names` of each train sample's dataset."""
         return np.zeros(len(ids), np.int32) if self._domain_of is None else self._domain_of[ids].astype(np.int32)
 
+    def sizes(self) -> np.ndarray:
+        """Count [D] int64 samples of each domain."""
+        found = np.zeros(len(self.names), np.int64)
+        for low in range(0, len(self), CHUNK):
+            piece = np.arange(low, min(low + CHUNK, len(self)), dtype=np.int64)
+            found += np.bincount(self.domain_of(piece), minlength=len(found))
+        return found
+
     def of_domain(self, domain: int, start: int) -> Iterator[np.ndarray]:
         """Yield, in order, the ids of one dataset of the blend from `start` on, once around."""
         for first, last in ((start, len(self)), (0, start)):
@@ -125,8 +133,7 @@ class CandidateCursor:
         self._of_domain: list[int] | None = None
         self._offered = np.zeros(len(samples.names), np.int64)  # sequences of each domain, since the start
         self._used = np.zeros_like(self._offered)
-        everything = samples.domain_of(np.arange(len(samples)))
-        self._sequences = np.bincount(everything, minlength=len(self._offered))
+        self._sequences = samples.sizes()
 
     @property
     def passes(self) -> int:
