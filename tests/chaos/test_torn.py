@@ -16,10 +16,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def killed(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed with three checkpoints behind it."""
+    """The folder of a run that was killed after step 7, with its two newest checkpoints kept."""
     runs = tmp_path_factory.mktemp("torn")
     run = arena.start("run", resume=False, runs=runs)
-    run.reach(lambda: len(complete(runs / "run/checkpoints")) >= 3 and run.steps() % 2 == 1)
+    run.reach(lambda: len(complete(runs / "run/checkpoints")) == 2 and run.steps() >= 7 and run.steps() % 2 == 1)
     run.kill()
     arena.same_until_checkpoint(runs / "run")
     return runs / "run"
