@@ -137,20 +137,29 @@ def test_padding_is_not_seen(side: str) -> None:
         assert relative(found(model, plain, proxy).alignment, want) < 1e-5
 
 
+class HandMadeExperts(nn.Module):
+    """Experts in one raw parameter [experts, hidden, hidden], of a class that nothing here knows."""
+
+    def __init__(self, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.stacked = nn.Parameter(torch.randn(experts, hidden, hidden) / hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bte,btd,edf->btf", self.router(x).softmax(-1), x, self.stacked)
+
+
 def test_experts_that_are_left_out_are_said() -> None:
     """Guards against the score of a quarter of a mixture of experts passing for that of the model."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "num_experts": 4}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=VOCAB, num_experts_per_tok=2, **shape))
-    with pytest.warns(UserWarning, match=r"scored.*experts") as caught:
+    model = qwen3()
+    for layer in model.model.layers:
+        layer.mlp = HandMadeExperts(32, 16)
+    with pytest.warns(UserWarning, match=r"scored.*stacked") as caught:
         got = found(model, tokens(N), tokens(3, seed=4))
     trainable = [p for p in model.parameters() if p.dim() >= 2]
     share = sum(p.numel() for p in linear_weights(model).values()) / sum(p.numel() for p in trainable)
     assert got.coverage == pytest.approx(share)
-    assert got.coverage < 0.9
+    assert got.coverage < 0.5
     assert len(caught) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def other_environment(config: RunConfig) -> str:
 
 
 def other_data(config: RunConfig) -> str:
-    """The last rank's files hold one other token, as after a copy that went wrong: the manifest is the same."""
+    """The last rank's files hold one other token, and its manifest says so: that machine prepared its own data."""
     if last():
         source = next(p.parent for p in sorted(Path(config.data.cache_dir).rglob("manifest.json")))
         mine = Path(config.output_dir) / f"damaged{dist.get_world_size()}"
@@ -64,6 +65,12 @@ def other_data(config: RunConfig) -> str:
         content = bytearray(stream.read_bytes())
         content[100] ^= 1
         stream.write_bytes(content)
+        manifest = (mine / "manifest.json").read_text(encoding="utf-8")
+        was, now = (
+            hashlib.sha256((folder / stream.relative_to(mine)).read_bytes()).hexdigest() for folder in (source, mine)
+        )
+        assert was in manifest
+        (mine / "manifest.json").write_text(manifest.replace(was, now), encoding="utf-8")
         original = data.prepare_embedded
         data.prepare_embedded = lambda *args, **options: mine  # type: ignore[assignment]
         try:
@@ -120,7 +127,7 @@ KINDS: list[tuple[Callable[[RunConfig], str], str, int]] = [
     (other_configuration, "rank {last}: configuration.selection.temperature is 0.5, rank 0 has 0.3", 1),
     (other_version, "rank {last}: version.numpy is '1.0', rank 0 has '2.0'", 1),
     (other_environment, "rank {last}: environment.NVIDIA_TF32_OVERRIDE is '1', rank 0 has '0'", 2),
-    (other_data, "rank {last}: data.validation/", 1),
+    (other_data, "rank {last}: data.validation/", 2),  # and the fingerprint
     (other_norm, "rank {last}: initial weight.decoder.final_layernorm.weight is", 1),
 ]
 

@@ -16,6 +16,7 @@ from megatron_opus.config import RunConfig
 from megatron_opus.data.corpus import Corpus
 from megatron_opus.data.prepare.pipeline import prepare
 from megatron_opus.data.prepare.resolve import DatasetSpec, PrepareConfig, holdout
+from megatron_opus.runs.checkpoints import FORMAT
 from megatron_opus.runs.ledger import LedgerWriter
 from megatron_opus.training.metrics import MetricsWriter
 from megatron_opus.types import Candidates, Selection, Signals
@@ -144,6 +145,10 @@ def mark(directory: Path, fingerprint: str) -> None:
     folder = directory / "checkpoints/step_00000012"
     folder.mkdir(parents=True, exist_ok=True)
     marker = {
+        "format": FORMAT,
+        "step": 12,
+        "config": {},
+        "files": {},
         "fingerprints": {"data": fingerprint},
         "layout": {"world_size": 2, "tensor_model_parallel_size": 1},
         "versions": {"torch": "9.9.9"},

@@ -20,6 +20,7 @@ class Ids:
     """Buffer, corpus and iterator of a driver that is only asked for ids."""
 
     domains = {"candidates": ("only",)}  # noqa: RUF012
+    notices: list[str] = []  # noqa: RUF012
 
     def draw(self, step, weights):
         return Candidates(step=step, sample_ids=np.arange(N) + N * step, domains=np.zeros(N, dtype=np.int32))

@@ -174,7 +174,7 @@ def test_a_degree_that_does_not_divide_is_refused_before_anything_is_read(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "mistral"}, "model_type: expected one of gpt2, qwen3, llama, got 'mistral'"),
+        ({"model_type": "mistral"}, "model_type: expected one of gpt2, qwen3, qwen3_moe, llama, got 'mistral'"),
         ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),

@@ -162,6 +162,10 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
         raw = {**raw, "rope_theta": 10000}
     theta = need("rope_theta") if rope.get("rope_theta") is None else whole("rope_theta", rope["rope_theta"])
     heads = need("num_attention_heads")
+    # `transformers` has its own default for each of them, and takes a null for one in Llama alone
+    channels = 128 if raw["model_type"] == "qwen3" else need("hidden_size") // heads
+    if raw.get("head_dim") is not None or ("head_dim" in raw and not llama):
+        channels = need("head_dim")
     experts: dict[str, Any] = {}
     if raw["model_type"] == "qwen3_moe":
         # every block is a mixture, and the weights of the chosen experts add up to 1
@@ -183,7 +187,7 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
         hidden_size=need("hidden_size"),
         num_attention_heads=heads,
         num_query_groups=optional("num_key_value_heads", heads) if llama else need("num_key_value_heads"),
-        kv_channels=optional("head_dim", need("hidden_size") // heads if llama else 128),
+        kv_channels=channels,
         ffn_hidden_size=need("intermediate_size"),
         vocab_size=need("vocab_size"),
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
