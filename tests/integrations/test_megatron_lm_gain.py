@@ -1,7 +1,7 @@
 """OPUS against random through the hook, on real text: the lab's noisy corpus as Megatron's own indexed files.
 
-The protocol is that of configs/lab/warm.yaml, at today's default temperature. Per seed, 300 steps of random selection at
-a constant rate are the common start; from there each arm takes 200 steps of 16 out of 32 sequences:
+The protocol is that of configs/lab/warm.yaml, at today's default temperature. Per seed, 300 steps of random selection
+at a constant rate are the common start; from there each arm takes 200 steps of 16 out of 32 sequences:
 
     random      uniform draws from the offered candidates
     opus        OPUS with the held-out prose as its target
@@ -88,3 +88,4 @@ def test_opus_lowers_the_loss_of_the_target(runs: LoopRuns, tmp_path: Path) -> N
         difference = np.array(losses[one]) - np.array(losses[other])
         interval = 4.303 * difference.std(ddof=1) / np.sqrt(len(SEEDS))  # Student's t, 95%, 2 degrees of freedom
         print(f"{one} - {other}: {difference.mean():+.4f} +- {interval:.4f} ({difference})")
+    assert all(opus < random for opus, random in zip(losses["opus"], losses["random"], strict=True))
