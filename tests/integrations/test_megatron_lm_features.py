@@ -152,11 +152,13 @@ def test_ado_learns_from_losses_of_all_ranks(runs: LoopRuns, corpora: dict[str, 
     two = runs.run("ado_dp2", *more, world=2, opus=opus, data=data, length=length)
     pipe = ("--pipeline-model-parallel-size", "2")
     stages = runs.run("ado_pp2", *more, *pipe, world=2, opus=opus, data=data, length=length)
+    context = runs.run("ado_cp2", *more, "--context-parallel-size", "2", world=2, opus=opus, data=data, length=length)
     assert two.drawn() == one.drawn()
     assert stages.drawn() == one.drawn()
+    assert context.drawn() == one.drawn()
     last = one.metrics()[-1]
     assert last["ado_fitted"] > 0
-    for other in (two, stages):
+    for other in (two, stages, context):
         share = other.metrics()[-1]["ado_share/code"]
         assert share == pytest.approx(last["ado_share/code"], rel=1e-4)
 
