@@ -27,6 +27,8 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
 
 def datasets(sizes: list[int], vp_stage: int | None = None) -> list[Any]:
     args = get_args()
@@ -67,7 +69,8 @@ def forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tens
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         rank = mpu.get_tensor_model_parallel_rank()
         if rank == 0:
-            batch = {k: v.cuda(non_blocking=True) for k, v in next(batches).items() if isinstance(v, Tensor)}
+            found = next(batches)
+            batch = {key: found[key].cuda(non_blocking=True) for key in KEYS if key in found}
         batch = get_batch_on_this_tp_rank(
             batch,
             broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
