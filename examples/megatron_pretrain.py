@@ -20,12 +20,14 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+
+KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
 def datasets(sizes: list[int], vp_stage: int | None = None) -> list[Any]:
@@ -62,12 +64,13 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
 
 
 def forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, partial[Any]]:
-    args, first, last = get_args(), mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    args = get_args()
     batch: Any = {}
-    if first or last:
+    if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         rank = mpu.get_tensor_model_parallel_rank()
         if rank == 0:
-            batch = {k: v.cuda(non_blocking=True) for k, v in next(batches).items() if isinstance(v, Tensor)}
+            found = next(batches)
+            batch = {key: found[key].cuda(non_blocking=True) for key in KEYS if key in found}
         batch = get_batch_on_this_tp_rank(
             batch,
             broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -75,15 +78,16 @@ def forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tens
             has_cu_seqlens=False,
             is_hybrid_cp=False,
             mtp_on_this_rank=False,
-            cp_size=1,
+            cp_size=args.context_parallel_size,
             tp_rank=rank,
-            is_pipeline_first_stage=first,
-            is_pipeline_last_stage=last,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
             create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
             micro_batch_size=args.micro_batch_size,
             seq_length=args.seq_length,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         )
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     labels, mask = batch.get("labels"), batch.get("loss_mask")
     output = model(batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"), labels=labels)
     return output, partial(loss_func, mask)

@@ -37,10 +37,10 @@ PRIOR = 8.0  # sightings by which an n-gram's, or a domain's, weight is drawn to
 class Prefilter:
     """Picks N of the pool, and learns from their utilities. Equal calls give equal state on every rank."""
 
-    def __init__(self, config: PrefilterConfig, domains: int, size: int) -> None:
-        """domains: D; size: N, the sequences that are left."""
-        self._config, self._size = config, size
-        self._unseen = max(1, round(config.unfiltered * size))
+    def __init__(self, config: PrefilterConfig, domains: int) -> None:
+        """domains: D."""
+        self._config = config
+        self._unseen = 0  # of the last pick, its first sequences
         self._weights, self._seen = np.zeros(config.columns), np.zeros(config.columns)
         self._domain, self._documents = np.zeros(domains), np.zeros(domains)
         self._picked: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -48,11 +48,14 @@ class Prefilter:
     def pick(self, tokens: Tensor, domains: np.ndarray) -> np.ndarray:
         """Return [N] int64 ascending positions in the pool: the first ones unseen, of the others the best by f.
 
-        tokens [M, L] int64, domains [M]. The pool comes shuffled, so that its first sequences are a uniform draw.
+        tokens [M, L] int64, domains [M]; N = M / pool_ratio. The pool comes shuffled, so that its first sequences are a
+        uniform draw.
         """
+        size = len(domains) // self._config.pool_ratio
+        self._unseen = max(1, round(self._config.unfiltered * size))
         columns = self._columns(tokens)
         expected = self._expected(columns, domains)
-        rest = np.argsort(-expected[self._unseen :], kind="stable")[: self._size - self._unseen] + self._unseen
+        rest = np.argsort(-expected[self._unseen :], kind="stable")[: size - self._unseen] + self._unseen
         positions = np.concatenate([np.arange(self._unseen), np.sort(rest)])
         self._picked = (positions, columns[positions], np.asarray(domains)[positions], expected[positions])
         return positions

@@ -166,7 +166,7 @@ class SelectionDriver:
         if self._prefilter is None:
             return pool, np.arange(len(pool))
         if not self._scored:
-            kept = np.arange(self._config.buffer_size)
+            kept = np.arange(len(pool) // self._config.selection.prefilter.pool_ratio)
         else:
             started = time.perf_counter()
             kept = self._prefilter.pick(self._corpus.tokens(pool.sample_ids), pool.domains)

@@ -143,7 +143,7 @@ class Session:
         iterator = SelectedBatchIterator(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         prefilter = None
         if config.selection.prefilter.pool_ratio > 1:
-            prefilter = Prefilter(config.selection.prefilter, len(buffer.domains), config.buffer_size)
+            prefilter = Prefilter(config.selection.prefilter, len(buffer.domains))
         self.driver = SelectionDriver(config, groups, corpus, buffer, strategy, scorer, iterator, loss_pass, prefilter)
         self.engine, self.corpus, self.config = engine, corpus, config
         self._fingerprints = fingerprints

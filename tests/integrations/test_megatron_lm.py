@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, DISTRIBUTED),
     "tp2": (2, ("--tensor-model-parallel-size", "2")),
     "pp2": (2, ("--pipeline-model-parallel-size", "2")),
+    "cp2": (2, ("--context-parallel-size", "2")),
 }
 
 
@@ -61,7 +62,7 @@ def test_two_data_parallel_ranks_choose_what_one_process_chooses(runs: LoopRuns,
     np.testing.assert_allclose(both.alignments(), selected.alignments(), rtol=1e-4)
 
 
-def test_tensor_and_pipeline_ranks_choose_what_one_process_chooses(runs: LoopRuns) -> None:
+def test_ranks_that_share_sequences_choose_what_one_process_chooses(runs: LoopRuns) -> None:
     """Guards against scores that lack what other ranks hold.
 
     They begin at one checkpoint of a run without the hook, since Megatron initialises each layout with other weights.
@@ -69,14 +70,14 @@ def test_tensor_and_pipeline_ranks_choose_what_one_process_chooses(runs: LoopRun
     torch_dist = ("--ckpt-format", "torch_dist")
     common = runs.run("common", *torch_dist, "--exit-interval", "2")
     outcomes = {}
-    for layout in ("one", "tp2", "pp2"):
+    for layout in ("one", "tp2", "pp2", "cp2"):
         world, arguments = LAYOUTS[layout]
         more = (*arguments, *torch_dist, "--load", str(common.folder))
         outcomes[layout] = runs.run(f"from_common_{layout}", *more, world=world, opus=OPUS)
     one = outcomes["one"]
     assert "the checkpoint of iteration 2 holds no selection: selecting begins here" in one.log
     assert min(min(ids) for ids in one.drawn().values()) >= 8  # what was trained on without selection is not offered
-    for other in (outcomes["tp2"], outcomes["pp2"]):
+    for other in (outcomes["tp2"], outcomes["pp2"], outcomes["cp2"]):
         assert other.drawn() == one.drawn()
         np.testing.assert_allclose(other.alignments(), one.alignments(), rtol=1e-4)
         assert_same_losses(other, one)

@@ -217,7 +217,6 @@ FINE = {
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"gtp_weight_remat_size": 2}, "generalised tensor parallelism.*--tensor-model-parallel-size"),
-        ({"context_parallel_size": 2}, "--context-parallel-size 2.*use --context-parallel-size 1"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"fp8": "hybrid"}, "--fp8-format.*use --bf16"),
         ({"fp4": "nvfp4"}, "--fp4-format.*use --bf16"),
@@ -236,6 +235,7 @@ FINE = {
         ({"multiple_validation_sets": True}, "--multiple-validation-sets"),
         ({"perform_rl_step": True}, "--perform-rl-step"),
         ({"vision_pretraining": True}, "--vision-pretraining"),
+        ({"context_parallel_size": 4, "seq_length": 36}, r"a multiple of 2 x --context-parallel-size \(8\), got 36"),
         ({"sequence_parallel": True, "seq_length": 31}, "multiple of --tensor-model-parallel-size"),
     ],
 )

@@ -25,7 +25,7 @@ def pool(seed: int, domains: int = 2) -> tuple[torch.Tensor, np.ndarray, np.ndar
 
 def filled(steps: int, **settings: float) -> tuple[Prefilter, list[float], list[float]]:
     """A filter after so many steps of noisy utilities; (it, share of useful picks, gains)."""
-    made = Prefilter(PrefilterConfig(pool_ratio=RATIO, **settings), 2, N)  # type: ignore[arg-type]
+    made = Prefilter(PrefilterConfig(pool_ratio=RATIO, **settings), 2)  # type: ignore[arg-type]
     found, gains = [], []
     for step in range(steps):
         tokens, domains, useful = pool(step)
@@ -49,7 +49,7 @@ def test_it_learns_which_text_is_useful_within_a_domain():
 def test_the_fit_is_the_formula():
     """Guards against errors counted per sequence instead of per n-gram, and forgetting that touches one of the two."""
     config = PrefilterConfig(pool_ratio=2, unfiltered=1.0, columns=64, forgetting=0.25, learning_rate=0.5)
-    made = Prefilter(config, 2, 4)
+    made = Prefilter(config, 2)
     tokens = torch.tensor([[1, 2, 1], [3, 3, 3], [4, 5, 6], [7, 8, 9]]).repeat(2, 1)
     domains = np.array([0, 1, 1, 1] * 2)
     weights, seen, domain, documents = np.zeros(64), np.zeros(64), np.zeros(2), np.zeros(2)
@@ -82,7 +82,7 @@ def test_a_share_of_the_buffer_is_taken_unseen():
     assert (np.diff(kept) > 0).all()
     rest = made._expected(made._columns(tokens), domains)[4:]
     assert {*(kept[4:] - 4).tolist()} == {*np.argsort(-rest, kind="stable")[: N - 4].tolist()}
-    everything = Prefilter(PrefilterConfig(pool_ratio=RATIO, unfiltered=1.0), 2, N)
+    everything = Prefilter(PrefilterConfig(pool_ratio=RATIO, unfiltered=1.0), 2)
     assert everything.pick(tokens, domains).tolist() == [*range(N)]
 
 
@@ -107,7 +107,7 @@ def test_broken_or_equal_utilities_teach_nothing_wrong():
 def test_its_state_is_what_a_resumed_run_needs():
     """Guards against sightings or domain means missing from the checkpoint. Equal to the bit."""
     whole, _, _ = filled(6)
-    resumed = Prefilter(PrefilterConfig(pool_ratio=RATIO), 2, N)
+    resumed = Prefilter(PrefilterConfig(pool_ratio=RATIO), 2)
     resumed.load_state_dict(whole.state_dict())
     for step in range(6, 9):
         tokens, domains, useful = pool(step)
@@ -121,7 +121,7 @@ def test_its_state_is_what_a_resumed_run_needs():
 
 def test_columns_are_a_power_of_two_and_take_all_of_them():
     """Guards against a mask that leaves most columns empty."""
-    made = Prefilter(PrefilterConfig(pool_ratio=2, columns=256), 1, 4)
+    made = Prefilter(PrefilterConfig(pool_ratio=2, columns=256), 1)
     columns = made._columns(torch.arange(4000).reshape(8, 500))
     assert columns.min() == 0
     assert columns.max() == 255
@@ -131,7 +131,7 @@ def test_columns_are_a_power_of_two_and_take_all_of_them():
 @pytest.mark.parametrize("ratio", [8])
 def test_a_pool_costs_a_fraction_of_a_second(ratio):
     """Guards against a loop over tokens: 256 sequences of 512 tokens are 262,000 n-grams. Processor seconds."""
-    made = Prefilter(PrefilterConfig(pool_ratio=ratio), 2, 32)
+    made = Prefilter(PrefilterConfig(pool_ratio=ratio), 2)
     tokens = torch.randint(0, 4096, (32 * ratio, 512), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
     made.pick(tokens, np.zeros(32 * ratio, dtype=np.int32))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -99,6 +100,14 @@ class Launched:
         return "\n".join(f"--- rank {r}:\n{self.log(r)[-3000:]}" for r in range(len(self.pids)))
 
 
+def unused_port() -> int:
+    """A port below those that a system gives out by itself, so that nothing takes it before the first rank listens."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.randrange(5000, 15000)))
+            return int(free.getsockname()[1])
+
+
 def trainer() -> None:
     """Import what takes the time of a short run of the trainer."""
     import megatron_opus.training.session  # noqa: F401
@@ -137,9 +146,7 @@ class Server:
     ) -> Launched:
         """`prepare` runs first on every rank, with RANK set: a fault to put in."""
         logs.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(unused_port())
         pids, files = [], []
         for rank in range(world):
             environment = {

@@ -10,6 +10,7 @@ computed, sent and written is the real thing. Only for tests: the package's own 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -100,6 +101,57 @@ class FusedAdam(torch.optim.Optimizer):
                 p.addcdiv_(state["exp_avg"], root, value=-lr / (1 - beta1 ** group["step"]))
 
 
+class _Gathered(torch.autograd.Function):
+    """Tokens [s / cp, b, h, d] of all context-parallel ranks as [s, b, h, d], in the order of the text.
+
+    The gradient of each rank's own comes from all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        first, second = zip(*(part.chunk(2) for part in parts), strict=True)
+        return torch.cat([*first, *reversed(second)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return _own(total, dist.get_rank(ctx.group), dist.get_world_size(ctx.group)), None
+
+
+def _own(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    chunks = x.chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[-1 - rank]])
+
+
+def let_contexts_be_cut() -> None:
+    """Let Megatron's local attention look at the keys of all context-parallel ranks, as Transformer Engine's does."""
+    from megatron.core import parallel_state
+    from megatron.core.models import backends
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class ContextAttention(DotProductAttention):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            alone = copy.copy(config)
+            alone.context_parallel_size = 1  # what it refuses is done here
+            super().__init__(alone, *args, **kwargs)
+
+        def forward(self, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+            size = parallel_state.get_context_parallel_world_size()
+            if size > 1:
+                group, rank = parallel_state.get_context_parallel_group(), parallel_state.get_context_parallel_rank()
+                key, value = _Gathered.apply(key, group), _Gathered.apply(value, group)
+                if mask is None:
+                    barred = torch.ones(len(key), len(key), dtype=torch.bool).triu(1)
+                    mask = _own(barred, rank, size)[None, None]
+            return super().forward(query, key, value, mask, *args, **kwargs)
+
+    backends.DotProductAttention = ContextAttention  # type: ignore[misc]
+
+
 def install() -> None:
     """Import Megatron's training loop while torch still tells the truth, then put the stand-ins in its place."""
     import megatron.core.datasets.utils as dataset_utils
@@ -131,8 +183,10 @@ def install() -> None:
     states._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     states._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     dataset_utils.compile_helpers = lambda: None  # the wheel has them compiled
+    let_contexts_be_cut()
     optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = FusedAdam, False  # type: ignore[misc,assignment]
     distributed.HAVE_APEX_OR_TE, distributed.USING_APEX_OPTIMIZER = True, True
+    distributed.Adam = FusedAdam  # type: ignore[misc,assignment]
     barrier = dist.barrier
     dist.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group=group, async_op=async_op)
     _CudaIsCpu().__enter__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 import traceback
@@ -64,6 +65,10 @@ def program(arguments: list[str], _recipe: str) -> int:
     except BaseException:
         traceback.print_exc()
         status = 1
+    for (
+        worker
+    ) in multiprocessing.active_children():  # of Megatron's checkpoints: a forked rank ends without ending them
+        worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     return status

@@ -82,11 +82,6 @@ REFUSED: tuple[_Refused, ...] = (
         "generalised tensor parallelism: the scores of weights that it cuts are not known",
         "use --tensor-model-parallel-size",
     ),
-    (
-        _more_than("context_parallel_size", 1),
-        "--context-parallel-size {context_parallel_size}: scores are not summed over context-parallel ranks",
-        "use --context-parallel-size 1",
-    ),
     (_given("hybrid_context_parallel"), "--hybrid-context-parallel", "leave it out"),
     (_given("fp8"), "--fp8-format: scoring would disturb the scales of fp8", "use --bf16"),
     (_given("fp4"), "--fp4-format: scoring would disturb the scales of fp4", "use --bf16"),
@@ -134,6 +129,10 @@ def check_arguments(arguments: Any, selection: SelectionConfig) -> None:
         if used(arguments):
             raise ConfigError(f"{found.format(**vars(arguments))}; OPUS cannot select in such a run: {remedy}")
     length = min(selection.score_length, arguments.seq_length)
+    if (cp := arguments.context_parallel_size) > 1 and length % (2 * cp):
+        raise ConfigError(
+            f"selection.score_length: expected a multiple of 2 x --context-parallel-size ({2 * cp}), got {length}"
+        )
     if arguments.sequence_parallel and length % arguments.tensor_model_parallel_size:
         raise ConfigError(
             f"selection.score_length: expected a multiple of --tensor-model-parallel-size "

@@ -19,6 +19,7 @@ from megatron_opus.integrations.megatron_lm.settings import HookConfig
 from megatron_opus.scoring.loss_pass import LossPass
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.scoring.verify import gradient_check
+from megatron_opus.selection.prefilter import Prefilter
 from megatron_opus.selection.strategies import build_strategy, scoring_config
 from megatron_opus.training.driver import SelectionDriver
 from megatron_opus.training.metrics import metrics_row
@@ -54,7 +55,8 @@ class SelectionRun:
             model, optimizer, forward_step, arguments, selection, groups, lambda: self._updates
         )
         k = recipe.training.global_batch_size
-        ceiling = samples.shares * len(samples) / candidates_of(k, selection.rho, groups.dp_size)
+        self._ratio = selection.prefilter.pool_ratio
+        ceiling = samples.shares * len(samples) / (candidates_of(k, selection.rho, groups.dp_size) * self._ratio)
         strategy = build_strategy(selection, samples.names, samples.shares, ceiling, k)
         scorer, loss_pass = None, None
         if strategy.needs == {"loss"}:
@@ -67,7 +69,10 @@ class SelectionRun:
         )
         # a run without selection has trained on the samples before this one
         self._cursor = CandidateCursor(samples, recipe.seed, start=arguments.consumed_train_samples)
-        self._driver = SelectionDriver(recipe, groups, samples, self._cursor, strategy, scorer, iterator, loss_pass)
+        prefilter = Prefilter(selection.prefilter, len(samples.names)) if self._ratio > 1 else None
+        self._driver = SelectionDriver(
+            recipe, groups, samples, self._cursor, strategy, scorer, iterator, loss_pass, prefilter
+        )
         self._driver.counters.step = arguments.iteration
         if saved is not None:
             self._load(saved)
@@ -112,7 +117,7 @@ class SelectionRun:
         if getattr(self._arguments, "rerun_mode", "disabled") != "disabled":
             self._before = self._state()
         k = training_loop.micro_batches() * self._arguments.micro_batch_size * self._groups.dp_size
-        self._cursor.size = candidates_of(k, self._config.selection.rho, self._groups.dp_size)
+        self._cursor.size = candidates_of(k, self._config.selection.rho, self._groups.dp_size) * self._ratio
         self._decided = self._driver.choose(k)
         if self._cursor.passes > self._passes:
             self._passes = self._cursor.passes
@@ -130,8 +135,9 @@ class SelectionRun:
             self._broken_off = True
             return
         self._updates += not skipped
+        started, worked, choose_seconds = self._choosing
+        self._driver.took(choose_seconds, time.perf_counter() - started - choose_seconds)
         if self._record is not None:
-            started, worked, choose_seconds = self._choosing
             row = metrics_row(
                 self._driver,
                 self._samples,

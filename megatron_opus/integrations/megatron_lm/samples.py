@@ -127,7 +127,7 @@ class CandidateCursor:
 
     def __init__(self, samples: Samples, seed: int, start: int) -> None:
         """`start`: the first index that is offered. A run without selection has trained on those before it."""
-        self.size = 0  # N of the coming step
+        self.size = 0  # N of the coming step; with a prefilter, of its pool
         self.notices: list[str] = []
         self._samples, self._seed, self._position = samples, seed, start
         self._of_domain: list[int] | None = None
@@ -147,7 +147,10 @@ class CandidateCursor:
         """
         size, total = self.size, len(self._samples)
         if size > total:
-            raise DrawError(f"N = {size} candidates a step: the train dataset has {total} samples; raise selection.rho")
+            raise DrawError(
+                f"N = {size} candidates a step: the train dataset has {total} samples; raise selection.rho, or lower "
+                "selection.prefilter.pool_ratio"
+            )
         if weights is None:
             ids = (self._position + np.arange(size, dtype=np.int64)) % total
         else:

@@ -30,8 +30,9 @@ class Selector:
 
     def train_samples(self, asked: int, steps: int) -> int:
         """Return how many train samples Megatron is asked for: what K of N needs, and no more where rho is 1."""
-        rho = self.config.selection.rho
-        return asked if rho == 1 else int(asked / rho) + steps  # N is rounded in every step
+        rho, ratio = self.config.selection.rho, self.config.selection.prefilter.pool_ratio
+        candidates = asked if rho == 1 else int(asked / rho) + steps  # N is rounded in every step
+        return candidates * ratio
 
     def take(self, train: Any, valid: Any) -> None:
         """Take Megatron's datasets; each virtual stage has its own, all alike. Collective."""

@@ -51,12 +51,6 @@ def _check(selection: SelectionConfig) -> None:
         )
     if selection.scope != "global":
         raise ConfigError(f"selection.scope: expected global under Megatron-LM's loop, got {selection.scope}")
-    if selection.controller.enabled:
-        raise ConfigError("selection.controller.enabled: expected false under Megatron-LM's loop, got true")
-    if selection.prefilter.pool_ratio > 1:
-        raise ConfigError(
-            f"selection.prefilter.pool_ratio: expected 1 under Megatron-LM's loop, got {selection.prefilter.pool_ratio}"
-        )
 
 
 def recipe(arguments: Any, config: HookConfig) -> RunConfig:

@@ -32,8 +32,10 @@ def run_schedule(
     """Run `count` micro-batches of [size, length] tokens forward and backward on this stage. Collective.
 
     `pieces` are this stage's parts of the model, bare or wrapped; `forward(piece, i)` runs micro-batch i. The gradient
-    of a step is the mean over its micro-batches: Megatron divides each loss by their number.
+    of a step is the mean over its micro-batches: Megatron divides each loss by their number. With context parallelism
+    `length` are this rank's tokens; Megatron is told those of all, and takes a loss to be a mean over this rank's.
     """
+    contexts = parallel_state.get_context_parallel_world_size()
     taken = {id(piece): 0 for piece in pieces}  # each piece walks through the same micro-batches in order
 
     def step(_: Any, piece: Any, checkpoint_activations: bool | None = None) -> tuple[Tensor, Any]:
@@ -41,7 +43,7 @@ def run_schedule(
         taken[id(piece)] += 1
         with cpu_shims.plain():
             output, loss = forward(piece, index)
-        return output, lambda found: (loss(found), {})
+        return output, lambda found: (loss(found) / contexts, {})
 
     with cpu_shims.cuda_names():
         get_forward_backward_func()(
@@ -49,7 +51,7 @@ def run_schedule(
             data_iterator=[None] * len(pieces),
             model=list(pieces),
             num_microbatches=count,
-            seq_length=length,
+            seq_length=length * contexts,
             micro_batch_size=size,
             forward_only=forward_only,
         )

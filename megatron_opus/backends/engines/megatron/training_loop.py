@@ -21,7 +21,6 @@ from megatron.core.package_info import __version__ as megatron_version
 from torch import Tensor, nn
 
 from megatron_opus.backends.engines.base import of_all_ranks
-from megatron_opus.backends.engines.losses import unweighted_losses
 from megatron_opus.backends.engines.megatron.ddp import WholeRunner, gathered
 from megatron_opus.backends.engines.megatron.distributed_optimizer import MegatronState
 from megatron_opus.backends.engines.megatron.pipeline import ScheduleRunner
@@ -62,7 +61,7 @@ def loop_parts(
     whole = nn.ModuleList(pieces) if len(pieces) > 1 else pieces[0]
     layers = megatron_layers(whole, None, selection)
     device = next(whole.parameters()).device
-    forward = UserForward(forward_step, arguments)
+    forward = UserForward(forward_step, arguments, groups)
 
     def quiet() -> contextlib.AbstractContextManager[None]:
         return gathered(model)
@@ -81,19 +80,20 @@ class UserForward:
     """Runs the user's own forward step on a batch of ours: (piece of the model, batch) -> what the piece gives.
 
     That is the unreduced losses [b, T] on the last pipeline stage. His loss function, which would average, is not
-    called.
+    called. With context parallelism T are this rank's tokens, which he cuts out of whole sequences: he is given those.
     """
 
-    def __init__(self, forward_step: ForwardStep, arguments: Any) -> None:
+    def __init__(self, forward_step: ForwardStep, arguments: Any, groups: Groups) -> None:
         """`arguments` are Megatron's: he takes the shape of a batch from them, so they say ours while he runs."""
-        self._forward_step, self._arguments = forward_step, arguments
+        self._forward_step, self._arguments, self._groups = forward_step, arguments, groups
 
     def __call__(self, piece: Any, batch: Batch) -> Tensor:
         arguments = self._arguments
         kept = arguments.seq_length, arguments.micro_batch_size
-        arguments.micro_batch_size, arguments.seq_length = batch.tokens.shape
+        whole = batch.map(lambda x: _whole(x, self._groups))
+        arguments.micro_batch_size, arguments.seq_length = whole.tokens.shape
         try:
-            output = self._forward_step(iter([self._keys(batch)]), piece)[0]
+            output = self._forward_step(iter([self._keys(whole)]), piece)[0]
         finally:
             arguments.seq_length, arguments.micro_batch_size = kept
         if getattr(piece, "post_process", True) and output.shape != batch.tokens.shape:
@@ -108,6 +108,24 @@ class UserForward:
         if batch.document_ids is not None:
             found["attention_mask"] = ~attended(batch.document_ids)
         return found
+
+
+def _own(x: Tensor, groups: Groups) -> Tensor:
+    """Cut this context-parallel rank's tokens out of [b, L]: of 2 x cp chunks, rank r has numbers r and -1 - r."""
+    if groups.cp is None:
+        return x
+    chunks = x.chunk(2 * groups.cp_size, dim=1)
+    return torch.cat([chunks[groups.cp_rank], chunks[-1 - groups.cp_rank]], dim=1)
+
+
+def _whole(x: Tensor, groups: Groups) -> Tensor:
+    """Put the tokens [b, L / cp] of all context-parallel ranks together to [b, L], as they were before `_own`."""
+    if groups.cp is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(groups.cp_size)]
+    dist.all_gather(parts, x.contiguous(), group=groups.cp)
+    first, second = zip(*(part.chunk(2, dim=1) for part in parts), strict=True)
+    return torch.cat([*first, *reversed(second)], dim=1)
 
 
 def attended(document_ids: Tensor) -> Tensor:
@@ -157,7 +175,9 @@ class SequenceLosses:
                 index = self._seen % count  # a step that Megatron runs again begins again
                 self._seen += 1
                 mask = masks[index].to(self._device)
-                self._own[index] = unweighted_losses(output.detach().float(), mask)
+                counted = _own(mask, self._groups) != 0  # of this rank's tokens; the mean is over those of all ranks
+                total = torch.where(counted, output.detach().float(), 0.0).sum(dim=1)
+                self._own[index] = total / (mask != 0).sum(dim=1)
             return output, loss
 
         return wrapped
@@ -165,6 +185,8 @@ class SequenceLosses:
     def gathered(self) -> Tensor:
         """Return [K] losses on the CPU in the order micro-batch, data-parallel rank, row. Collective."""
         groups, own = self._groups, self._own.flatten()
+        if groups.cp is not None:
+            dist.all_reduce(own, group=groups.cp)
         if groups.pp is not None:
             dist.broadcast(own, src=dist.get_global_rank(groups.pp, groups.pp_size - 1), group=groups.pp)
         every = of_all_ranks(own, groups).cpu()
