@@ -1,7 +1,8 @@
 """Stands for Transformer Engine's linear layers on a CPU: their attributes and their arithmetic, none of their kernels.
 
 `swap` puts them into a Megatron GPT of local layers, with the same weights: the query, key and value projection and the
-first layer of the MLP take the norm before them in, as Megatron-LM's default layers do.
+first layer of the MLP take the norm before them in, as Megatron-LM's default layers do. `group_experts` puts Megatron's
+own TEGroupedMLP around the weights of experts that were modules, with the stand-in for its linear layers.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.moe import experts as megatron_experts
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 
@@ -82,4 +86,36 @@ def swap(model: Any, *, zero_centered_gamma: bool = False) -> Any:
         mlp.linear_fc2 = Linear(mlp.linear_fc2, "row")
         layer.input_layernorm, layer.pre_mlp_layernorm = nn.Identity(), nn.Identity()
     assert parallel_state.model_parallel_is_initialized()
+    return model
+
+
+class GroupedLinear(nn.Module):
+    """y = x W^T of every expert's rows, with a weight of its own for each: weight0, weight1, ..."""
+
+    def __init__(self, num_gemms: int, input_size: int, output_size: int, **_: Any) -> None:
+        super().__init__()
+        self.num_gemms, self.in_features, self.out_features = num_gemms, input_size, output_size
+        self.is_first_microbatch = True
+        self.fuse_wgrad_accumulation = False
+        self.parallel_mode = None  # as Transformer Engine is told where experts lie on several ranks
+
+    def forward(self, x: Tensor, m_splits: Any) -> tuple[Tensor, None]:
+        self.is_first_microbatch = False
+        rows = x.split([int(n) for n in m_splits])
+        weights = [self.get_parameter(f"weight{i}") for i in range(self.num_gemms)]
+        return torch.cat([nn.functional.linear(part, w) for part, w in zip(rows, weights, strict=True)]), None
+
+
+def group_experts(model: Any) -> Any:
+    """`model` with TEGroupedMLP in place of SequentialMLP, around the same parameters."""
+    kind = getattr(megatron_experts, "GroupedMLPSubmodules", None) or megatron_experts.MLPSubmodules
+    for layer in [m for m in model.modules() if isinstance(m, MoELayer)]:
+        apart = layer.experts.local_experts
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        parts = kind(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
+        grouped = megatron_experts.TEGroupedMLP(len(apart), layer.config, parts, pg_collection=groups)
+        for i, expert in enumerate(apart):
+            for name in ("linear_fc1", "linear_fc2"):
+                getattr(grouped, name).register_parameter(f"weight{i}", getattr(expert, name).weight)
+        layer.experts = grouped
     return model
