@@ -12,7 +12,7 @@ import pytest
 import te_stand_in
 import torch
 from distributed import DistributedPool
-from gpt_runs import LENGTH, QWEN3, batch_of_step, recipe, share_of_rank, start
+from gpt_runs import LENGTH, QWEN3, batch_of_step, newton_schulz, recipe, share_of_rank, start
 from megatron_muon import needs_muon
 from partitions import relative
 from small_models import random_batch
@@ -23,7 +23,13 @@ from megatron_opus.layout.model_layout import recipe_layout
 N, K_P, STEPS = 8, 4, 2
 # Newton-Schulz multiplies the rounding of the smallest singular directions: as in test_megatron_layouts.py
 NEWTON_SCHULZ = 1e-3
-MUON = {"name": "muon", "muon_lr": 1e-3, "muon_fp32_matmul_prec": "highest", "muon_tp_mode": "duplicated"}
+MUON = {
+    "name": "muon",
+    "muon_lr": 1e-3,
+    "muon_fp32_matmul_prec": "highest",
+    "muon_tp_mode": "duplicated",
+    "muon_split_qkv": False,
+}
 TOLERANCE = 1e-5  # as in test_sharded.py; float32 sums in another order, through two steps of AdamW
 EXPERTS = dataclasses.replace(QWEN3, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=24)
 MODELS = {
@@ -62,9 +68,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 2 x EP 2": {"pp": 2, "ep": 2, "world": 4},
     "DP 2, grouped": {"grouped": True},
     "EP 2, grouped": {"ep": 2, "grouped": True},
-    "EP 2, all to all, grouped": {
-        "ep": 2, "grouped": True, "parallel": {"moe_token_dispatcher_type": "alltoall"}
-    },
+    "EP 2, all to all, grouped": {"ep": 2, "grouped": True, "parallel": {"moe_token_dispatcher_type": "alltoall"}},
 }
 
 
@@ -244,6 +248,31 @@ def test_scores_under_muon(world2: Any, world4: Any, alone: Any, partition_table
     pool = world4 if LAYOUTS[layout].get("world") == 4 else world2
     check(pool, alone, partition_table, layout, "one_sided", "shared", muon=True)
     assert "muon" in alone("one_sided", "shared", True)["geometry"]
+
+
+def deepspeed_muon(zero: int) -> Any:
+    """Signals after two steps with DeepSpeed's Muon; its Newton-Schulz steps in float32."""
+    newton_schulz(torch.float32)
+    config = recipe(model=MODELS["shared"], optimizer="muon", zero=zero, micro_batch_size=1)
+    config = dataclasses.replace(config, selection=dataclasses.replace(ESTIMATORS["one_sided"], score_length=LENGTH))
+    engine, groups = start(config)
+    scored = scorer_of(engine, groups, config)
+    for step in range(STEPS):
+        engine.train_step(share_of_rank(batch_of_step(step), groups, 1))
+    signals = scored()
+    return {"align": signals.alignment, "inter": signals.interaction, "geometry": signals.geometry}
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_deepspeed_muon(world1: Any, world2: Any, partition_table: Any, zero: int) -> None:
+    """Guards against experts that DeepSpeed's Muon takes in another way than the other matrices."""
+    truth = world1.run(deepspeed_muon, 0)[0]
+    for found in world2.run(deepspeed_muon, zero):
+        partition_table.check(
+            found, truth["align"], truth["inter"], against="one process", estimator="one_sided",
+            layout=f"Qwen3-MoE (shared), DeepSpeed's engine, DP 2, ZeRO {zero}, Muon", tolerance=NEWTON_SCHULZ,
+        )  # fmt: skip
+        assert found["geometry"] == truth["geometry"] == "muon + adamw-separable"
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -7,6 +7,9 @@ own TEGroupedMLP around the weights of experts that were modules, with the stand
 
 from __future__ import annotations
 
+import contextlib
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +26,70 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 
+class Fp8State:
+    """Of the module `transformer_engine.pytorch` that `fp8_modules` makes."""
+
+    enabled = False
+
+
+def fp8_modules(*, available: bool = True) -> dict[str, types.ModuleType]:
+    """Entries of sys.modules that stand for Transformer Engine: its autocast, its recipe and its question for a GPU."""
+
+    @contextlib.contextmanager
+    def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
+        assert type(recipe).__name__ == "Float8CurrentScaling"
+        Fp8State.enabled = enabled
+        try:
+            yield
+        finally:
+            Fp8State.enabled = False
+
+    manager = type(
+        "FP8GlobalStateManager", (), {"is_fp8_available": lambda: (available, "" if available else "too old")}
+    )
+    parts: dict[str, dict[str, Any]] = {
+        "transformer_engine": {},
+        "transformer_engine.pytorch": {"autocast": autocast},
+        "transformer_engine.pytorch.fp8": {"FP8GlobalStateManager": manager},
+        "transformer_engine.common": {},
+        "transformer_engine.common.recipe": {"Float8CurrentScaling": type("Float8CurrentScaling", (), {})},
+    }
+    found = {}
+    for name, values in parts.items():
+        found[name] = types.ModuleType(name)
+        vars(found[name]).update(values)
+    return found
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in fp8, scaled by its largest value, and back."""
+    scale = torch.finfo(dtype).max / x.abs().max().clamp(min=1e-30)
+    return (x * scale).to(dtype).to(x.dtype) / scale
+
+
+class Product8(torch.autograd.Function):
+    """x W^T of operands in fp8, and the same for both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = rounded(x, torch.float8_e4m3fn), rounded(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x, weight)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = rounded(grad, torch.float8_e5m2)
+        return grad @ weight, grad.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not Fp8State.enabled:
+        return nn.functional.linear(x, weight, bias)
+    y: Tensor = Product8.apply(x, weight)
+    return y if bias is None else y + bias
+
+
 class Linear(nn.Module):
     """y = x W^T of this rank's part of W, returned with the bias that is left to add."""
 
@@ -35,15 +102,19 @@ class Linear(nn.Module):
         self.is_first_microbatch = True
         self.fuse_wgrad_accumulation = False
         self.firsts: list[bool] = []  # of every call
+        self.fp8, self.fp8_meta = False, {"fp8_checkpoint": False}
+        self.calls_in_fp8 = 0
 
     def product(self, x: Tensor) -> tuple[Tensor, Any]:
         self.firsts.append(self.is_first_microbatch)
         self.is_first_microbatch = False
+        self.fp8 = self.fp8_meta["fp8_checkpoint"] = Fp8State.enabled
+        self.calls_in_fp8 += self.fp8
         column = self.parallel_mode == "column"
         if column:
             gather = gather_from_sequence_parallel_region
             x = gather(x) if self.sequence_parallel else copy_to_tensor_model_parallel_region(x)
-        y = nn.functional.linear(x, self.weight, self.bias if column else None)
+        y = linear(x, self.weight, self.bias if column else None)
         if not column:
             reduce = reduce_scatter_to_sequence_parallel_region
             y = reduce(y) if self.sequence_parallel else reduce_from_tensor_model_parallel_region(y)

@@ -194,7 +194,8 @@ def _check_grouped(layer: Any) -> None:
     experts = layer.experts
     if getattr(experts, "_with_fused_impl", False):
         raise ConfigError(
-            "mixture of experts: use_transformer_engine_op_fuser: expected false, got true; a fused layer shows no product"
+            "mixture of experts: use_transformer_engine_op_fuser: expected false, got true; a fused layer shows no "
+            "product"
         )
     for name in ("linear_fc1", "linear_fc2"):
         found = len(te_layers.grouped_weights(getattr(experts, name)))

@@ -58,11 +58,11 @@ def _global_layer(piece: nn.Module, name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
         parts[2] = str(int(parts[2]) + first_layer(piece))
-    if grouped := re.fullmatch(r"weight(\d+)", parts[-1]):
-        if parts[-3:-2] == ["experts"]:  # Transformer Engine's grouped layers
-            layer = piece.get_submodule(".".join(name.split(".")[:-3]))
-            number = int(grouped[1]) + layer.local_expert_indices[0]
-            return ".".join([*parts[:-2], "local_experts", str(number), parts[-2], "weight"])
+    grouped = re.fullmatch(r"weight(\d+)", parts[-1]) if parts[-3:-2] == ["experts"] else None
+    if grouped is not None:  # Transformer Engine's grouped layers
+        owner: Any = piece.get_submodule(".".join(name.split(".")[:-3]))
+        number = int(grouped[1]) + owner.local_expert_indices[0]
+        return ".".join([*parts[:-2], "local_experts", str(number), parts[-2], "weight"])
     if "local_experts" in parts[:-1]:
         number = parts.index("local_experts") + 1
         layer: Any = piece.get_submodule(".".join(name.split(".")[: number - 2]))

@@ -35,7 +35,7 @@ def parallel_mode(module: nn.Module) -> Mode | None:
     return found
 
 
-def grouped_weights(module: nn.Module) -> list[nn.Parameter]:
+def grouped_weights(module: Any) -> list[nn.Parameter]:
     """Return the weight of each expert [out, in] in a grouped linear layer of Transformer Engine; else nothing."""
     if not hasattr(module, "num_gemms"):
         return []

@@ -74,7 +74,7 @@ class MegatronState:
     def _add(self, part: Any, owned: Mapping[Tensor, _Place], everyone: Sequence[Tensor], ranks: Any) -> None:
         """Add the parameters that this rank owns anything of, and those of `everyone` that only others own.
 
-        Those are in no map of this rank's optimizer, but somebody among `ranks` owns some of them and knows their group.
+        Those are in no map of this rank's optimizer, but one of `ranks` owns some of them and knows their group.
         """
         self._where |= {id(p): place for p, place in owned.items()}
         if not everyone or ranks is None:
