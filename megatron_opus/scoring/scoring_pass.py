@@ -334,7 +334,7 @@ class ScoringPass:
         return torch.stack([x.loss_mask.sum(1) for x in windows]).sum(0).to(self._device)
 
     def _compare(self, verifier: Verifier, windows: Sequence[Batch], sums: Sums, chosen: int | None) -> None:
-        """Verify what `sums` saw; a pass in fp8 is read once more without it, whose rounding would hide a difference."""
+        """Verify what `sums` saw. A pass in fp8, whose rounding would hide a fault, is read once more without it."""
         if self._fp8 is None:
             return self._verify(verifier, windows, sums, chosen)
         fp8, self._fp8 = self._fp8, None
