@@ -201,7 +201,7 @@ def test_every_matrix_has_its_own_gradients(world1: Any, model: str) -> None:
     for name, (seen, true) in found.items():
         assert torch.isfinite(seen).all()
         # the largest gradient of a kind, beside which rounding is measured
-        assert float((seen.double() - true).norm()) <= 2e-6 * float(true.norm()) + 1e-9, name
+        assert float((seen.double() - true).norm()) <= 5e-7 * float(true.norm()) + 1e-9, name
         without += int((true.flatten(1).norm(dim=1) == 0).sum())
     assert without > 0  # some expert got no token of some sequence
 

@@ -158,7 +158,7 @@ def check(layer: MoELayer) -> None:
     if kind not in (SequentialMLP, TEGroupedMLP):
         raise ConfigError(
             f"mixture of experts: expected SequentialMLP or TEGroupedMLP, got {kind.__name__}; set "
-            "moe_grouped_gemm=False, or use_transformer_engine's grouped layers"
+            "moe_grouped_gemm=False, or moe_use_legacy_grouped_gemm=False with Transformer Engine"
         )
     if kind is TEGroupedMLP:
         _check_grouped(layer)

@@ -22,6 +22,7 @@ REFUSED = {
     "context_parallel_size": 2,
     "moe_apply_probs_on_input": True,
     "moe_input_jitter_eps": 0.01,
+    "moe_latent_size": 16,
     "moe_router_load_balancing_type": "sinkhorn",
     "fp8": "hybrid",
 }
@@ -62,6 +63,12 @@ def messages() -> dict[str, str]:
             megatron_layers(module)
         found[name] = str(error.value)
         setattr(layer.config, name, kept)
+    expert = layer.experts.local_experts[1]
+    own, expert.linear_fc2 = expert.linear_fc2, torch.nn.Linear(16, 32)
+    with pytest.raises(ConfigError) as error:
+        megatron_layers(module)
+    found["foreign"] = str(error.value)
+    expert.linear_fc2 = own
     te_stand_in.group_experts(module)
     grouped = layer.experts
     assert len(megatron_layers(module)) == 2 * (2 + 1 + 4 * 2)
@@ -87,6 +94,7 @@ def test_each_is_refused_by_name(world1: DistributedPool) -> None:
         assert name in found[name]
         assert str(value) in found[name]
     assert "expected SequentialMLP or TEGroupedMLP, got GroupedMLP" in found["experts"]
+    assert "Megatron's own linear layers in every expert, got Linear" in found["foreign"]
     assert "use_transformer_engine_op_fuser: expected false" in found["fused"]
     assert "linear_fc2: expected a weight for each of 4 experts, got 0" in found["one weight"]
     assert "moe_single_grouped_weight=False" in found["one weight"]
