@@ -181,7 +181,7 @@ def test_experts_on_several_ranks(world4: Any, kind: str, arguments: dict[str, A
     """Guards against momenta of experts looked for on the data-parallel ranks, which hold other experts, and against an
     expert that is taken for a tensor-parallel shard."""
     parallel = KINDS[kind]["parallel"] | {"expert_model_parallel_size": 2}
-    more = {"model": EXPERTS, "parallel": parallel, "micro_batch_size": 1, **arguments}
+    more = {"model": EXPERTS, "parallel": parallel, **arguments}
     for result in world4.run(read, kind, {"muon_tp_mode": "duplicated", "muon_split_qkv": False}, more):
         experts = [name for name in result["worst"] if ".local_experts." in name]
         assert len(experts) == 2 * 2 * 2  # blocks, experts of this rank, matrices
