@@ -47,10 +47,6 @@ def _check_experts(config: RunConfig) -> None:
         "model.moe_shared_expert_gate: expected false without moe_shared_expert_intermediate_size, got true",
     )
     require(
-        config.optimizer.name != "muon",
-        "optimizer.name: expected adamw or sgd with model.num_moe_experts, got muon, which was not tried",
-    )
-    require(
         tp == 1 or p.engine == "megatron",
         f"parallel.tensor_model_parallel_size: expected 1 with model.num_moe_experts under DeepSpeed, got {tp}: ranks "
         "would see different tokens of experts whose gradients nobody adds up; set parallel.engine=megatron",

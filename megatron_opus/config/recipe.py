@@ -293,7 +293,8 @@ class SelectionConfig(Section, at="selection"):
     # Where windows lie: at the start, or at an offset per step that is the same on every rank.
     score_window: Literal["first", "random"] = "first"
     score_windows: Tokens = 1  # Windows per sequence, averaged.
-    score_precision: Literal["model", "bf16"] = "model"  # Of the scoring pass; model: training.precision.
+    # Of the scoring pass; model: training.precision; fp8: Transformer Engine's layers alone, with score().
+    score_precision: Literal["model", "bf16", "fp8"] = "model"
     # Sequences per scoring forward on one rank. null: all at once.
     score_micro_batch_size: Sequences | None = None
     proxy_batch_size: Sequences = 8  # Sequences of the target per step, over all ranks (K_p).
@@ -329,6 +330,10 @@ class SelectionConfig(Section, at="selection"):
             self.proxy_momentum == 0 or sketch.alignment != "direction",
             "selection.proxy_momentum: an average needs the proxy in sketch space; expected sketch.alignment one_sided "
             f"or features, got {sketch.alignment}",
+        )
+        require(
+            self.score_precision != "fp8" or self.score_length % 16 == 0,
+            f"selection.score_length: expected a multiple of 16 with score_precision fp8, got {self.score_length}",
         )
         require(
             self.strategy != "greats" or self.preconditioner.kind in ("auto", "sgd"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.scoring.capture import Capture, CaptureError
+from megatron_opus.scoring.fp8 import Fp8
 from megatron_opus.types import Batch
 
 
@@ -26,12 +27,13 @@ class CapturedMicrobatch:
         losses: Tensor,
         config: SelectionConfig,
         device: torch.device,
+        fp8: Fp8 | None = None,
     ) -> None:
         """`tokens` [b] counts the tokens that enter each sequence's mean, over all of its windows; `weights` [b] is 0
         for a sequence that only fills the batch up; `losses` [b] is added to, in place."""
         self.batch, self.capture = batch, capture
         self._tokens, self._weights, self._losses = tokens, weights, losses
-        self._precision, self._device = config.score_precision, device
+        self._precision, self._device, self._fp8 = config.score_precision, device, fp8
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -41,8 +43,10 @@ class CapturedMicrobatch:
         return self.capture
 
     def precision(self, *, backward: bool = False) -> AbstractContextManager[object]:
+        if self._fp8 is not None:  # what a layer computed in fp8 it differentiates in fp8, wherever that is called
+            return contextlib.nullcontext() if backward else self._fp8.forward()
         # Megatron's linear layers enter autocast in their backward pass by themselves, but on CUDA alone
-        if self._precision == "model" or (backward and self._device.type != "cpu"):
+        if self._precision != "bf16" or (backward and self._device.type != "cpu"):
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 

@@ -21,8 +21,9 @@ Nothing else is disturbed: parameters, .grad, optimizer state, training mode and
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from megatron_opus.layout.coverage import Coverage
 from megatron_opus.scoring.batches import checked
 from megatron_opus.scoring.capture import Capture, CaptureError
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
+from megatron_opus.scoring.fp8 import Fp8
 from megatron_opus.scoring.microbatch import CapturedMicrobatch
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part, Plan
@@ -77,6 +79,7 @@ class ScoringPass:
         self.layers = list(layers)
         self._runner, self._config = runner, config
         self._groups, self._device = groups, device
+        self._fp8 = Fp8(runner.chunks) if config.score_precision == "fp8" else None
         # a matrix is a parameter, or a part of one: modules that share it are uses of it
         slots: dict[tuple[int, int | None], int] = {}
         self._matrix_of = [slots.setdefault((id(x.weight), x.part), len(slots)) for x in layers]
@@ -144,9 +147,10 @@ class ScoringPass:
             self._parts = (features, self._plan.candidates(self.preconditioners, self._gradients, features))
         probing = self._verifier is not None and not self._verifier.result
         chosen = self._verifier.choose(windows[0]) if self._verifier is not None and probing else None
-        losses, sums = self._read(windows, self._parts[1], features, candidate=True, chosen=chosen)
+        probed = chosen if self._fp8 is None else None
+        losses, sums = self._read(windows, self._parts[1], features, candidate=True, chosen=probed)
         if self._verifier is not None and probing:
-            self._verify(self._verifier, windows, sums, chosen)
+            self._compare(self._verifier, windows, sums, chosen)
         phi = self._stages.features(self._of_all_tokens(sums, sums.phi, len(candidates)), sums.all_columns())
         if direct:
             align = self._stages.total(self._of_all_tokens(sums, sums.align, len(candidates)))
@@ -303,10 +307,15 @@ class ScoringPass:
             self._groups,
             self.traffic,
         )
-        return CapturedMicrobatch(batch, capture, tokens, weights, losses, self._config, self._device)
+        return CapturedMicrobatch(batch, capture, tokens, weights, losses, self._config, self._device, self._fp8)
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        with undisturbed(self._runner.chunks), contextlib.nullcontext() if self._fp8 is None else self._fp8.forgotten():
+            yield
 
     def _run(self, micros: Sequence[CapturedMicrobatch]) -> None:
-        with undisturbed(self._runner.chunks):
+        with self._undisturbed():
             self._runner.backward(micros)
         for micro in micros:
             micro.capture.check()
@@ -324,6 +333,17 @@ class ScoringPass:
     def _counted_tokens(self, windows: Sequence[Batch]) -> Tensor:
         return torch.stack([x.loss_mask.sum(1) for x in windows]).sum(0).to(self._device)
 
+    def _compare(self, verifier: Verifier, windows: Sequence[Batch], sums: Sums, chosen: int | None) -> None:
+        """Verify what `sums` saw. A pass in fp8, whose rounding would hide a fault, is read once more without it."""
+        if self._fp8 is None:
+            return self._verify(verifier, windows, sums, chosen)
+        fp8, self._fp8 = self._fp8, None
+        try:
+            _, seen = self._read(windows, [[] for _ in self._dims], False, candidate=True, chosen=chosen)
+            return self._verify(verifier, windows, seen, chosen)
+        finally:
+            self._fp8 = fp8
+
     def _verify(self, verifier: Verifier, windows: Sequence[Batch], sums: Sums, chosen: int | None) -> None:
         """Compare sequence `chosen` with autograd; where they differ, read it once more alone, to say why."""
         row = slice(chosen or 0, (chosen or 0) + 1)
@@ -335,7 +355,7 @@ class ScoringPass:
             one = torch.ones(1, device=self._device)
             return self._micro(batch, reading, into, tokens, one, torch.zeros_like(one))
 
-        with undisturbed(self._runner.chunks):
+        with self._undisturbed():
             differ = verifier.compare(alone([[] for _ in sums.dims], sums), sums, known=chosen is not None)
         if differ:
             again = self._sums(1, features=False)

@@ -27,7 +27,6 @@ EP = "parallel.expert_model_parallel_size"
         (["model.moe_router_topk=9"], "expected 2 to num_moe_experts"),
         (["model.add_bias_linear=true"], "expected false with num_moe_experts"),
         (["model.moe_shared_expert_gate=true"], "expected false without moe_shared_expert_intermediate_size"),
-        (["optimizer.name=muon"], "got muon, which was not tried"),
         (["model.num_moe_experts=null", MEGATRON, f"{EP}=2"], "expected 1 without model.num_moe_experts"),
         (["model.num_moe_experts=null", "model.moe_shared_expert_intermediate_size=8"], "expected null without"),
     ],

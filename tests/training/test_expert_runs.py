@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launched import tiny
 
 from megatron_opus.runs.ledger import read_ledger
 from megatron_opus.runs.metrics import read_metrics
+from megatron_opus.training.metrics import expert_load
+from megatron_opus.types import Selection, Signals
 
 RECIPE = "pretrain_qwen3_moe_tiny"
 SHORT = ("training.train_steps=4", "training.micro_batch_size=1", "selection.debug_checks=true")
@@ -52,6 +55,9 @@ def test_the_ledger_is_that_of_one_process(server: Any, embedded_cache: Path, tm
     for column in ("step", "sample_id", "selected"):
         assert one[column].equals(many[column]), column
     assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    for key in ("expert_load_offered", "expert_load_chosen"):
+        assert [row[key] for row in others] == pytest.approx([row[key] for row in rows], rel=1e-4)
+        assert all(1.0 <= row[key] <= 4.0 for row in rows)  # each token takes 2 of 8 experts
     assert others[-1]["validation_loss"] == pytest.approx(rows[-1]["validation_loss"], rel=1e-4)
 
 
@@ -66,3 +72,13 @@ def test_a_run_over_expert_ranks_resumes_exactly(server: Any, embedded_cache: Pa
     assert [row["loss"] for row in others] == [row["loss"] for row in rows]
     for column in ("step", "sample_id", "selected"):
         assert whole[column].equals(resumed[column]), column
+
+
+def test_the_load_is_that_of_the_busiest_expert() -> None:
+    """Guards against a load of all candidates under the name of the chosen ones, and layers that are mixed."""
+    even, one_sided = torch.tensor([2.0, 2.0, 2.0, 2.0]), torch.tensor([0.0, 8.0, 0.0, 0.0])
+    load = torch.stack([torch.stack([even, even]), torch.stack([one_sided, even])])  # [N, layers, experts]
+    signals = Signals(expert_load=load)
+    found = expert_load(signals, Selection(indices=torch.tensor([1])))
+    assert found == {"expert_load_offered": (10 / 4 + 1) / 2, "expert_load_chosen": (4 + 1) / 2}
+    assert expert_load(Signals(), Selection(indices=torch.tensor([1]))) == {}

@@ -7,22 +7,24 @@ travels the same way, through the layer's own dispatcher and with the same routi
     allgather, alltoall   both take tensors of any width
     flex                  refused: DeepEP sends rows of the hidden width alone
 
-The router and the gate of shared experts multiply by their weights inside of other code. While a pass looks, their
-products go through a module of their own, whose input and output gradient are the factors.
+The router and the gate of shared experts multiply by their weights inside of other code, and the grouped layers of
+Transformer Engine by those of all experts at once. While a pass looks, their products go through a module of their own
+for each matrix, whose input and output gradient are the factors.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
+from megatron_opus.backends.model import te_layers
 from megatron_opus.config import ConfigError
 
 DISPATCHERS = ("allgather", "alltoall")
@@ -35,6 +37,8 @@ class DispatchedSequences:
         """Raises ConfigError for a layer whose rows cannot be followed."""
         check(layer)
         self._layer = layer
+        # of each grouped linear layer, one module for each expert of this rank
+        self.products = {m: [_Product() for _ in te_layers.grouped_weights(m)] for m in layer.experts.children()}
         self._rows: tuple[Tensor, ...] = ()
         self._load = torch.zeros(0, 0)
 
@@ -54,7 +58,11 @@ class DispatchedSequences:
         before = None if counts is None else counts.clone()
         handle = router.register_forward_hook(routed)
         try:
-            yield
+            with contextlib.ExitStack() as opened:
+                for grouped, products in self.products.items():
+                    if products:
+                        opened.enter_context(_shown_grouped(grouped, products))
+                yield
         finally:
             handle.remove()
             if counts is not None:
@@ -90,6 +98,32 @@ class _Product(nn.Module):
         return y
 
 
+@contextlib.contextmanager
+def _method(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `function` stand in for a method of `owner` while the context is open."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        delattr(owner, name)  # the class's own method comes back
+        if own is not None:
+            setattr(owner, name, own)
+
+
+def _shown_grouped(grouped: Any, products: Sequence[_Product]) -> contextlib.AbstractContextManager[None]:
+    """Call a module with the rows and the product of every expert inside the context; the sum of them is unchanged."""
+    own = grouped.forward
+
+    def forward(x: Tensor, splits: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        y, *rest = own(x, splits, *args, **kwargs)
+        rows = [int(n) for n in splits]
+        found = zip(products, x.split(rows), y.split(rows), strict=True)
+        return torch.cat([product(a, b) for product, a, b in found]), *rest
+
+    return _method(grouped, "forward", forward)
+
+
 Shown = tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[object]]]
 
 
@@ -97,14 +131,9 @@ def shown_router(router: Any) -> Shown:
     """Return a module that is called with the router's input and logits inside the context beside it."""
     product = _Product()
 
-    @contextlib.contextmanager
-    def shown() -> Iterator[None]:
+    def shown() -> contextlib.AbstractContextManager[None]:
         gating = router.gating
-        router.gating = lambda x: product(x, gating(x))
-        try:
-            yield
-        finally:
-            del router.gating  # the class's own method comes back
+        return _method(router, "gating", lambda x: product(x, gating(x)))
 
     return product, shown
 
@@ -119,30 +148,26 @@ def shown_gate(shared: Any) -> Shown:
         gate: Tensor = output * torch.sigmoid(logits)
         return gate
 
-    @contextlib.contextmanager
-    def shown() -> Iterator[None]:
-        shared.forward = gated
-        try:
-            yield
-        finally:
-            del shared.forward
-
-    return product, shown
+    return product, lambda: _method(shared, "forward", gated)
 
 
 def check(layer: MoELayer) -> None:
     """Raise ConfigError, by name, for what cannot be scored or was not tried."""
     c: Any = layer.config
-    if not isinstance(layer.experts, SequentialMLP):
+    kind = type(layer.experts)
+    if kind not in (SequentialMLP, TEGroupedMLP):
         raise ConfigError(
-            f"mixture of experts: expected SequentialMLP, whose experts are modules, got {type(layer.experts).__name__}"
-            "; set moe_grouped_gemm=False"
+            f"mixture of experts: expected SequentialMLP or TEGroupedMLP, got {kind.__name__}; set "
+            "moe_grouped_gemm=False, or moe_use_legacy_grouped_gemm=False with Transformer Engine"
         )
-    kinds = {type(part).__name__ for e in layer.experts.local_experts for part in (e.linear_fc1, e.linear_fc2)}
-    if foreign := kinds - {"ColumnParallelLinear", "RowParallelLinear"}:
-        raise ConfigError(
-            f"mixture of experts: expected Megatron's own linear layers in every expert, got {', '.join(foreign)}"
-        )
+    if kind is TEGroupedMLP:
+        _check_grouped(layer)
+    else:
+        parts = [part for e in layer.experts.local_experts for part in (e.linear_fc1, e.linear_fc2)]
+        if foreign := {type(x).__name__ for x in parts} - {"ColumnParallelLinear", "RowParallelLinear"}:
+            raise ConfigError(
+                f"mixture of experts: expected Megatron's own linear layers in every expert, got {', '.join(foreign)}"
+            )
     etp = layer.experts.tp_group
     wrong = (
         ("moe_expert_capacity_factor", c.moe_expert_capacity_factor is not None, "null: which tokens are dropped would "
@@ -163,3 +188,19 @@ def check(layer: MoELayer) -> None:
         if refused:
             got = etp.size() if name == "expert_tensor_parallel_size" else getattr(c, name)
             raise ConfigError(f"mixture of experts: {name}: expected {expected}, got {got}")
+
+
+def _check_grouped(layer: Any) -> None:
+    experts = layer.experts
+    if getattr(experts, "_with_fused_impl", False):
+        raise ConfigError(
+            "mixture of experts: use_transformer_engine_op_fuser: expected false, got true; a fused layer shows no "
+            "product"
+        )
+    for name in ("linear_fc1", "linear_fc2"):
+        found = len(te_layers.grouped_weights(getattr(experts, name)))
+        if found != layer.num_local_experts:
+            raise ConfigError(
+                f"mixture of experts: {name}: expected a weight for each of {layer.num_local_experts} experts, got "
+                f"{found}; set moe_single_grouped_weight=False"
+            )

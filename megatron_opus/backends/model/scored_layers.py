@@ -42,7 +42,7 @@ def megatron_layers(
     found_embedding = next(((n, m) for n, m in modules if isinstance(m, VocabParallelEmbedding)), None)
     embedding = found_embedding[0] if found_embedding else stages.EMBEDDING
     layers, tied_model = [], shares
-    if any(te_layers.parallel_mode(m) for _, m in modules):
+    if any(te_layers.parallel_mode(m) or te_layers.grouped_weights(m) for _, m in modules):
         te_layers.check(stages.pieces(model)[0].config, [m for _, m in modules])
     owners = {n: m for n, m in modules if isinstance(m, MoELayer)}
     routings = {n: experts.DispatchedSequences(m) for n, m in owners.items()}
@@ -50,6 +50,10 @@ def megatron_layers(
     for name, module in modules:
         if name.rpartition(".")[0] in owners and isinstance(module, Router | SharedExpertMLP):
             layers += _beside_experts(name, module)
+        if te_layers.grouped_weights(module):
+            owner = name.rpartition(".experts.")[0]
+            layers += _grouped_experts(owner, name, module, owners[owner], routings[owner], layout, apart)
+            continue
         engine = te_layers.parallel_mode(module)
         if engine is None and not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             continue
@@ -102,6 +106,44 @@ def megatron_layers(
     pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
     blocks = range(stages.pieces(model)[0].config.num_layers) if pipelined else None
     return of_blocks(layers, selection.scored_layers, blocks)
+
+
+def _grouped_experts(
+    owner: str,
+    name: str,
+    module: nn.Module,
+    layer: Any,
+    routing: experts.DispatchedSequences,
+    layout: ModelLayout,
+    apart: bool,
+) -> list[ScoredLayer]:
+    """The matrices of all experts of this rank in one grouped layer, under the names of experts that are modules."""
+    found, first, part = [], layer.local_expert_indices[0], name.rpartition(".")[2]
+    for number, weight in enumerate(te_layers.grouped_weights(module)):
+        matrix = f"{owner}.experts.local_experts.{first + number}.{part}"
+        entry = layout[f"{matrix}.weight"]
+        if not weight.requires_grad:
+            continue
+        rows, columns = local_shape(weight)
+        if (rows, columns) != entry.shape:
+            raise ValueError(f"{entry.name}: expected the shape {entry.shape}, got {(rows, columns)}")
+        found.append(
+            ScoredLayer(
+                name=matrix,
+                module=routing.products[module][number],
+                weight=weight,
+                d_out=rows,
+                d_in=columns,
+                rows=((0, rows),),
+                cols=((0, columns),),
+                sequence_first=True,
+                routing=routing,
+                expert=number,
+                apart=apart,
+                slot=f"{owner}.experts",
+            )
+        )
+    return found
 
 
 def _beside_experts(name: str, module: Any) -> list[ScoredLayer]:

@@ -5,6 +5,7 @@ Megatron numbers the layers of each piece from 0 and gives a tied output layer o
     piece of layers 4..7    decoder.layers.0.mlp.linear_fc1.weight   ->  decoder.layers.4.mlp.linear_fc1.weight
     tied output layer       output_layer.weight                      ->  embedding.word_embeddings.weight
     experts 2 and 3 of 4    ..mlp.experts.local_experts.0.linear_fc1 ->  ..mlp.experts.local_experts.2.linear_fc1
+    the same, grouped       ..mlp.experts.linear_fc1.weight0         ->  ..mlp.experts.local_experts.2.linear_fc1.weight
 
 Initial weights, hashes of the sketches, checksums and checkpoints go by the names on the right: they are the same for
 every layout.
@@ -12,6 +13,7 @@ every layout.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +58,11 @@ def _global_layer(piece: nn.Module, name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
         parts[2] = str(int(parts[2]) + first_layer(piece))
+    grouped = re.fullmatch(r"weight(\d+)", parts[-1]) if parts[-3:-2] == ["experts"] else None
+    if grouped is not None:  # Transformer Engine's grouped layers
+        owner: Any = piece.get_submodule(".".join(name.split(".")[:-3]))
+        number = int(grouped[1]) + owner.local_expert_indices[0]
+        return ".".join([*parts[:-2], "local_experts", str(number), parts[-2], "weight"])
     if "local_experts" in parts[:-1]:
         number = parts.index("local_experts") + 1
         layer: Any = piece.get_submodule(".".join(name.split(".")[: number - 2]))

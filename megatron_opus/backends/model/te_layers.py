@@ -3,6 +3,7 @@
     TEColumnParallelLinear            parallel_mode column   a: its input
     TERowParallelLinear               parallel_mode row      a: its input
     TELayerNormColumnParallelLinear   parallel_mode column   a: its input, normalised with the layer's own weights
+    TEGroupedLinear                   weight0, weight1, ..   a: the rows of its input that are one expert's (experts.py)
 
 The last one normalises inside of itself, so that a hook sees the input before it. The norm is one pass over the input
 and is computed once more; under sequence parallelism each rank normalises its own tokens.
@@ -34,6 +35,14 @@ def parallel_mode(module: nn.Module) -> Mode | None:
     return found
 
 
+def grouped_weights(module: Any) -> list[nn.Parameter]:
+    """Return the weight of each expert [out, in] in a grouped linear layer of Transformer Engine; else nothing."""
+    if not hasattr(module, "num_gemms"):
+        return []
+    found = [module._parameters.get(f"weight{i}") for i in range(int(module.num_gemms))]
+    return [weight for weight in found if weight is not None]
+
+
 def input_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Return what makes a layer's a out of what the module is given; None where it is that itself."""
     return functools.partial(_normalised, module) if hasattr(module, "layer_norm_weight") else None
@@ -63,6 +72,11 @@ def check(config: Any, modules: Iterable[nn.Module]) -> None:
         ("CUDA graphs", graphs, "none: a graph runs no hooks; set cuda_graph_impl=none"),
         (", ".join(fused), bool(fused), "an MLP of separate layers: set use_transformer_engine_op_fuser=False"),
         ("delay_wgrad_compute", bool(getattr(config, "delay_wgrad_compute", False)), "false"),
+        (
+            "overlap_dispatch_backward_with_experts_wgrad",
+            bool(getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False)),
+            "false",
+        ),
         ("tp_comm_overlap", bool(config.tp_comm_overlap), "false: its buffers have the length of training sequences"),
         (
             "fp8_recipe delayed",

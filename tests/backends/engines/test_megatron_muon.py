@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from distributed import DistributedPool
-from gpt_runs import recipe, start, steps
+from gpt_runs import QWEN3, recipe, start, steps
 from megatron_muon import KINDS, by_hand, installed, layout_of, muon_recipe, needs_muon
 from partitions import relative
 
@@ -44,18 +45,18 @@ def _read(kind: str, muon: dict[str, Any], arguments: dict[str, Any]) -> dict[st
     hypers = dict(zip([x.name for x in layers], state.hypers([x.weight for x in layers]), strict=True))
     momenta: dict[str, torch.Tensor] = {}
     holders: dict[str, list[int]] = {}
-    every = {n: p for n, p in engine.module.named_parameters() if n == POSITIONS}
-    for name, weight in ({x.name + ".weight": x.weight for x in layers} | every).items():
+    every = [(n, p, groups.dp) for n, p in engine.module.named_parameters() if n == POSITIONS]
+    for name, weight, over in [(x.name + ".weight", x.weight, groups.state_of(x)[0]) for x in layers] + every:
         found = state.momentum(weight)
         held = [int(sum(f.values.numel() for f in found) == weight.numel())]
-        holders[name] = held * groups.dp_size
-        if groups.dp is not None:
-            dist.all_gather_object(holders[name], held[0], group=groups.dp)
+        holders[name] = held * (1 if over is None else dist.get_world_size(over))
+        if over is not None:
+            dist.all_gather_object(holders[name], held[0], group=over)
         own = torch.zeros_like(weight, dtype=torch.float32)
         if held[0]:
             own += found[0].values.view_as(own)
-        if groups.dp is not None:
-            dist.all_reduce(own, group=groups.dp)
+        if over is not None:
+            dist.all_reduce(own, group=over)
         momenta[name] = own / sum(holders[name])
     pre = Preconditioners(layers, state, config.selection.preconditioner, groups, Traffic(), torch.device("cpu"))
     pre.refresh()
@@ -66,7 +67,7 @@ def _read(kind: str, muon: dict[str, Any], arguments: dict[str, Any]) -> dict[st
         q[rows[:, None], cols] = momenta[layer.name + ".weight"]
         h = hypers[layer.name]
         assert isinstance(h, MuonHyper)
-        if groups.tp is not None:
+        if groups.tp is not None and not layer.apart and not layer.replicated:
             dist.all_reduce(q, group=groups.tp)
         g = torch.randn(layer.d_out, layer.d_in, generator=torch.Generator().manual_seed(i))
         shard, of = g[rows[:, None], cols].contiguous(), (rows[:, None], cols)
@@ -170,6 +171,26 @@ def test_tensor_and_data_parallel_together(world4: Any, kind: str, mode: str) ->
         assert max(result["worst"].values()) < MULTIPLIER, result["worst"]
 
 
+EXPERTS = dataclasses.replace(QWEN3, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24)
+
+
+@needs_muon
+@pytest.mark.parametrize("arguments", [{}, {"tp": 2, "sp": True}], ids=["EP 2 x DP 2", "TP 2 x EP 2 x DP 2"])
+@pytest.mark.parametrize("kind", ["plain", "layer-wise", "layer-wise, by size"])
+def test_experts_on_several_ranks(world4: Any, kind: str, arguments: dict[str, Any]) -> None:
+    """Guards against momenta of experts looked for on the data-parallel ranks, which hold other experts, and against an
+    expert that is taken for a tensor-parallel shard."""
+    parallel = KINDS[kind]["parallel"] | {"expert_model_parallel_size": 2}
+    more = {"model": EXPERTS, "parallel": parallel, **arguments}
+    for result in world4.run(read, kind, {"muon_tp_mode": "duplicated", "muon_split_qkv": False}, more):
+        experts = [name for name in result["worst"] if ".local_experts." in name]
+        assert len(experts) == 2 * 2 * 2  # blocks, experts of this rank, matrices
+        assert max(result["worst"].values()) < MULTIPLIER, result["worst"]
+        for name, held in result["holders"].items():
+            assert sum(held) == (len(held) if kind == "plain" else 1), name
+        assert not any(result["hypers"][name].whole for name in experts)
+
+
 @needs_muon
 @pytest.mark.parametrize("steps", [1, 5, 9])
 def test_coefficients_by_name_are_those_of_the_optimizer(steps: int) -> None:
@@ -190,7 +211,6 @@ def test_coefficients_by_name_are_those_of_the_optimizer(steps: int) -> None:
 
 def read_unknown(name: str) -> dict[str, Any]:
     """Let Megatron build another of its optimizers, train a step, and read it."""
-    import dataclasses
     from unittest import mock
 
     from megatron_opus.backends.engines.megatron import ddp

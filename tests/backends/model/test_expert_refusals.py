@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import te_stand_in
 import torch
 from distributed import DistributedPool
 from gpt_runs import QWEN3, recipe, start
@@ -20,6 +22,7 @@ REFUSED = {
     "context_parallel_size": 2,
     "moe_apply_probs_on_input": True,
     "moe_input_jitter_eps": 0.01,
+    "moe_latent_size": 16,
     "moe_router_load_balancing_type": "sinkhorn",
     "fp8": "hybrid",
 }
@@ -30,6 +33,10 @@ def world1() -> Iterator[DistributedPool]:
     pool = DistributedPool(1)
     yield pool
     pool.close()
+
+
+class GroupedMLP(torch.nn.Module):
+    """Of the name of Megatron's legacy layer, whose experts lie in two parameters."""
 
 
 def model_and_check() -> Any:
@@ -56,10 +63,27 @@ def messages() -> dict[str, str]:
             megatron_layers(module)
         found[name] = str(error.value)
         setattr(layer.config, name, kept)
-    layer.experts = torch.nn.Linear(1, 1)  # as GroupedMLP would be: experts that are no modules of their own
+    expert = layer.experts.local_experts[1]
+    own, expert.linear_fc2 = expert.linear_fc2, torch.nn.Linear(16, 32)
     with pytest.raises(ConfigError) as error:
         megatron_layers(module)
-    found["experts"] = str(error.value)
+    found["foreign"] = str(error.value)
+    expert.linear_fc2 = own
+    te_stand_in.group_experts(module)
+    grouped = layer.experts
+    assert len(megatron_layers(module)) == 2 * (2 + 1 + 4 * 2)
+    for name in ("fused", "one weight", "experts"):
+        layer.experts = copy.copy(grouped)
+        layer.experts._modules = dict(grouped._modules)
+        if name == "fused":
+            layer.experts._with_fused_impl = True
+        elif name == "one weight":  # as moe_single_grouped_weight makes it
+            layer.experts.linear_fc2 = te_stand_in.GroupedLinear(4, 16, 32)
+        else:
+            layer.experts = GroupedMLP()
+        with pytest.raises(ConfigError) as error:
+            megatron_layers(module)
+        found[name] = str(error.value)
     return found
 
 
@@ -69,4 +93,8 @@ def test_each_is_refused_by_name(world1: DistributedPool) -> None:
     for name, value in REFUSED.items():
         assert name in found[name]
         assert str(value) in found[name]
-    assert "expected SequentialMLP" in found["experts"]
+    assert "expected SequentialMLP or TEGroupedMLP, got GroupedMLP" in found["experts"]
+    assert "Megatron's own linear layers in every expert, got Linear" in found["foreign"]
+    assert "use_transformer_engine_op_fuser: expected false" in found["fused"]
+    assert "linear_fc2: expected a weight for each of 4 experts, got 0" in found["one weight"]
+    assert "moe_single_grouped_weight=False" in found["one weight"]

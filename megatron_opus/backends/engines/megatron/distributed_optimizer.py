@@ -57,27 +57,31 @@ class MegatronState:
             )
             if isinstance(part, releases.distributed_optimizer()):
                 self.sharded_over_dp = True
-                self._add(part, _owned_ranges(part), [p for buffer in part.buffers for p in buffer.params], groups)
+                everyone = [p for buffer in part.buffers for p in buffer.params]
+                self._add(part, _owned_ranges(part), everyone, part.data_parallel_group)
             elif layer_wise is not None and layer_wise.dp_cp_params_list is not None:
                 self.sharded_over_dp = True
                 owned = _owned_whole(part)
-                everyone = [p for params in layer_wise.dp_cp_params_list for p in params]
-                self._add(part, owned, everyone, groups)
+                # experts that lie apart; None: nobody else has those of this rank
+                for lists, ranks in (
+                    (layer_wise.dp_cp_params_list, groups.state),
+                    (layer_wise.expt_dp_params_list or (), groups.expert_state),
+                ):
+                    self._add(part, owned, [p for params in lists for p in params], ranks)
             else:
-                self._add(part, _owned_whole(part), [], groups)
+                self._add(part, _owned_whole(part), [], None)
 
-    def _add(self, part: Any, owned: Mapping[Tensor, _Place], everyone: Sequence[Tensor], groups: Groups) -> None:
+    def _add(self, part: Any, owned: Mapping[Tensor, _Place], everyone: Sequence[Tensor], ranks: Any) -> None:
         """Add the parameters that this rank owns anything of, and those of `everyone` that only others own.
 
-        Those are in no map of this rank's optimizer, but somebody owns some of them and knows their group.
+        Those are in no map of this rank's optimizer, but one of `ranks` owns some of them and knows their group.
         """
         self._where |= {id(p): place for p, place in owned.items()}
-        ranks = getattr(part, "data_parallel_group", groups.state)  # of experts, the expert-data-parallel group
         if not everyone or ranks is None:
             return
         number = {id(p): i for i, p in enumerate(everyone)}  # the same on every rank of the group
         known: list[Any] = [None] * dist.get_world_size(ranks)
-        mine = {number[id(p)]: (place.group, place.how) for p, place in owned.items()}
+        mine = {number[id(p)]: (place.group, place.how) for p, place in owned.items() if id(p) in number}
         dist.all_gather_object(known, mine, group=ranks)
         for n, (group, how) in {n: x for one in known for n, x in one.items()}.items():
             self._where.setdefault(id(everyone[n]), _Place(part, group, None, 0, how))

@@ -66,6 +66,7 @@ def buffer_layouts(pieces: Sequence[Any], settings: Any) -> list[dict[str, Any]]
     kind: Any = releases.layer_wise_optimizer()
     releases.tag_for_layer_wise(pieces)
     size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    of_experts = parallel_state.get_expert_data_parallel_world_size()
     return [
         {
             "full_param_layout": kind.compute_full_param_layout(
@@ -73,6 +74,7 @@ def buffer_layouts(pieces: Sequence[Any], settings: Any) -> list[dict[str, Any]]
                 settings.bucket_size if number == 0 else None,
                 size,
                 settings,
+                expert_data_parallel_world_size=of_experts,
             )
         }
         for number, piece in enumerate(pieces)
@@ -95,7 +97,8 @@ def matrix(inner: Any, key: Tensor) -> Matrix:
     split: tuple[int, ...] = ()
     if inner.split_qkv and inner.is_qkv_fn(key):
         split = tuple(getattr(key, "qkv_split_shapes", None) or inner.qkv_split_shapes)
-    dim = getattr(key, "partition_dim", -1)
+    # an expert is whole on its ranks, whatever Megatron's linear layers say: expert tensor parallelism is refused
+    dim = -1 if getattr(key, "expert_tp", False) else getattr(key, "partition_dim", -1)
     return Matrix(split=split, over=None if dim == -1 or inner.tp_mode == "blockwise" else dim)
 
 
