@@ -56,6 +56,7 @@ def test_score_report_keep_and_train(
         assert score(corpus, tmp_path / name, name, *more) == 0
         said = capsys.readouterr().out
         assert f"choose with `megatron-opus keep --scores {tmp_path / name}`" in said
+        assert re.search(rf"{name}: ready after [\d.]+ s, [\d.]+ of the processor", said)  # else similarity looks free
         assert re.search(rf"{name}: [\d,]+ tokens in [\d.]+ s on one process: [\d,]+ tokens/s", said)
     assert score(corpus, tmp_path / "dsir", "dsir", *options["dsir"]) == 0
     assert "already scored" in capsys.readouterr().out
