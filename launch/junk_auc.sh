@@ -5,7 +5,8 @@
 #   MODEL, CONDITIONAL, TOKENIZER        the weak models of launch/static_lab.sh and their tokenizer; MODEL may also be
 #                                        the directory of `python tests/support/junk_texts.py smollm2`
 #   EACH, WINDOW, WINDOWS                documents of each kind (200), tokens of a window (128), windows of a document (2)
-#   SCORERS                              dsir loss opus; there are classifier, min-k, color and opus-normalised as well
+#   SCORERS                              dsir loss opus; there are classifier, similarity, betr, min-k, color, nag and
+#                                        opus-normalised as well
 set -euo pipefail
 
 ROOT=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,9 +36,10 @@ megatron prepare-data --output "$out/mail" --tokenizer "$tokenizer" --candidates
 frozen=(--model "$model" --window "$window" --windows "${WINDOWS:-2}")
 options_of() {
   case $1 in
-    dsir | classifier) echo --scorer "$1" --target proxy ;;
+    dsir | classifier | similarity | betr) echo --scorer "$1" --target proxy ;;
     loss | min-k) echo --scorer "$1" "${frozen[@]}" ;;
     color) echo --scorer color --prior "$model" --conditional "$conditional" "${frozen[@]:2}" ;;
+    nag) echo --scorer nag "${frozen[@]}" --target proxy ;;
     opus) echo --scorer opus "${frozen[@]}" --target proxy --geometry "${GEOMETRY:-auto}" --proxy-windows 32 ;;
     opus-normalised) echo "$(options_of opus)" --normalise ;;
   esac

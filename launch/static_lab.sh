@@ -40,8 +40,9 @@ out = Path(sys.argv[1])
 corpus = prepare_lab("noisy", "data", indexed, progress=False, log=print).resolve()
 if not (out / "whole").exists():
     (out / "whole").symlink_to(os.path.relpath(corpus, out))
-rows = [json.dumps({"text": text}) + "\n" for text in parts_of("noisy")["prose", "proxy"]]
-(out / "target.jsonl").write_text("".join(rows), encoding="utf-8")
+for role, name in (("validation", "held_out"), ("proxy", "target")):  # target.jsonl last: it says that all is there
+    rows = [json.dumps({"text": text}) + "\n" for text in parts_of("noisy")["prose", role]]
+    (out / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
 PYTHON
 fi
 
@@ -52,7 +53,7 @@ small=(configs/pretrain_gpt2_tiny.yaml output_dir="$out" selection.strategy=rand
 tokenizer=$out/whole/tokenizer
 counted prior "$python" -m megatron_opus.training "${small[@]}" name=prior data.path="$out/whole" training.train_steps=150
 counted target_corpus megatron prepare-data --output "$out/target" --tokenizer "sentencepiece:$tokenizer/sentencepiece.model" \
-  --candidates target="$out/target.jsonl" --candidates-holdout 0.1
+  --candidates target="$out/target.jsonl" --validation prose="$out/held_out.jsonl"
 counted conditional "$python" -m megatron_opus.training "${small[@]}" name=conditional data.path="$out/target" \
   training.train_steps=40 model.init_from="$out/prior"
 

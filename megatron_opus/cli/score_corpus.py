@@ -7,6 +7,7 @@
     megatron-opus score-corpus --corpus data/web --scorer color --prior runs/prior --conditional runs/conditional \\
         --output scores/color
     megatron-opus score-corpus --corpus data/web --scorer opus --model runs/tiny --target proxy --output scores/opus
+    megatron-opus score-corpus --corpus data/web --scorer nag --model SmolLM2-135M --target proxy --output scores/nag
 
 Run the same command again to go on with an interrupted one. `megatron-opus keep` takes part of the corpus by it.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from megatron_opus.corpus_scores.documents import CorpusDocuments
 
 LEXICAL = ("dsir", "classifier", "similarity", "betr", "column")
-MODELS = ("loss", "min-k", "color", "opus")
+MODELS = ("loss", "min-k", "color", "opus", "nag")
 
 
 def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     model = parser.add_argument_group("models: a Hugging Face directory (GPT-2, Qwen3, Llama), a run or a checkpoint")
     model.add_argument(
         "--model", nargs="+", action="extend", default=[], type=Path, metavar="DIR",
-        help="of loss, min-k and opus; the scores of several are averaged",
+        help="of loss, min-k, opus and nag; the scores of several are averaged",
     )  # fmt: skip
     model.add_argument("--prior", type=Path, metavar="DIR", help="of color: the model before it saw the target")
     model.add_argument(
@@ -79,6 +80,7 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
         "--geometry", choices=("auto", "adamw", "muon", "sgd"), default="auto",
         help="of opus: auto is the checkpoint's own optimizer state, sgd needs none (default auto)",
     )  # fmt: skip
+    model.add_argument("--neurons", type=int, default=20, help="of nag: neurons of a layer in a graph (default 20)")
     model.add_argument("--normalise", action="store_true", help="of opus: divide by the norm of the update")
     model.add_argument("--proxy-windows", type=int, default=64, help="of opus: windows of the target (default 64)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="score only part I of N, for N processes at once")
@@ -138,6 +140,7 @@ def build_model_scorer(arguments: argparse.Namespace):  # type: ignore[no-untype
     """Return the scorer by models that the arguments describe. Raises ScoreError."""
     from megatron_opus.corpus_scores.documents import ScoreError
     from megatron_opus.corpus_scores.model_losses import Color, Loss, MinK
+    from megatron_opus.corpus_scores.neuron_graph import NeuronGraph
     from megatron_opus.corpus_scores.reference_model import Windowing, take_gpu
     from megatron_opus.corpus_scores.update_utility import Opus
 
@@ -150,6 +153,8 @@ def build_model_scorer(arguments: argparse.Namespace):  # type: ignore[no-untype
         return Loss(arguments.model, **how)
     if arguments.scorer == "min-k":
         return MinK(arguments.model, share=arguments.min_k, **how)
+    if arguments.scorer == "nag":
+        return NeuronGraph(arguments.model, arguments.target, neurons=arguments.neurons, **how)
     if arguments.scorer == "opus":
         return Opus(
             arguments.model,

@@ -127,24 +127,27 @@ class ReferenceModel:
     def losses(self, windows: Windows) -> list[np.ndarray]:
         """Return the losses of every window's predicted tokens, each [inputs] float32 in nats."""
         found: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(windows.ids)
-        for rows in self._batches([len(ids) - 1 for ids in windows.ids]):
-            batch = batch_of([windows.ids[row] for row in rows])
-            losses = forward_loss(self.module, batch.to(self.device)).float().cpu().numpy()
+        for rows, batch in self.batches(windows):
+            losses = forward_loss(self.module, batch).float().cpu().numpy()
             for row, values in zip(rows, losses, strict=True):
                 found[row] = values[: len(windows.ids[row]) - 1]
         return found
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield windows of similar lengths, as many as the logits of a forward pass have room for."""
+    def batches(self, windows: Windows) -> Iterator[tuple[list[int], Batch]]:
+        """Yield (numbers of the windows, their batch on the device): similar lengths, as many as logits have room."""
         room = max(1, _LOGITS // int(self.shape.vocab_size or 1))
-        batch: list[int] = []
+        lengths = [len(ids) - 1 for ids in windows.ids]
+        rows: list[int] = []
         for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
-            if batch and (len(batch) + 1) * lengths[row] > room:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+            if rows and (len(rows) + 1) * lengths[row] > room:
+                yield rows, self._batch(windows, rows)
+                rows = []
+            rows.append(row)
+        if rows:
+            yield rows, self._batch(windows, rows)
+
+    def _batch(self, windows: Windows, rows: Sequence[int]) -> Batch:
+        return batch_of([windows.ids[row] for row in rows]).to(self.device)
 
 
 def one_process() -> tuple[torch.device, Groups]:

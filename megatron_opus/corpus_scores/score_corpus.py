@@ -58,7 +58,10 @@ def score_corpus(
         mine = [piece for piece in pieces if piece.number % parts == number]
         missing = [piece for piece in mine if not _path(output, piece).exists()]
         if missing:
+            started, worked = time.perf_counter(), time.process_time()
             scorer.prepare(corpus, output, part)
+            seconds, worked = time.perf_counter() - started, time.process_time() - worked
+            say(f"{scorer.name}: ready after {seconds:.1f} s, {worked:.1f} of the processor")
             _score(corpus, scorer, output, mine, missing, progress, say)
     return _join(output, corpus, pieces, scorer.name, settings, say)
 

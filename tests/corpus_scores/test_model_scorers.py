@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from megatron_opus.corpus_scores.documents import Block, CorpusDocuments, ScoreError
 from megatron_opus.corpus_scores.model_losses import Color, Loss, MinK, ModelScorer
+from megatron_opus.corpus_scores.neuron_graph import NeuronGraph
 from megatron_opus.corpus_scores.reference_model import Windowing, model_identity
 from megatron_opus.corpus_scores.update_utility import Opus
 from megatron_opus.weights.convert import opus_to_hf
@@ -182,6 +183,69 @@ def test_a_checkpoint_brings_its_optimizer_along(corpus: Path, trained: Path, tm
     )  # not 1 / eps
 
 
+# --- nag ------------------------------------------------------------------------------------------------------------
+
+
+def graph(model: Any, kind: str, ids: np.ndarray, neurons: int) -> list[set[int]]:
+    """The `neurons` neurons of each layer with the largest mean |h . W|, from the inputs of transformers' own MLPs."""
+    layers = model.transformer.h if kind == "gpt2" else model.model.layers
+    impact = [torch.zeros(1) for _ in layers]
+
+    def add(number: int, seen: Tensor) -> None:
+        up = layers[number].mlp.c_fc.weight if kind == "gpt2" else layers[number].mlp.up_proj.weight.T
+        impact[number] = impact[number] + (seen[0] @ up).abs().sum(0)
+
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda _, arguments, number=number: add(number, arguments[0]))
+        for number, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        for window in SHORT.cut(ids):
+            model(torch.from_numpy(window[None, :-1].astype(np.int64)))
+    for handle in handles:
+        handle.remove()
+    return [set(of_layer.topk(neurons).indices.tolist()) for of_layer in impact]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_overlaps_are_those_of_the_published_formula(
+    corpus: Path, models: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Guards against the gate's neurons in the place of up's, padding that counts, windows of one document in several
+    graphs, and a profile that is not a share of each layer."""
+    documents, model, neurons = opened(corpus), published(models[kind]), 6
+    found = scored(corpus, NeuronGraph([models[kind]], ["proxy"], neurons=neurons, windowing=SHORT), tmp_path / "nag")
+    wanted = [graph(model, kind, ids, neurons) for block in documents.target(["proxy"]) for ids in block.documents()]
+    number = [entry.name for entry in documents.entries].index("mixed")
+    expected = []
+    for ids in every_document(documents, number):
+        layers = zip(graph(model, kind, ids, neurons), zip(*wanted, strict=True), strict=True)
+        expected.append(np.mean([np.mean([len(own & one) for one in of_layer]) / neurons for own, of_layer in layers]))
+    np.testing.assert_allclose(found.of["mixed"], expected, atol=1e-6)
+    assert np.std(expected) > 0.01
+
+
+def test_graphs_that_cannot_be_are_refused(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """Guards against graphs of all neurons, of none, and of a model whose neurons are spread over experts; and against
+    a score of 0 for a document that was never read."""
+    refused(
+        corpus, NeuronGraph([models["gpt2"]], neurons=49, windowing=SHORT), tmp_path / "a", "at most the 48 neurons"
+    )
+    moe = hf_models.save(tmp_path / "moe", "qwen3_moe", vocab_size=opened(corpus).tokenizer.vocab_size)
+    short = Windowing(tokens=32)
+    refused(corpus, NeuronGraph([moe], windowing=short), tmp_path / "b", "nag knows no experts")
+    for wrong, message in (({"neurons": 0}, "at least one neuron"), ({"models": []}, r"got none \(--model DIR\)")):
+        with pytest.raises(ScoreError, match=message):
+            NeuronGraph(**{"models": [moe], **wrong})
+    scorer, documents = NeuronGraph([models["gpt2"]], windowing=SHORT), opened(corpus)
+    scorer.prepare(documents, tmp_path, (0, 1))
+    eod = documents.tokenizer.eod
+    values = scorer.score(Block(ids=np.array([eod, 7, eod, 7, 8, eod]), ends=np.array([1, 3, 6])))
+    assert np.isnan(values[:2]).all()
+    assert 0 < values[2] < 1
+    assert np.isnan(scorer.score(Block(ids=np.array([eod]), ends=np.array([1])))).all()
+
+
 # --- parts and interruptions ----------------------------------------------------------------------------------------
 
 DRIVER = """
@@ -225,7 +289,7 @@ def test_processes_and_kills_leave_the_bytes_of_one_run(corpus: Path, models: di
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def refused(corpus: Path, scorer: ModelScorer | Opus, output: Path, message: str) -> None:
+def refused(corpus: Path, scorer: ModelScorer | Opus | NeuronGraph, output: Path, message: str) -> None:
     with pytest.raises(ScoreError, match=message):
         scored(corpus, scorer, output)
 

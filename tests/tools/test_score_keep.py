@@ -49,18 +49,21 @@ def test_score_report_keep_and_train(
             "--window",
             "48",
         ],
+        "nag": [*model, "--target", "proxy", "--neurons", "7"],
         "opus": [*model, "--geometry", "sgd", "--normalise", "--proxy-windows", "4", "--windows", "1"],
     }
     for name, more in options.items():
         assert score(corpus, tmp_path / name, name, *more) == 0
         said = capsys.readouterr().out
         assert f"choose with `megatron-opus keep --scores {tmp_path / name}`" in said
+        assert re.search(rf"{name}: ready after [\d.]+ s, [\d.]+ of the processor", said)  # else similarity looks free
         assert re.search(rf"{name}: [\d,]+ tokens in [\d.]+ s on one process: [\d,]+ tokens/s", said)
     assert score(corpus, tmp_path / "dsir", "dsir", *options["dsir"]) == 0
     assert "already scored" in capsys.readouterr().out
     settings = {name: read_scores(tmp_path / name, opened(corpus)).settings for name in options}
     assert settings["dsir"]["per"] == "ngram"
     assert (settings["min-k"]["share"], settings["min-k"]["windows"], settings["min-k"]["window"]) == (0.5, 1, 48)
+    assert (settings["nag"]["neurons"], settings["nag"]["target"]) == (7, [{"source": "proxy"}])
     assert (settings["opus"]["normalise"], settings["opus"]["proxy_windows"]) == (True, 4)
     assert np.ptp(read_scores(tmp_path / "color").of["mixed"]) == 0  # of one model with itself
 
@@ -106,6 +109,7 @@ def test_mistakes_are_said_in_one_line(corpus: Path, tmp_path: Path, capsys: pyt
         ("loss", ["--model", model], "at most the model's 64 positions, got 512"),
         ("loss", ["--model", str(tmp_path)], "expected a Hugging Face directory"),
         ("color", ["--prior", model], "expected --prior DIR and --conditional DIR"),
+        ("nag", ["--model", model, "--window", "32", "--neurons", "0"], "at least one neuron of each layer"),
         ("opus", ["--model", model, "--window", "32"], "compare plain gradients with --geometry sgd"),
         ("loss", ["--model", model, "--part", "3/2"], "expected I/N"),
     )
@@ -114,6 +118,12 @@ def test_mistakes_are_said_in_one_line(corpus: Path, tmp_path: Path, capsys: pyt
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert line.startswith("score_corpus: ")
         assert message in line
+    assert score(corpus, tmp_path / "half", "dsir", "--target", "proxy", "--part", "0/2") == 0
+    half = ["--corpus", str(corpus), "--scores", str(tmp_path / "half"), "--output", str(tmp_path / "kept")]
+    assert "left for the other parts" in capsys.readouterr().out
+    assert main(["keep", *half, "--rule", "top", "--share", "0.5"]) == 1
+    assert "parts are not all there; run the missing ones" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
     assert main(["score-report", "--corpus", str(corpus), "--scores", str(tmp_path / "absent")]) == 1
     assert "expected a complete scoring" in capsys.readouterr().err
     (tmp_path / "mine.html").write_text("mine")
