@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,9 @@ import torch.distributed as dist
 from megatron_opus.config import ConfigError, RunConfig, validate, validate_world
 from megatron_opus.config.dimensions import tensor_parallel_degrees
 from megatron_opus.errors import Refusal
-from megatron_opus.estimates.memory import GIB, MemoryEstimate, estimate
+from megatron_opus.estimates.flops import stage_shares
+from megatron_opus.estimates.memory import GIB, MemoryEstimate, estimate, stage_estimates
+from megatron_opus.estimates.schedule import idle
 from megatron_opus.estimates.traffic import scoring_traffic
 from megatron_opus.layout.parallel_layout import ParallelLayout, parallel_layout
 
@@ -94,8 +97,9 @@ def check_memory(config: RunConfig, world_size: int, machine: Machine | None = N
     layout = parallel_layout(config, world_size)
     need = estimate(config, layout, device=machine.device)
     found = machine.per_rank()
+    by = f" by {need.stage}" if need.stage else ""
     summary = (
-        f"memory per rank: {need.total / GIB:.2f} GiB needed, {found / GIB:.2f} GiB found "
+        f"memory per rank: {need.total / GIB:.2f} GiB needed{by}, {found / GIB:.2f} GiB found "
         f"({machine.source}, {machine.local_ranks} rank{'s' if machine.local_ranks > 1 else ''} on this machine)"
     )
     if need.total <= found:
@@ -112,9 +116,28 @@ def check_memory(config: RunConfig, world_size: int, machine: Machine | None = N
     )
 
 
+def stage_lines(config: RunConfig, world_size: int, device: str) -> list[str]:
+    """Write what each pipeline stage needs and computes, and how long it waits; nothing where there is one stage.
+
+    The model's vocabulary must be known.
+    """
+    layout, t = parallel_layout(config, world_size), config.training
+    if layout.pp == 1:
+        return []
+    stages = stage_estimates(config, layout, device=device)
+    lines = [
+        f"  {x.stage}: {x.total / GIB:.2f} GiB, {share:.1%} of the update's FLOPs"
+        for x, share in zip(stages, stage_shares(config, layout), strict=True)
+    ]
+    waits = idle(layout, t.global_batch_size // (t.micro_batch_size * layout.dp))
+    return [*lines, f"  a stage waits {waits:.0%} of an update for others (stages taken as equally fast)"]
+
+
 def start_up_report(config: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
-    """Write the lines on memory (`check_memory`, which raises) and on what a scoring pass sends."""
+    """Write the lines on memory (`check_memory`, which raises), on stages, and on what a scoring pass sends."""
     lines = check_memory(config, world_size, machine)
+    device = machine.device if machine is not None else look_up_machine().device
+    lines += stage_lines(config, world_size, device)
     sent = scoring_traffic(config, parallel_layout(config, world_size))
     total = sum(sent.values())
     if config.selection.scores_gradients and total:
@@ -126,24 +149,13 @@ def start_up_report(config: RunConfig, world_size: int, machine: Machine | None 
 
 
 def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[ParallelLayout, MemoryEstimate]]:
-    """List layouts that fit machines like this one: fewest ranks first, then the lowest tp, then the lowest stage."""
-    found = []
-    seen: set[ParallelLayout] = set()
-    micro_sizes = [
-        n for n in range(config.training.micro_batch_size, 0, -1) if config.training.micro_batch_size % n == 0
-    ]
-    for tp in tensor_parallel_degrees(config.model):
-        dp = 1
-        while tp * dp <= MAX_RANKS:
-            for stage in STAGES:
-                for micro in micro_sizes:
-                    layout = ParallelLayout(tp=tp, dp=dp, zero_stage=stage, micro_batch_size=micro)
-                    if layout not in seen and _possible(config, layout):
-                        found.append(layout)
-                    seen.add(layout)
-            dp *= 2
+    """List layouts of the recipe's engine that fit machines like this one.
+
+    Fewest ranks first, then the lowest tensor-parallel degree, the fewest stages, the lowest ZeRO stage.
+    """
+    found = [layout for layout in dict.fromkeys(_candidates(config)) if _possible(config, layout)]
     # of two micro-batch sizes that fit, the larger one is the faster
-    found.sort(key=lambda x: (x.ranks, x.tp, x.zero_stage, -x.micro_batch_size))
+    found.sort(key=lambda x: (x.ranks, x.tp, x.pp, x.zero_stage, -x.micro_batch_size))
     for layout in found:
         need = estimate(config, layout, device=machine.device)
         # more ranks than are here now need more machines like this one, each with as many ranks
@@ -151,10 +163,36 @@ def fitting_layouts(config: RunConfig, machine: Machine) -> Iterator[tuple[Paral
             yield layout, need
 
 
+def _candidates(config: RunConfig) -> Iterator[ParallelLayout]:
+    """Vary what one engine can: tensor and data parallelism, and ZeRO stages or pipeline stages."""
+    own, size = parallel_layout(config, MAX_RANKS), config.training.micro_batch_size
+    megatron = own.engine == "megatron"
+    pipelines = _divisors(config.model.num_layers) if megatron else [1]
+    splits = [own.zero_stage] if megatron else STAGES
+    for tp, pp, stage, micro in itertools.product(
+        tensor_parallel_degrees(config.model), pipelines, splits, _divisors(size)
+    ):
+        pieces = own.pieces if pp > 2 else 1  # two interleaved stages are refused by Megatron
+        dp = 1
+        while tp * pp * dp <= MAX_RANKS:
+            yield replace(own, tp=tp, pp=pp, pieces=pieces, dp=dp, zero_stage=stage, micro_batch_size=micro)
+            dp *= 2
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _possible(config: RunConfig, layout: ParallelLayout) -> bool:
     asked = replace(
         config,
-        parallel=replace(config.parallel, tensor_model_parallel_size=layout.tp, zero_stage=layout.zero_stage),
+        parallel=replace(
+            config.parallel,
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.pieces if layout.pieces > 1 else None,
+            zero_stage=layout.zero_stage,
+        ),
         training=replace(config.training, micro_batch_size=layout.micro_batch_size),
     )
     try:
@@ -168,11 +206,11 @@ def _possible(config: RunConfig, layout: ParallelLayout) -> bool:
 def _advice(config: RunConfig, machine: Machine, layout: ParallelLayout) -> list[str]:
     lines = _gentler_scoring(config, machine, layout)
     layouts: list[str] = []
-    shown: set[tuple[int, int]] = set()
+    shown: set[tuple[int, int, int]] = set()
     for other, need in fitting_layouts(config, machine):
-        if (other.ranks, other.tp) in shown:
-            continue  # a higher stage or a smaller microbatch of a layout that is listed
-        shown.add((other.ranks, other.tp))
+        if (other.ranks, other.tp, other.pp) in shown:
+            continue  # a higher ZeRO stage or a smaller microbatch of a layout that is listed
+        shown.add((other.ranks, other.tp, other.pp))
         layouts.append(f"  {other}  ({need.total / GIB:.2f} GiB per rank)")
         if len(layouts) == SUGGESTIONS:
             break
@@ -204,8 +242,8 @@ def _gentler_scoring(config: RunConfig, machine: Machine, layout: ParallelLayout
 
 def _smaller(config: RunConfig, machine: Machine, layout: ParallelLayout) -> list[str]:
     """Find the largest recipe of the same width that fits these ranks, shortening sequences before dropping layers."""
-    layers = config.model.num_layers
-    while layers >= 1:
+    layers, together = config.model.num_layers, layout.pp * layout.pieces
+    while layers >= together:
         length = config.data.seq_length
         while length >= 128:
             # as many tokens in a scoring forward as in a training microbatch
@@ -223,5 +261,5 @@ def _smaller(config: RunConfig, machine: Machine, layout: ParallelLayout) -> lis
                     f"selection.score_micro_batch_size={size}  ({need / GIB:.2f} GiB per rank)"
                 ]
             length //= 2
-        layers //= 2
+        layers = layers // 2 // together * together  # stages and pieces hold equally many
     return []

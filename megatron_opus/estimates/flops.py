@@ -5,7 +5,7 @@ rows of the padded vocabulary, s the one-sided dimension, w_O and w_I the widths
 
     linear layers       forward 2 B T O I; gradient of the input as much, gradient of the weight as much; of experts,
                         topk of them
-    output layer        the same with V x hidden
+    output layer        the same with V x hidden, on the last pipeline stage
     attention           forward 4 B h c pairs; backward 10 B h c pairs: scores once more, and four products.
                         pairs: T (T + 1) / 2 as causal kernels compute them, T^2 as `dense` and torch's counter do
     scoring backward    gradients of inputs only, down to the lowest scored output: without the lowest scored
@@ -29,6 +29,7 @@ from typing import Literal
 
 from megatron_opus.config import RunConfig, SelectionConfig, SketchConfig
 from megatron_opus.layout.model_layout import ModelLayout, recipe_layout, scored_blocks
+from megatron_opus.layout.parallel_layout import ParallelLayout
 from megatron_opus.selection.sketch import two_sided_shape
 
 Attention = Literal["causal", "dense"]
@@ -87,17 +88,33 @@ def step_flops(
     return StepFlops(update=update, selection=selection)
 
 
+def stage_shares(config: RunConfig, layout: ParallelLayout, *, attention: Attention = "causal") -> list[float]:
+    """Give the share of an update's forward and backward passes that each pipeline stage computes, in order.
+
+    The vocabulary must be known. The output layer makes the last stage the busiest, since layers are shared equally.
+    """
+    whole, length = recipe_layout(config, tp_size=1), config.data.seq_length
+    again = config.training.recompute == "full"
+
+    def passes(m: ModelLayout) -> float:
+        recomputed = blocks_forward(m, length, attention) if again else 0.0
+        return forward(m, length, attention) + backward(m, length, attention) + recomputed
+
+    stages = [whole.stage(number, layout.pp, layout.pieces) for number in range(layout.pp)]
+    return [passes(m) / passes(whole) for m in stages]
+
+
 # --- passes over one sequence ---------------------------------------------------------------------------------------
 
 
 def forward(model: ModelLayout, length: int, attention: Attention) -> float:
     """Count one sequence through blocks and output layer; the embedding is a table look-up."""
-    return blocks_forward(model, length, attention) + 2.0 * length * model.output.size
+    return blocks_forward(model, length, attention) + 2.0 * length * model.head_size
 
 
 def backward(model: ModelLayout, length: int, attention: Attention) -> float:
     """Count the gradients of all weights and activations."""
-    products = 2.0 * length * (sum(x.size * x.taken for x in model.linear) + model.output.size)
+    products = 2.0 * length * (sum(x.size * x.taken for x in model.linear) + model.head_size)
     return 2.0 * products + 2.5 * _attention(model, length, attention)
 
 
@@ -108,12 +125,12 @@ def blocks_forward(model: ModelLayout, length: int, attention: Attention) -> flo
 
 def scoring_backward(model: ModelLayout, selection: SelectionConfig, length: int, attention: Attention) -> float:
     """Count the gradients of activations from the loss down to the lowest scored output, of one sequence."""
-    lowest = min(scored_blocks(model.blocks, selection.scored_layers))
+    lowest = min(scored_blocks(model.all_blocks or model.blocks, selection.scored_layers))
     if selection.score_embedding:  # the gradient of the embedding's output lies below everything
         lowest = -1
     first = f"layers.{lowest}.self_attention.linear_qkv"
     reached = [x for x in model.linear if x.block is not None and x.block >= lowest]
-    products = 2.0 * length * (sum(x.size * x.taken for x in reached if first not in x.name) + model.output.size)
+    products = 2.0 * length * (sum(x.size * x.taken for x in reached if first not in x.name) + model.head_size)
     return products + 2.5 * _attention(model, length, attention, lowest)
 
 

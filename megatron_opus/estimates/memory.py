@@ -1,35 +1,21 @@
-"""Estimate the bytes that one rank needs, by arithmetic on the recipe. Nothing is allocated.
+"""Estimate the bytes that one rank of every pipeline stage needs, by arithmetic on the recipe. Nothing is allocated.
 
-P: parameters of this rank, D: data-parallel size, e: bytes of a weight (4, or 2 in bf16), s: numbers that the optimizer
-keeps for each parameter (AdamW 2, Muon 1, SGD 1 with momentum and 0 without; one more where the selector keeps a second
-moment for Muon's matrices).
-
-                       weights  gradients             optimizer (masters and state)
-ZeRO 0, fp32           4 P      4 P                   4 s P
-ZeRO 0, bf16           2 P      2 P, 4 P in the step  4 (1 + s) P
-ZeRO 1                 e P      e P                   4 (1 + s) P / D
-ZeRO 1, bf16, accum.   2 P      2 P + 4 P             4 (1 + s) P / D
-ZeRO 2                 e P      (e or 4) P / D        4 (1 + s) P / D  plus a bucket of gradients on their way
-ZeRO 3                 e P / D  as ZeRO 2             4 (1 + s) P / D  plus gathered weights; e P while it starts
-
-With Muon at ZeRO 1 and 2, a second copy of its momentum waits until the step is known to be good. An optimizer that is
-offloaded from a GPU costs nothing there; whether the host can hold it is not looked into.
-
-Activations are what autograd saves, per layer in elements of e bytes (Korthikanti et al. 2022, Table 2, without the
-s x s terms): see `_saved_per_layer`. With recomputation: the input of every layer, and all of one layer at a time.
+Weights, gradients and optimizer state: states.py. Activations and logits: activations.py, as many micro-batches of them
+as the schedule keeps: schedule.py. A stage's scoring reads the scored matrices that it holds, in the same schedule.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cache
 
-from megatron_opus.backends.engines.deepspeed.memory import gradient_bucket
-from megatron_opus.config import RunConfig, keeps_second_moment
-from megatron_opus.config.dimensions import ffn_size, head_channels, query_groups
+from megatron_opus.config import ModelConfig, RunConfig
 from megatron_opus.config.strategies import PERPLEXITY
-from megatron_opus.layout.model_layout import ModelLayout, recipe_layout
+from megatron_opus.estimates.activations import element, passing, saved
+from megatron_opus.estimates.schedule import in_flight
+from megatron_opus.estimates.states import state_bytes
+from megatron_opus.layout.model_layout import ModelLayout, ParameterLayout, model_layout
 from megatron_opus.layout.parallel_layout import ParallelLayout
 
 GIB = 2**30
@@ -39,19 +25,24 @@ OVERHEAD = {"cuda": 2.0 * GIB, "cpu": 0.15 * GIB}
 # Fragmentation and what the arithmetic leaves out. Measured on a CPU, seven recipes of 1 to 4 GiB (GPT-2 shapes and
 # SwiGLU/RMSNorm/rotary ones, fp32 and bf16, ZeRO 0 to 2): peak resident memory was 0.86 to 0.98 of the estimate.
 SLACK = 1.1
+PARTS = (
+    *("weights", "optimizer", "sketches", "gradients_kept", "overhead"),
+    *("startup", "training", "step", "scoring"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Holds bytes per rank. The phases take turns, so the need is what stays plus the largest of them."""
+    """Holds bytes per rank of one stage. The phases take turns: the need is what stays and the largest of them."""
 
+    stage: str  # which one, for the terminal; "" where the model is not cut into stages
     weights: float
     optimizer: float
     sketches: float  # projections of the scored matrices, the proxy's gradient, multipliers
     gradients_kept: float  # buffers that live between steps
     overhead: float
-    startup: float  # before the weights are cut (ZeRO 3)
-    training: float  # gradients, activations and logits of one microbatch
+    startup: float  # before the weights are cut (ZeRO 3), or while they move into a buffer (Megatron)
+    training: float  # gradients, activations and logits of the micro-batches in flight
     step: float  # gradients and the optimizer's temporaries
     scoring: float  # activations, factors, logits and features
 
@@ -62,150 +53,88 @@ class MemoryEstimate:
 
     def lines(self) -> list[str]:
         """Write one line per part, in GiB."""
-        return [f"  {f.name:15} {getattr(self, f.name) / GIB:8.2f} GiB" for f in dataclasses.fields(self)] + [
+        return [f"  {name:15} {getattr(self, name) / GIB:8.2f} GiB" for name in PARTS] + [
             f"  {'total':15} {self.total / GIB:8.2f} GiB: what stays, the largest of startup to scoring, 10% slack"
         ]
 
 
 def estimate(config: RunConfig, layout: ParallelLayout, *, device: str) -> MemoryEstimate:
-    """Estimate this recipe in this layout on "cpu" or "cuda". `config.model.vocab_size` must be known."""
-    model = recipe_layout(config, layout.tp)
-    t, dp = config.training, layout.dp
-    bf16 = t.precision == "bf16"
-    e = 2 if bf16 else 4
-    p = model.local_size()
-    accumulates = t.global_batch_size > layout.micro_batch_size * dp
-    kept, startup, gathered = 0.0, 0.0, 0.0
-    optimizer, temporaries = _optimizer(config, model, layout, device)
-    if layout.zero_stage == 0:
-        gradients = float(e * p)
-        step = gradients + (4.0 * p if bf16 else 0.0)
-    else:
-        bucket = float(e * gradient_bucket(p))
-        if layout.zero_stage == 1:
-            gradients = float(e * p)
-            kept = 4.0 * p if bf16 and accumulates else 0.0
-        else:
-            gradients = (4.0 if bf16 and accumulates else float(e)) * p / dp + 2 * bucket
-        # this rank's part of the averaged gradients, and its float32 copy where it is not summed in float32 already
-        step = 8.0 * p / dp
-        if kept:
-            step = gradients
-        elif layout.zero_stage == 1:
-            step += gradients
-        elif bf16 and accumulates:
-            step = 4.0 * p / dp
-        if layout.zero_stage == 3:
-            startup = float(e * p)  # the model is built whole and then cut
-            gathered = bucket if dp > 1 else 0.0
-    forward = _forward(config, model, layout, layout.micro_batch_size, config.data.seq_length, frozen=False)
+    """Estimate the fullest stage of this recipe in this layout on "cpu" or "cuda" (see `stage_estimates`)."""
+    return max(stage_estimates(config, layout, device=device), key=lambda x: x.total)
+
+
+def stage_estimates(config: RunConfig, layout: ParallelLayout, *, device: str) -> list[MemoryEstimate]:
+    """Estimate a rank of every stage, in order, on "cpu" or "cuda". `config.model.vocab_size` must be known.
+
+    Raises ConfigError when the layers do not divide by stages and pieces.
+    """
+    parts = (config.model, layout.tp, layout.ep, config.data.seq_length, layout.pp, layout.pieces)
+    return [_of_stage(config, model, layout, number, device) for number, model in enumerate(_stages(*parts))]
+
+
+@cache
+def _stages(model: ModelConfig, tp: int, ep: int, positions: int, pp: int, pieces: int) -> list[ModelLayout]:
+    whole = model_layout(model, tp_size=tp, ep_size=ep, positions=positions)
+    return [whole.stage(number, pp, pieces) for number in range(pp)]
+
+
+def _of_stage(
+    config: RunConfig, model: ModelLayout, layout: ParallelLayout, number: int, device: str
+) -> MemoryEstimate:
+    t = config.training
+    state = state_bytes(config, model, layout, device)
+    tokens = layout.micro_batch_size * config.data.seq_length / layout.cp
+    kept = in_flight(layout, number, t.global_batch_size // (layout.micro_batch_size * layout.dp))
+    forward = saved(config, len(model.blocks), layout, tokens, frozen=False, kept=kept)
+    forward += passing(config, model, layout, tokens, frozen=False)
+    matrices = _scored(config, model, layout)
     return MemoryEstimate(
-        weights=float(e * p) / (dp if layout.zero_stage == 3 else 1),
-        optimizer=optimizer,
-        gradients_kept=kept,
-        sketches=_sketches(config, model, layout) if config.selection.scores_gradients else 0.0,
+        stage=_named(model, number, layout),
+        weights=state.weights,
+        optimizer=state.optimizer,
+        gradients_kept=state.kept,
+        sketches=_sketches(config, [m[:2] for m in matrices], layout) if config.selection.scores_gradients else 0.0,
         overhead=OVERHEAD[device],
-        startup=startup,
-        training=gathered + gradients + forward,
-        step=step + temporaries,
-        scoring=gathered + _scoring(config, model, layout),
+        startup=state.startup,
+        training=state.gathered + state.gradients + forward,
+        step=state.step,
+        scoring=state.gathered + _scoring(config, model, matrices, layout, number),
     )
 
 
-def _optimizer(config: RunConfig, model: ModelLayout, layout: ParallelLayout, device: str) -> tuple[float, float]:
-    """Count the bytes of masters and state that stay, and of temporaries in the step, on the device."""
-    o, dp, p = config.optimizer, layout.dp, model.local_size()
-    largest = float(max(model.local_size([name]) for name in model.by_muon))
-    by_muon = float(model.local_size(model.by_muon)) if o.name == "muon" else 0.0
-    numbers = {"adamw": 2.0, "muon": 2.0, "sgd": float(o.sgd_momentum > 0)}[o.name] * (p - by_muon)
-    numbers += by_muon * (2.0 if keeps_second_moment(config) else 1.0)
-    offloaded = config.parallel.offload_optimizer == "cpu"
-    if by_muon and layout.zero_stage in (1, 2) and not offloaded:
-        # whole matrices, also those of which this rank owns a part, and the copy that awaits the end of the step
-        numbers += by_muon + 4 * largest * dp
-    if layout.zero_stage > 0 or config.training.precision == "bf16":
-        numbers += p
-    stays = 4.0 * numbers / (dp if layout.zero_stage > 0 else 1)
-    temporaries = _step_temporaries(model, layout, device)
-    if by_muon:
-        temporaries += 16.0 * largest  # one matrix being orthogonalised
-        if layout.zero_stage == 3:
-            temporaries += 8.0 * min(by_muon, gradient_bucket(p))  # gradients and momenta gathered for it
-    return (0.0 if offloaded and device == "cuda" else stays), temporaries
+def _named(model: ModelLayout, number: int, layout: ParallelLayout) -> str:
+    """Name a stage by what it holds: `pipeline stage 1 of 2 (layers 18 to 35, output layer)`."""
+    if layout.pp == 1:
+        return ""
+    numbers = model.blocks
+    runs = [i for i in numbers if i - 1 not in numbers], [i for i in numbers if i + 1 not in numbers]
+    held = ["layers " + ", ".join(f"{i} to {j}" if i < j else str(i) for i, j in zip(*runs, strict=True))]
+    held += ["embedding"] if number == 0 else []
+    if model.gives_logits:
+        tied = model.output.kind == "embedding"
+        held.append("output layer" + (" (a copy of the embedding)" if tied else ""))
+    return f"pipeline stage {number} of {layout.pp} ({', '.join(held)})"
 
 
-def _step_temporaries(model: ModelLayout, layout: ParallelLayout, device: str) -> float:
-    """Count what the optimizer's step allocates: PyTorch's on a CPU make two tensors as large as the one they update.
+def _scored(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> list[tuple[int, int, float]]:
+    """List rows and columns of this rank's scored matrices, and the tokens each sees for one of a sequence here."""
+    held = {p.name for p in model.held_by(0)}
 
-    That is one parameter at stage 0, and the whole flat partition above. Fused kernels make none.
-    """
-    if device == "cuda":
-        return 0.0
-    if layout.zero_stage == 0:
-        return 8.0 * max(model.local_size([p.name]) for p in model.parameters)
-    return 8.0 * model.local_size() / layout.dp
+    def seen(p: ParameterLayout) -> float:
+        return 1.0 if p.expert is None else p.taken * layout.ep
 
-
-def _saved_per_layer(config: RunConfig, layout: ParallelLayout, *, frozen: bool) -> float:
-    """Count the elements per token that a layer keeps for its backward pass; `frozen`: without weight gradients."""
-    m, tp = config.model, layout.tp
-    h, f, c = m.hidden_size, ffn_size(m), head_channels(m)
-    heads, groups = m.num_attention_heads, query_groups(m)
-    bf16 = config.training.precision == "bf16"
-    replicated = 2.0 * h  # inputs of the two norms
-    if m.normalization == "RMSNorm" and not frozen:
-        replicated += (6.0 if bf16 else 2.0) * h  # normalised inputs, in float32
-    sharded = (2 * heads + 2 * groups) * c  # the fused projection, of which q, k, v are views, and the output
-    if groups < heads:
-        sharded += 2 * (heads - groups) * c  # keys and values repeated for each head
-    if m.position_embedding_type == "rope":
-        sharded += (heads + groups) * c  # rotated copies
-    if m.qk_layernorm:
-        sharded += (heads + groups) * c
-    sharded += 4 * f if m.swiglu else f  # both halves before and after the activation; without gate, its input
-    if not frozen:
-        replicated += 2 * h  # inputs of the two column-parallel matrices
-        sharded += f  # input of linear_fc2
-    if m.hidden_dropout > 0:
-        replicated += 2 * h
-    if config.parallel.sequence_parallel and tp > 1:
-        replicated = replicated / tp + h  # one gathered input at a time
-    return replicated + sharded / tp
+    mine = [p for p in model.scored(config.selection) if p.name in held]
+    shapes = [model.local_shape(p.name) for p in mine]
+    return [(rows, columns, seen(p)) for p, (rows, columns) in zip(mine, shapes, strict=True)]
 
 
-def _saved(config: RunConfig, layout: ParallelLayout, tokens: int, *, frozen: bool = True) -> float:
-    """Count the bytes that all layers keep for a backward pass over so many tokens."""
-    m, e = config.model, 2 if config.training.precision == "bf16" else 4
-    layers, kept = float(m.num_layers), 0.0
-    if config.training.recompute == "full" and not frozen:  # each layer's input, and all of one layer at a time
-        layers = 1.0
-        kept = m.num_layers * m.hidden_size / (layout.tp if config.parallel.sequence_parallel else 1)
-    return (kept + layers * _saved_per_layer(config, layout, frozen=frozen)) * tokens * e
-
-
-def _forward(
-    config: RunConfig, model: ModelLayout, layout: ParallelLayout, batch: int, length: int, *, frozen: bool
-) -> float:
-    """Count the bytes of saved activations and of logits with their gradient for one forward and backward pass."""
-    m = config.model
-    e = 2 if config.training.precision == "bf16" else 4
-    tokens = batch * length
-    saved = _saved(config, layout, tokens, frozen=frozen)
-    vocabulary, _ = model.local_shape(model.output.name)
-    logits = tokens * vocabulary * (8.0 if e == 4 else 10.0)  # as computed, and the float32 softmax that is kept
-    head_gradient = 0.0 if frozen else e * vocabulary * m.hidden_size  # of a tied weight, before it is added up
-    widest = e * tokens * 4 * max(m.hidden_size, ffn_size(m) / layout.tp)  # in flight inside one layer
-    return saved + max(logits + head_gradient, widest)
-
-
-def _sketches(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> float:
+def _sketches(config: RunConfig, matrices: list[tuple[int, int]], layout: ParallelLayout) -> float:
     """Count the bytes of the scored matrices' projections, and of the proxy's gradient as the alignment needs it.
 
     A CPU keeps a bucket and a sign of each row and column, an accelerator matrices as wide as the sketched side; a
     composed copy of either is made when the preconditioner is read.
     """
     k = config.selection.sketch
-    matrices = [model.local_shape(x.name) for x in model.scored(config.selection)]
     total = 0.0
     if k.operator in ("two_sided", "two_stage"):
         side = math.sqrt(k.dim if k.operator == "two_sided" else k.intermediate_dim)
@@ -228,18 +157,25 @@ def _sketches(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> 
     return total
 
 
-def _scoring(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> float:
-    """Count the bytes of one scoring micro-batch and of the features of all candidates."""
+def _scoring(
+    config: RunConfig,
+    model: ModelLayout,
+    matrices: list[tuple[int, int, float]],
+    layout: ParallelLayout,
+    number: int,
+) -> float:
+    """Count the bytes of the scoring micro-batches in flight and of the features of all candidates."""
     s, k = config.selection, config.selection.sketch
-    length = min(s.score_length, config.data.seq_length)
+    length = min(s.score_length, config.data.seq_length) / layout.cp
     share = -(-config.buffer_size // layout.dp)
     if not s.scores_gradients:  # at most losses: one layer's activations and the logits
         batch = min(s.score_micro_batch_size or share, share) if s.strategy in PERPLEXITY else 0
-        return _forward(config, model, layout, batch, length, frozen=True) - _saved(config, layout, batch * length)
+        return passing(config, model, layout, batch * length, frozen=True)
     largest = max(share, -(-s.proxy_batch_size // layout.dp))
     batch = min(s.score_micro_batch_size or largest, largest)
-    matrices = [model.local_shape(x.name) for x in model.scored(s)]
-    e = 2 if config.training.precision == "bf16" else 4
+    kept = in_flight(layout, number, -(-largest // batch) * s.score_windows)
+    e = element(config)
+    columns = sum(columns * seen for _, columns, seen in matrices)
     with_features = k.alignment == "features" or s.redundancy.scale != "off"
     held = factors = 0.0
     if with_features:
@@ -249,12 +185,14 @@ def _scoring(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> f
         held += 4.0 * config.buffer_size * features if layout.dp > 1 and s.redundancy.scale != "off" else 0.0
         if k.operator in ("two_sided", "two_stage"):
             side = math.sqrt(k.dim if k.operator == "two_sided" else k.intermediate_dim)
-            factors += e * batch * length * len(matrices) * side
+            factors += e * batch * length * side * sum(seen for _, _, seen in matrices)
         else:
             # the inputs themselves are kept until their gradient comes
-            factors += e * batch * length * sum(columns for _, columns in matrices) + 2 * 64 * 2**20
+            factors += e * batch * length * columns
+            held += 2 * 64 * 2**20
     if k.alignment == "one_sided":
-        factors += e * batch * length * len(matrices) * k.one_sided_dim
+        factors += e * batch * length * k.one_sided_dim * sum(seen for _, _, seen in matrices)
     if k.alignment == "direction":
-        factors += e * batch * length * sum(columns for _, columns in matrices)
-    return held + factors + _forward(config, model, layout, batch, length, frozen=True)
+        factors += e * batch * length * columns
+    activations = saved(config, len(model.blocks), layout, batch * length, frozen=True, kept=kept)
+    return held + kept * factors + activations + passing(config, model, layout, batch * length, frozen=True)

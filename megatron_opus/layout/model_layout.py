@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -97,14 +97,16 @@ class ParameterLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLayout:
-    """Holds every parameter once, in the model's order, and the tensor-parallel degree.
+    """Holds every parameter of the model, or of a pipeline stage, once, in the model's order, and the degrees.
 
-    A tied output layer has no parameter of its own.
+    A tied output layer has no parameter of its own; on a stage without the embedding it is a copy of that one.
     """
 
     parameters: tuple[ParameterLayout, ...]
     tp_size: int = 1
     ep_size: int = 1
+    all_blocks: tuple[int, ...] = ()  # of a stage: the numbers of the whole model's blocks
+    gives_logits: bool = True  # False on every stage but the last
 
     @cached_property
     def _by_name(self) -> dict[str, ParameterLayout]:
@@ -129,7 +131,7 @@ class ModelLayout:
         found = {p.kind: p for p in self.parameters}
         return found.get("output") or found["embedding"]
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """The numbers of the blocks that have linear layers, ascending."""
         return tuple(sorted({p.block for p in self.linear if p.block is not None}))
@@ -139,9 +141,44 @@ class ModelLayout:
         """The names of the parameters that a Muon run trains with Muon."""
         return frozenset(p.name for p in self.parameters if p.by_muon)
 
+    @property
+    def head_size(self) -> int:
+        """Numbers in the matrix that gives the logits; 0 on a stage that gives none."""
+        return self.output.size if self.gives_logits else 0
+
+    def stage(self, number: int, stages: int, pieces: int = 1) -> ModelLayout:
+        """Cut out what pipeline stage `number` of `stages` holds, in so many interleaved pieces, as Megatron does.
+
+        The first stage has the embeddings, the last one the final norm and the output layer; a tied output layer is a
+        copy of the token embedding. Of 8 layers on 2 stages in 2 pieces, stage 0 holds 0, 1, 4 and 5. Raises
+        ConfigError when the layers do not divide.
+        """
+        if stages == 1:
+            return self
+        depth, last = len(self.blocks), stages - 1
+        if depth % (stages * pieces):
+            raise ConfigError(
+                f"model.num_layers: expected a multiple of {stages} stages x {pieces} pieces of each, got {depth}"
+            )
+        together = depth // (stages * pieces)
+
+        def held(p: ParameterLayout) -> bool:
+            if p.block is not None:
+                return p.block // together % stages == number
+            if p.kind in ("embedding", "positions"):
+                return number == 0 or (number == last and p is self.output)
+            return number == last
+
+        return replace(
+            self,
+            parameters=tuple(p for p in self.parameters if held(p)),
+            all_blocks=self.blocks,
+            gives_logits=number == last,
+        )
+
     def scored(self, selection: SelectionConfig) -> tuple[ParameterLayout, ...]:
         """List the matrices whose gradients enter the score; a tied matrix stands once."""
-        blocks = scored_blocks(self.blocks, selection.scored_layers)
+        blocks = scored_blocks(self.all_blocks or self.blocks, selection.scored_layers)
         asked = {"embedding": selection.score_embedding, "output": selection.score_output_layer}
         inside = ("linear", "router")
         return tuple(p for p in self.matrices if asked.get(p.kind, p.kind in inside and p.block in blocks))

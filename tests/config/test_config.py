@@ -242,13 +242,14 @@ def test_the_recipes_hold_the_published_values() -> None:
 def test_a_recipe_typed_without_overrides_fits_the_usual_numbers_of_devices(path: Path, ranks: int) -> None:
     """Guards against `deepspeed launch/x.sh` failing on a machine with one, two or four devices."""
     recipe = load(path)
-    tp = recipe.parallel.tensor_model_parallel_size
-    validate_world(recipe, max(ranks, tp) if path.stem == "cpt_qwen3_8b" else ranks)  # 8 billion fit no single device
+    p = recipe.parallel
+    least = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    validate_world(recipe, max(ranks, least) if path.stem.startswith("cpt_qwen3_8b") else ranks)  # 8 billion parameters
 
 
 def test_the_paper_recipes_fit_eight_devices() -> None:
     """Guards against the README's 8-GPU commands being refused."""
-    for name in ("pretrain_gpt2_xl", "pretrain_gpt2_large", "cpt_qwen3_8b"):
+    for name in ("pretrain_gpt2_xl", "pretrain_gpt2_large", "cpt_qwen3_8b", "cpt_qwen3_8b_megatron"):
         validate_world(load(CONFIGS / f"{name}.yaml"), 8)
 
 

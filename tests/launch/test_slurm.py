@@ -279,6 +279,7 @@ def test_an_unfit_node_is_left_out_where_that_is_wanted(cluster: Cluster) -> Non
         ("pretrain_gpt2_xl_8gpus", "pretrain_gpt2_xl", 1, 8, []),
         ("cpt_qwen3_8b_16gpus", "cpt_qwen3_8b", 2, 16, ["parallel.zero_stage=2"]),
         ("cpt_qwen3_8b_64gpus", "cpt_qwen3_8b", 8, 64, ["parallel.zero_stage=2"]),
+        ("cpt_qwen3_8b_megatron_16gpus", "cpt_qwen3_8b_megatron", 2, 16, []),
     ],
 )
 def test_a_dry_run_shows_recipe_and_commands_and_writes_nothing(
