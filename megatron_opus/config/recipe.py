@@ -380,6 +380,11 @@ class RunConfig(Section):
         return round(self.training.global_batch_size / self.selection.rho)
 
     @property
+    def scored_length(self) -> int:
+        """Tokens of a sequence that scoring reads: all windows of it. A proxy sequence has no more."""
+        return min(self.selection.score_length, self.data.seq_length) * self.selection.score_windows
+
+    @property
     def pool_size(self) -> int:
         """Sequences drawn per optimizer step, of which a prefilter leaves N."""
         return self.buffer_size * self.selection.prefilter.pool_ratio

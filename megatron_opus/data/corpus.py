@@ -57,13 +57,14 @@ class _Domain:
     documents: TokenDocuments
     offset: int  # id of its first sequence
     sequences: int
+    length: int  # tokens of each
     unlearned: np.ndarray | None  # [spans, 2] token ranges whose prediction does not count
 
 
 class Corpus:
-    """Sequences of one prepared directory, cut at one length.
+    """Sequences of one prepared directory: proxies cut at the length that scoring reads, all others at `seq_length`.
 
-    domains: role -> domain names, in id order. fingerprint: sha256 over the tokens, the length and the flags; equal
+    domains: role -> domain names, in id order. fingerprint: sha256 over the tokens, the lengths and the flags; equal
     fingerprints mean that equal ids are equal sequences. Everything is read-only and thread-safe.
     """
 
@@ -74,11 +75,14 @@ class Corpus:
         tokenizer: Tokenizer,
         config: DataConfig,
         unlearned: Mapping[tuple[Role, str], np.ndarray] | None = None,
+        *,
+        proxy_length: int | None = None,
     ) -> None:
-        """unlearned: [spans, 2] ascending token ranges of the domains that have metadata; see masks.py."""
+        """unlearned: [spans, 2] ascending token ranges of the domains that have metadata; see unlearned_spans.py.
+        proxy_length: tokens of a proxy sequence; None: as many as of the others."""
         self.manifest = manifest
         self.tokenizer = tokenizer
-        self.seq_length = config.seq_length
+        self.seq_length, self.proxy_length = config.seq_length, proxy_length or config.seq_length
         self._config = config
         self._domains: list[_Domain] = []
         offset = 0
@@ -90,13 +94,14 @@ class Corpus:
                         f"domain {entry.name} ({role}): expected {entry.tokens} tokens by the manifest, found "
                         f"{stream.num_tokens}; prepare the data again"
                     )
+                length = self.proxy_length if role == "proxy" else self.seq_length
                 # The last token of a stream is only ever a label.
-                sequences = (stream.num_tokens - 1) // self.seq_length
+                sequences = (stream.num_tokens - 1) // length
                 if sequences < 1:
+                    key_of_it = "data.seq_length" if length == self.seq_length else "selection.score_length"
                     raise CorpusError(
                         f"domain {entry.name} ({role}): {stream.num_tokens} tokens give no sequence of "
-                        f"data.seq_length={self.seq_length} (one takes {self.seq_length + 1}); shorten it or give "
-                        "the domain more text"
+                        f"{key_of_it}={length} (one takes {length + 1}); shorten it or give the domain more text"
                     )
                 self._domains.append(
                     _Domain(
@@ -105,6 +110,7 @@ class Corpus:
                         documents=stream,
                         offset=offset,
                         sequences=sequences,
+                        length=length,
                         unlearned=(unlearned or {}).get((role, entry.name)),
                     )
                 )
@@ -115,11 +121,22 @@ class Corpus:
             role: tuple(d.name for d in self._domains if d.role == role) for role in ROLES
         }
         flags = (config.reset_attention_mask, config.reset_position_ids, config.eod_mask_loss)
-        self.fingerprint = hashlib.sha256(f"{manifest.fingerprint()} {self.seq_length} {flags}".encode()).hexdigest()
+        what = f"{manifest.fingerprint()} {self.seq_length} {flags}"
+        if self.proxy_length != self.seq_length:
+            what += f" {self.proxy_length}"
+        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
 
     @classmethod
-    def open(cls, directory: str | Path, config: DataConfig, open_documents: OpenDocuments) -> Corpus:
+    def open(
+        cls,
+        directory: str | Path,
+        config: DataConfig,
+        open_documents: OpenDocuments,
+        *,
+        proxy_length: int | None = None,
+    ) -> Corpus:
         """Open a directory of tools/prepare_data.py, build_proxy.py. open_documents: (name, prefix) -> TokenDocuments.
+        proxy_length: tokens of a proxy sequence; None: `config.seq_length`, as of the others.
 
         Every token that is read is compared with the vocabulary (TokenFileError). Raises ManifestError, TokenizerError,
         MaskError, CorpusError, and what `open_documents` raises for damaged ones.
@@ -141,7 +158,7 @@ class Corpus:
             )
             for e in manifest.datasets
         }
-        return cls(manifest, checked, tokenizer, config, unlearned)
+        return cls(manifest, checked, tokenizer, config, unlearned, proxy_length=proxy_length)
 
     def content_digests(self) -> dict[str, str]:
         """role/domain -> digest of what this process can read: every token of proxies and validation sets, document
@@ -199,7 +216,7 @@ class Corpus:
         first, size = self.first_ids("proxy"), int(self.sequences("proxy").sum())
         if count < 1 or count > size:
             raise CorpusError(
-                f"selection.proxy_batch_size: expected 1..{size}, the proxy sequences of {self.seq_length} "
+                f"selection.proxy_batch_size: expected 1..{size}, the proxy sequences of {self.proxy_length} "
                 f"tokens in this data, got {count}; lower it or prepare more proxy text"
             )
         epoch, turn = divmod(step, size // count)
@@ -218,15 +235,16 @@ class Corpus:
     # --- sequences --------------------------------------------------------------------------------------------------
 
     def batch(self, sample_ids: Sequence[int] | np.ndarray) -> Batch:
-        """The sequences of these ids, in this order, on the CPU. [B, L] each; see types.Batch.
+        """The sequences of these ids, in this order, on the CPU. [B, L] each, L the length of all of them; see
+        types.Batch.
 
         loss_mask[b, t] is 0 where labels[b, t] is a token of a metadata span, and with data.eod_mask_loss where
         tokens[b, t] ends a document.
 
-        Raises CorpusError for an id outside of 0..num_sequences-1.
+        Raises CorpusError for an id outside of 0..num_sequences-1, and for sequences of two lengths.
         """
         ids = self._checked(sample_ids)
-        length = self.seq_length
+        length = self._length_of(ids)
         tokens = np.empty((len(ids), length + 1), dtype=np.int64)
         masked = self._config.reset_attention_mask
         bounded = masked or self._config.reset_position_ids or self._config.eod_mask_loss
@@ -259,10 +277,11 @@ class Corpus:
     def tokens(self, sample_ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return [n, L] int64: the tokens of these sequences alone, as `batch` has them. Raises CorpusError."""
         ids = self._checked(sample_ids)
-        tokens = np.empty((len(ids), self.seq_length), dtype=np.int64)
+        length = self._length_of(ids)
+        tokens = np.empty((len(ids), length), dtype=np.int64)
         for row, (sample_id, number) in enumerate(zip(ids, self._domain_of(ids), strict=True)):
             domain = self._domains[number]
-            tokens[row] = domain.documents.tokens(int(sample_id - domain.offset) * self.seq_length, self.seq_length)
+            tokens[row] = domain.documents.tokens(int(sample_id - domain.offset) * length, length)
         return torch.from_numpy(tokens)
 
     def describe(self, sample_id: int) -> SampleInfo:
@@ -270,7 +289,7 @@ class Corpus:
         (number,) = self._domain_of(self._checked([sample_id]))
         domain = self._domains[number]
         index = int(sample_id) - domain.offset
-        start, stop = index * self.seq_length, (index + 1) * self.seq_length
+        start, stop = index * domain.length, (index + 1) * domain.length
         first, last = np.searchsorted(domain.documents.document_ends, [start, stop - 1], side="right")
         return SampleInfo(
             sample_id=int(sample_id),
@@ -290,9 +309,9 @@ class Corpus:
         first, last = np.empty_like(ids), np.empty_like(ids)
         for number in np.unique(numbers).tolist():
             here, domain = numbers == number, self._domains[number]
-            start = (ids[here] - domain.offset) * self.seq_length
+            start = (ids[here] - domain.offset) * domain.length
             first[here] = np.searchsorted(domain.documents.document_ends, start, side="right")
-            last[here] = np.searchsorted(domain.documents.document_ends, start + self.seq_length - 1, side="right")
+            last[here] = np.searchsorted(domain.documents.document_ends, start + domain.length - 1, side="right")
         return numbers, first, last
 
     def document_text(self, stream: int, document: int, most_tokens: int) -> tuple[str, int]:
@@ -307,8 +326,8 @@ class Corpus:
         """The L tokens of a sequence as text; documents are separated by an empty line."""
         (number,) = self._domain_of(self._checked([sample_id]))
         domain = self._domains[number]
-        start = (int(sample_id) - domain.offset) * self.seq_length
-        ids = domain.documents.tokens(start, self.seq_length)
+        start = (int(sample_id) - domain.offset) * domain.length
+        ids = domain.documents.tokens(start, domain.length)
         parts = np.split(ids, np.flatnonzero(ids == self.tokenizer.eod) + 1)
         return "\n\n".join(self.tokenizer.decode(part.tolist()) for part in parts if len(part))
 
@@ -329,8 +348,14 @@ class Corpus:
     def _ends_within(self, domain: _Domain, start: int) -> np.ndarray:
         """Ends (1..L, exclusive) of the documents that end inside of the L tokens from `start`."""
         ends = domain.documents.document_ends
-        first, last = np.searchsorted(ends, [start + 1, start + self.seq_length + 1])
+        first, last = np.searchsorted(ends, [start + 1, start + domain.length + 1])
         return np.asarray(ends[first:last]) - start
+
+    def _length_of(self, ids: np.ndarray) -> int:
+        lengths = {self._domains[number].length for number in self._domain_of(ids)}
+        if len(lengths) > 1:
+            raise CorpusError(f"sample ids: expected sequences of one length, got some of {sorted(lengths)} tokens")
+        return lengths.pop() if lengths else self.seq_length
 
     def _domain_of(self, ids: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._offsets, ids, side="right") - 1

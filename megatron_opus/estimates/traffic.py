@@ -78,7 +78,7 @@ def scoring_traffic(config: RunConfig, layout: ParallelLayout) -> dict[str, floa
     sent["agreement"] = (12.0 * seen + 8.0 * seen**2 * redundancy) * (over_dp * together + over_tp)
     if config.parallel.sequence_parallel and tp > 1:
         e = 2 if config.training.precision == "bf16" else 4
-        tokens = min(s.score_length, config.data.seq_length) * s.score_windows
+        tokens = config.scored_length
         for x, rows, columns in matrices:
             candidate, proxy = _gathered_widths(config, x, rows, columns, wanted, geometry)
             sent["tokens"] += e * tokens / tp * (n * candidate + p * proxy)

@@ -118,7 +118,9 @@ def _open(record: RunRecord, directory: Path) -> Corpus:
         from megatron_opus.backends.formats import indexed
         from megatron_opus.data.corpus import Corpus
     config: DataConfig = schema.build(DataConfig, record.setting("data"))
-    return Corpus.open(directory, config, indexed.open_documents)
+    window, windows = record.setting("selection.score_length"), record.setting("selection.score_windows", 1)
+    proxy = min(window, config.seq_length) * windows if isinstance(window, int) and isinstance(windows, int) else None
+    return Corpus.open(directory, config, indexed.open_documents, proxy_length=proxy)
 
 
 def _fingerprint(run: Path) -> str | None:

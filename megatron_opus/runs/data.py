@@ -23,7 +23,7 @@ def open_corpus(recipe: RunConfig, say: Say, *, whole: bool = False, share: tupl
     path = Path(recipe.data.path)
     if recipe.data.path == "embedded":
         path = prepare_embedded(recipe.data.cache_dir, indexed, progress=False, log=say)  # type: ignore[arg-type]
-    corpus = Corpus.open(path, recipe.data, indexed.open_documents)
+    corpus = Corpus.open(path, recipe.data, indexed.open_documents, proxy_length=recipe.scored_length)
     started = time.perf_counter()
     size = verify_contents(path, corpus.manifest, whole=whole, share=share if whole else (0, 1)) / 2**30
     if whole:

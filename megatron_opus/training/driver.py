@@ -264,8 +264,8 @@ class SelectionDriver:
             # a function of seed and step: the same windows on every rank, and again in a resumed run
             window_seed=key("scoring-window", self._config.seed, self.counters.step) >> 1,
         )
-        length = min(s.score_length, self._config.data.seq_length) * s.score_windows
-        self.counters.scored_tokens += (len(candidates) + signals.proxy_read * len(proxy_ids)) * length
+        read = len(candidates) + signals.proxy_read * len(proxy_ids)
+        self.counters.scored_tokens += read * self._config.scored_length
         if signals.geometry != self._geometry:
             self._geometry = signals.geometry
             self.notices.append(f"step {self.counters.step}: scoring in the geometry of {signals.geometry}")

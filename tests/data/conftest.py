@@ -41,7 +41,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def open_corpus(prepared: Path) -> Callable[..., Corpus]:
-    def opened(**settings: Any) -> Corpus:
-        return Corpus.open(prepared, DataConfig(**{"seq_length": 16, **settings}), indexed.open_documents)
+    def opened(proxy_length: int | None = None, **settings: Any) -> Corpus:
+        data = DataConfig(**{"seq_length": 16, **settings})
+        return Corpus.open(prepared, data, indexed.open_documents, proxy_length=proxy_length)
 
     return opened

@@ -159,6 +159,30 @@ def test_validation_is_fixed(open_corpus: Callable[..., Corpus]) -> None:
         corpus.validation_ids("gaol", 4)
 
 
+def test_proxies_have_the_length_that_is_scored(open_corpus: Callable[..., Corpus]) -> None:
+    """Guards against eleven twelfths of the proxy's text that are never read, where scoring looks at 512 tokens of
+    6,144; against validation sequences cut with them; and against a resume on other proxies."""
+    long, short = open_corpus(), open_corpus(proxy_length=4)
+    assert short.fingerprint != long.fingerprint
+    assert open_corpus(proxy_length=16).fingerprint == long.fingerprint
+    tokens = long.sequences("proxy")[0] * 16
+    assert 0 <= short.sequences("proxy")[0] * 4 - tokens < 16
+    for role in ("candidates", "validation"):
+        assert short.sequences(role).tolist() == long.sequences(role).tolist()
+    first = int(long.first_ids("proxy")[0])
+    whole, pieces = long.batch([first]), short.batch(range(first, first + 4))
+    assert pieces.tokens.shape == (4, 4)
+    for name in ("tokens", "labels", "loss_mask"):
+        assert torch.equal(getattr(pieces, name).reshape(1, 16), getattr(whole, name))
+    info = short.describe(first + 1)
+    assert (info.start, info.stop) == (4, 8)
+    assert short.text(first + 1) == long.tokenizer.decode(whole.tokens[0, 4:8].tolist())
+    validation = [int(c.first_ids("validation")[0]) for c in (long, short)]
+    assert torch.equal(long.batch(validation[:1]).tokens, short.batch(validation[1:]).tokens)
+    with pytest.raises(CorpusError, match=r"one length, got some of \[4, 16\] tokens"):
+        short.batch([0, first])
+
+
 def test_text_of_a_sequence(open_corpus: Callable[..., Corpus]) -> None:
     """Guards against an id that cannot be traced back to what the model saw."""
     corpus = open_corpus(seq_length=600)
