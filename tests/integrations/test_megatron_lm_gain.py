@@ -7,7 +7,7 @@ at a constant rate are the common start; from there each arm takes 200 steps of 
     opus        OPUS with the held-out prose as its target
     shares      uniform draws from a blend whose weights are the shares of the datasets that `opus` had chosen
 
-`-m slow -s` prints losses and shares. docs/megatron_lm.md has the numbers.
+`--experiments -s` prints losses and shares. docs/megatron_lm.md has the numbers.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def _run(
     )
 
 
-@pytest.mark.slow
-def test_opus_lowers_the_loss_of_the_target(runs: LoopRuns, tmp_path: Path) -> None:
+def test_opus_lowers_the_loss_of_the_target(request: pytest.FixtureRequest, runs: LoopRuns, tmp_path: Path) -> None:
     """Guards against a hook that selects, but not by the target, which is prose."""
+    if not request.config.getoption("--experiments"):
+        pytest.skip("nine runs of 200 steps: --experiments")
     corpus = prepare_lab("noisy", tmp_path, indexed)
     losses: dict[str, list[float]] = {"random": [], "opus": [], "shares": []}
     for seed in SEEDS:
