@@ -49,9 +49,7 @@ def server() -> Iterator[Server]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partition-table", metavar="FILE", help="write the deviations of every tested layout to FILE")
-    parser.addoption(
-        "--experiments", action="store_true", help="training runs of a quarter of an hour"
-    )
+    parser.addoption("--experiments", action="store_true", help="training runs of a quarter of an hour")
     parser.addoption("--chaos", action="store_true", help="tests/chaos whole: every moment, both engines")
 
 

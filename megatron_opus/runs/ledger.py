@@ -6,6 +6,7 @@ all; what was not written when a process dies is written again by the run that r
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ SCHEMA = pa.schema(
 # What can be wrong with a candidate, in the order in which it is looked for. A sequence without any token that counts
 # in its scoring window has no mean loss and is found under the first.
 REASONS = ("non-finite loss", "non-finite alignment", "non-finite factors")
+ROWS_DIGEST = b"megatron_opus.rows_sha256"  # of a part's metadata; parts of earlier releases have none
 _PART = re.compile(r"steps-(\d+)-(\d+)\.parquet")
 
 
@@ -149,19 +151,47 @@ def read_ledger(directory: str | Path, complete: bool = True) -> pa.Table:
 
 
 def write_part(table: pa.Table, stream: BinaryIO) -> None:
-    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+    """Write one part with page checksums and, since those cover no header and no footer, a digest of its rows."""
+    marked = table.replace_schema_metadata({ROWS_DIGEST: rows_sha256(table)})
+    pq.write_table(marked, stream, compression="zstd", write_page_checksum=True)
+
+
+def rows_sha256(table: pa.Table) -> str:
+    """Compute the SHA-256 of what a part says, in whatever way its columns are chunked or its domains numbered."""
+    digest = hashlib.sha256(str(table.num_rows).encode())
+    for field in SCHEMA:
+        column = table[field.name].combine_chunks()
+        if pa.types.is_dictionary(field.type):
+            # numbers in order of appearance: how the file numbers the same names is no part of what it says
+            column = column.cast(pa.string()).dictionary_encode()
+            digest.update(repr(column.dictionary.to_pylist()).encode())
+            column = column.indices
+        digest.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+        zero = pa.scalar(0, pa.int8()).cast(column.type)
+        digest.update(np.ascontiguousarray(column.fill_null(zero).to_numpy(zero_copy_only=False)).tobytes())
+    return digest.hexdigest()
 
 
 def read_part(path: Path) -> pa.Table:
-    """Read one part, every page compared with its checksum. Raises LedgerError where it is not what was written."""
+    """Read one part, compared with its checksums and the digest of its rows.
+
+    Raises LedgerError where it is not what was written.
+    """
     try:
-        table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True)
+        table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).replace_schema_metadata(None)
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+        written = (pq.read_schema(path).metadata or {}).get(ROWS_DIGEST)
+        found = written and rows_sha256(table).encode()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise LedgerError(
             f"{path} cannot be read ({str(error).splitlines()[0]}): bring it back from a copy, or move it away to go "
             "on without the decisions of its steps"
         ) from error
+    if found != written:
+        raise LedgerError(
+            f"{path} is damaged: its rows are not those that were written; bring it back from a copy, or move it away "
+            "to go on without the decisions of its steps"
+        )
     named = _PART.fullmatch(path.name)
     first, last = (int(named[1]), int(named[2])) if named else (0, 1 << 62)
     found = pc.min_max(table["step"]).as_py()

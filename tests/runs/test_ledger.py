@@ -177,3 +177,19 @@ def test_a_killed_writer_leaves_whole_parts(tmp_path: Path) -> None:
     table = read_ledger(tmp_path)
     assert table.num_rows % (2 * N) == 0
     assert table.num_rows >= 40 * N
+
+
+def test_a_changed_byte_is_refused_or_changes_no_row(tmp_path: Path) -> None:
+    """Guards against rows that a disk has changed where no checksum of a page looks, in headers and in the footer."""
+    write(tmp_path, range(3)).flush()
+    (part,) = tmp_path.iterdir()
+    whole, rows = part.read_bytes(), read_ledger(tmp_path).to_pylist()
+    said = []
+    for place in range(0, len(whole), 13):
+        part.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert read_ledger(tmp_path).to_pylist() == rows
+        except LedgerError as error:
+            said.append(str(error))
+    assert len(said) > len(whole) / 13 / 4
+    assert all(part.name in one for one in said)
