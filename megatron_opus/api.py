@@ -20,6 +20,7 @@ from megatron_opus.backends.model.plain_losses import plain_token_losses
 from megatron_opus.backends.model.scored_layers import is_megatron, megatron_layers
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import ModelLayout
+from megatron_opus.scoring.batches import holds_ids
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.types import Batch, Groups, Signals
 
@@ -110,8 +111,13 @@ def as_batch(tokens: Batch | Tensor) -> Batch:
     """Token ids [B, L + 1] as a Batch of L inputs and L shifted labels; a Batch as it is."""
     if isinstance(tokens, Batch):
         return tokens
-    if tokens.dim() != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
-        raise ConfigError(f"tokens: expected ids [B, L + 1] with L >= 1, got {tokens.dtype} {list(tokens.shape)}")
+    if not isinstance(tokens, Tensor):
+        raise ConfigError(f"tokens: expected a Batch or a tensor of ids [B, L + 1], got {type(tokens).__name__}")
+    if tokens.dim() != 2 or tokens.shape[1] < 2 or not holds_ids(tokens):
+        raise ConfigError(
+            f"tokens: expected ids [B, L + 1] with L >= 1, got {tokens.dtype} {list(tokens.shape)} on {tokens.device}"
+        )
+    tokens = tokens.long()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     return Batch(
         tokens=inputs,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,6 +80,9 @@ class RunLock:
 
     def _set_aside(self, own: dict[str, Any]) -> None:
         """Remove a lock whose writer has ended. Raises RunLocked for any other."""
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self._path.lstat().st_mode):  # a pipe has no end, a link to nowhere can never be taken
+                raise RunLocked(f"{self._path}: expected a file, found something else; move it away")
         held = _read(self._path)
         if held is None:
             return  # it has been released meanwhile

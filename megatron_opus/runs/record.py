@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def compare_record(run_dir: Path) -> list[str]:
     A run that has completed S steps at its newest checkpoint has rows 0 to S - 1 in its metrics and in its ledger. Rows
     from S on were written after that checkpoint: the run drops them and takes these steps again.
 
-    Raises RunRecordError for a file that cannot be read.
+    Raises RunRecordError for a file that cannot be read, and for what is no file or no folder where it should be one.
     """
+    _check_kinds(run_dir)
     newest = checkpoints.latest(run_dir / "checkpoints")
     step = 0 if newest is None else int(newest.name.removeprefix("step_").partition(".")[0])
     lines, torn = [], False
@@ -40,6 +42,11 @@ def compare_record(run_dir: Path) -> list[str]:
     if torn:
         lines.append(f"{metrics}: its last line is torn, as a killed process leaves it; the line is dropped")
     lines += _missing(str(metrics), found, step)
+    if back := [after for before, after in itertools.pairwise(found) if after <= before]:
+        lines.append(
+            f"WARNING: {metrics}: rows come twice or out of order, the first at step {back[0]}. The run goes on; its "
+            "record stays as it is unless you stop it and repair the file"
+        )
     lines += _missing(str(run_dir / "ledger"), ledger_steps(run_dir / "ledger"), step)
     after = [number for number in found if number >= step]
     if after:
@@ -47,6 +54,19 @@ def compare_record(run_dir: Path) -> list[str]:
             f"the record reaches step {max(after)}, the checkpoint step {step}: what lies between is done again"
         )
     return lines
+
+
+def _check_kinds(run_dir: Path) -> None:
+    """Refuse pipes, which one would wait at for ever, links to nowhere, and files and folders in each other's place."""
+    for name, kind in (
+        (METRICS_FILE, "file"),
+        ("config.yaml", "file"),
+        ("ledger", "folder"),
+        ("checkpoints", "folder"),
+    ):
+        path = run_dir / name
+        if os.path.lexists(path) and not (path.is_file() if kind == "file" else path.is_dir()):
+            raise RunRecordError(f"--resume: {path}: expected a {kind}, found something else; move it away")
 
 
 def ledger_steps(directory: Path) -> list[int]:

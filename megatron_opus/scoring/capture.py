@@ -133,6 +133,11 @@ class Capture:
                 # the first half of reentrant activation checkpointing, which runs again, inside the backward pass
                 self._without_gradient[index] += 1
                 return None
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                raise CaptureError(
+                    f"layer {layer.name}: expected to run on whole batches, found it inside of a transform of "
+                    "torch.func (vmap, grad), which hides them; call it outside, or leave it out (`wanted`)"
+                )
             out = output[0] if isinstance(output, tuple) else output
             given = args[0] if args else next(iter(kwargs.values()))
             if layer.input_of is not None:
@@ -165,13 +170,13 @@ class Capture:
                             self._projected(x, part, _first(part, layer), layer, layer.input_scattered)
                             for part in self._parts_of(index)
                         ]
-            out.register_hook(self._make_gradient_hook(index, kept))
+            _before_changes_in_place(module, out).register_hook(self._make_gradient_hook(index, kept, out.shape))
             return _with_first(output, out) if needs_leaf else None
 
         return hook
 
-    def _make_gradient_hook(self, index: int, kept: list[Tensor]) -> Callable[[Tensor], None]:
-        """Make the hook of one layer's output gradient.
+    def _make_gradient_hook(self, index: int, kept: list[Tensor], shape: torch.Size) -> Callable[[Tensor], None]:
+        """Make the hook of one layer's output gradient, which is read in the output's `shape`.
 
         kept holds one tensor for each part, or an embedding's ids. It is empty on ranks that do not count this layer.
         """
@@ -186,6 +191,7 @@ class Capture:
                 # autograd keeps this hook until the whole graph is gone: what it closes over must not keep the factors
                 forward = list(kept)
                 kept.clear()
+                grad = grad.reshape(shape)
                 if layer.routing is not None:
                     for part, a in zip(self._parts_of(index), forward[1:], strict=True):
                         b = project(grad, _second(part, layer))
@@ -347,6 +353,16 @@ def _sequences(layer: ScoredLayer, x: Tensor) -> Tensor:
 def inside_backward() -> bool:
     """Tell whether this thread runs inside a backward pass of autograd."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _before_changes_in_place(module: nn.Module, out: Tensor) -> Tensor:
+    """Find the tensor whose gradient is that of a layer's output, whatever is done to that output in place.
+
+    With a bias nn.Linear gives a view of the rows [B * T, d]. In-place activations give a view another history, which
+    leaves its hooks behind; the rows keep theirs.
+    """
+    base = out._base if type(module).forward is nn.Linear.forward else None
+    return base if base is not None and base.requires_grad and base.numel() == out.numel() else out
 
 
 def _with_first(output: Any, first: Tensor) -> Any:

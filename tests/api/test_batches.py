@@ -131,6 +131,42 @@ def test_a_loss_that_does_not_count_may_be_nan() -> None:
     assert relative(found(model, batch, proxy, token_losses=losses).alignment, oracle(model, batch, proxy)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type(dtype: torch.dtype) -> None:
+    """Guards against an error of torch's embedding or cross entropy for ids as files hold them."""
+    model, candidates, proxy = Positions(), tokens(N), tokens(3)
+    want = found(model, candidates, proxy).alignment
+    assert torch.equal(found(model, candidates.to(dtype), proxy.to(dtype)).alignment, want)
+    batch = as_batch(candidates)
+    batch = dataclasses.replace(batch, tokens=batch.tokens.to(dtype), labels=batch.labels.to(dtype))
+    assert torch.equal(found(model, batch, proxy).alignment, want)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (tokens(N).tolist(), "expected a Batch or a tensor of ids .* got list"),
+        (tokens(N).numpy(), "got ndarray"),
+        (tokens(N) > 5, "torch.bool"),
+        (tokens(N).to("meta"), "on meta"),
+        (tokens(N) + VOCAB, r"expected ids inside of the vocabulary .*, got tokens \d+ to 1\d\d, labels"),
+        (tokens(N) - VOCAB, "expected ids inside of the vocabulary"),
+        (tokens(N, 80), "position_ids 0 to 79"),
+    ],
+)
+def test_ids_that_are_none_are_refused(given: Any, says: str) -> None:
+    """Guards against an AttributeError or IndexError out of the depth of the model that names no field."""
+    with pytest.raises(ConfigError, match=says):
+        found(Positions(), given, tokens(3))
+
+
+@pytest.mark.parametrize("loss", [None, (torch.zeros(3, LENGTH),), [0.0]])
+def test_losses_that_are_no_tensor_are_refused(loss: Any) -> None:
+    """Guards against an AttributeError where `token_losses` forgets its return, or gives a model's whole output."""
+    with pytest.raises(ConfigError, match=rf"token losses: expected a tensor .* got {type(loss).__name__}"):
+        found(Positions(), tokens(N), tokens(3), token_losses=lambda model, batch: loss)
+
+
 @pytest.mark.parametrize("how", ["tuple", "last", "dict"])
 def test_outputs_of_other_shapes(how: str) -> None:
     """Guards against errors out of the depth of a library where the model's output is not [B, T, V]."""

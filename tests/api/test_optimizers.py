@@ -37,7 +37,7 @@ def score(model: TinyGPT, optimizer: torch.optim.Optimizer, form: str = "separab
     )
 
 
-def each(optimizer: torch.optim.Optimizer, name: str, change: Callable[[Tensor], Tensor]) -> None:
+def each(optimizer: torch.optim.Optimizer, name: str, change: Callable[[Tensor], Any]) -> None:
     for state in optimizer.state.values():
         if state[name].dim() == 2:
             state[name] = change(state[name])
@@ -53,6 +53,9 @@ def each(optimizer: torch.optim.Optimizer, name: str, change: Callable[[Tensor],
         ({"lr": torch.tensor([1e-3, 2e-3])}, r"shape \[2\]"),
         ({"betas": (0.9, float("nan"))}, "beta"),
         ({"eps": -1e-8}, "eps"),
+        ({"eps": None}, "expected a number or a tensor as beta or eps, got None"),
+        ({"betas": 0.9}, "expected two betas"),
+        ({"lr": "1e-3"}, "expected a number or a tensor as learning rate, got '1e-3'"),
     ],
 )
 def test_rates_that_are_no_rates_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -89,6 +92,10 @@ def test_a_rate_in_a_tensor_is_a_rate() -> None:
         (lambda v: v.index_fill(0, torch.tensor([0]), float("inf")), "finite"),
         (lambda v: v.mT.contiguous(), "shape"),
         (lambda v: v.flatten(), "shape"),
+        (lambda v: None, "second moment"),
+        (lambda v: v.tolist(), "expected a tensor of real numbers, got list"),
+        (lambda v: v.long(), "expected a tensor of real numbers, got torch.int64"),
+        (lambda v: v.to("meta"), "on meta"),
     ],
 )
 def test_moments_that_are_no_moments_are_refused(change: Callable[[Tensor], Tensor], says: str) -> None:
@@ -98,10 +105,38 @@ def test_moments_that_are_no_moments_are_refused(change: Callable[[Tensor], Tens
     each(optimizer, "exp_avg_sq", change)
     with pytest.raises(UnsupportedOptimizer, match=says):
         score(model, optimizer)
-    if says != "shape":
+    if says in ("not negative", "finite"):
         found = score(model, optimizer, "exact")
         assert found.finite is not None
         assert not found.finite.any()
+
+
+def test_a_state_without_its_count_of_steps_is_refused() -> None:
+    """Guards against moments of many steps whose bias is corrected as if they were those of the first."""
+    model, optimizer = trained()
+    for state in optimizer.state.values():
+        del state["step"]
+    with pytest.raises(UnsupportedOptimizer, match="count of steps, got None"):
+        score(model, optimizer)
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_subclass_with_a_step_of_its_own_is_another_optimizer(base: type[torch.optim.Optimizer]) -> None:
+    """Guards against an optimizer that inherits Adam's or SGD's state, moves the weights otherwise (by signs, by norms
+    of layers), and is scored in its parent's geometry."""
+
+    class Same(base):  # type: ignore[valid-type,misc]
+        pass
+
+    class Other(base):  # type: ignore[valid-type,misc]
+        def step(self, closure: Any = None) -> None:
+            raise NotImplementedError
+
+    model = TinyGPT()
+    want = score(model, base(model.parameters(), lr=0.1)).alignment
+    assert torch.equal(score(model, Same(model.parameters(), lr=0.1)).alignment, want)
+    with pytest.raises(UnsupportedOptimizer, match="Other, whose geometry is not known"):
+        score(model, Other(model.parameters(), lr=0.1))
 
 
 def test_a_weight_without_state_does_not_change_the_others() -> None:

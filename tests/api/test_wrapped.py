@@ -91,7 +91,7 @@ def test_compiled_parts_are_named() -> None:
         megatron_opus.build_scorer(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def fully_sharded() -> str:
+def fully_sharded(whole: bool) -> str:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -107,6 +107,11 @@ def fully_sharded() -> str:
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
     assert isinstance(model.lm_head.weight, DTensor)
+    if whole:
+        from torch.distributed.fsdp import fully_shard
+
+        model = TinyGPT()
+        fully_shard(model, mesh=mesh)
     try:
         megatron_opus.build_scorer(model, torch.optim.SGD(model.parameters(), lr=0.1))
     except ConfigError as error:
@@ -114,8 +119,9 @@ def fully_sharded() -> str:
     return ""
 
 
-def test_fsdp_is_told_what_to_do(world2: Any) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_fsdp_is_told_what_to_do(world2: Any, whole: bool) -> None:
     """Guards against sketches of a part of a weight, or an error out of DTensor's dispatcher."""
-    for message in world2.run(fully_sharded):
+    for message in world2.run(fully_sharded, whole):
         assert "full_state_dict=True" in message
         assert "DTensor" in message

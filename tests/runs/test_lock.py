@@ -119,6 +119,15 @@ def test_a_zombie_has_ended(tmp_path: Path) -> None:
     process.wait()
 
 
+@pytest.mark.parametrize("how", ["pipe", "link", "folder"])
+def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, how: str) -> None:
+    """Guards against a start that waits at a pipe, or that tries to take a link to nowhere for ever."""
+    path = tmp_path / LOCK_FILE
+    {"pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("nowhere"), "folder": path.mkdir}[how]()
+    with pytest.raises(RunLocked, match="expected a file, found something else"):
+        RunLock(tmp_path).acquire()
+
+
 def test_an_empty_lock_is_taken_over(tmp_path: Path) -> None:
     """Guards against a process that was killed between making its lock and writing into it, whose run then waits for a
     user to remove a file."""

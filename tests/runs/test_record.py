@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,6 +44,32 @@ def test_what_is_missing_or_torn_is_said(run: Path) -> None:
     assert "its last line is torn" in torn
     assert "metrics.jsonl: 2 of 4 steps before the checkpoint are missing: 1 to 2" in rows
     assert "ledger: 2 of 4 steps before the checkpoint are missing: 2 to 3" in ledger
+
+
+def test_rows_that_come_twice_or_out_of_order_are_said(run: Path) -> None:
+    """Guards against a record put together from two copies: every step is there, and the curve goes back."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for rows in ([*lines[:3], *lines[2:]], [lines[0], lines[2], lines[1], *lines[3:]]):
+        (run / "metrics.jsonl").write_text("".join(rows))
+        assert any("twice or out of order" in line for line in compare_record(run))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "ledger", "checkpoints"])
+@pytest.mark.parametrize("how", ["pipe", "link", "other"])
+def test_pipes_and_folders_in_place_of_files_are_refused(run: Path, name: str, how: str) -> None:
+    """Guards against a run that waits at a pipe for ever, and against a traceback while it starts."""
+    path = run / name
+    folder = path.is_dir()
+    if path.exists():
+        shutil.rmtree(path) if folder else path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "link":
+        path.symlink_to(run / "nowhere")
+    else:
+        path.touch() if folder else path.mkdir()
+    with pytest.raises(RunRecordError, match=rf"{name}: expected a (file|folder), found something else"):
+        compare_record(run)
 
 
 def test_what_cannot_be_read_is_refused(run: Path) -> None:

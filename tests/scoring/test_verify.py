@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import megatron_opus
 from megatron_opus.api import as_batch
+from megatron_opus.config import ConfigError
 from megatron_opus.scoring.capture import CaptureError
 from megatron_opus.scoring.verify import VerificationError
 
@@ -38,6 +39,8 @@ class Model(nn.Module):
             self.wte = Scaled(VOCAB, 16)
         elif how == "padded":
             self.wte = nn.Embedding(VOCAB, 16, padding_idx=3)
+        elif how == "sparse":
+            self.wte = nn.Embedding(VOCAB, 16, sparse=True)
         elif how == "batch norm":
             self.norm = nn.BatchNorm1d(16, track_running_stats=False)
         elif how == "[T, d]":
@@ -56,7 +59,12 @@ class Model(nn.Module):
             x = self.norm(x.transpose(1, 2)).transpose(1, 2)
         elif how == "attention across the batch":
             x = x + torch.softmax(x.flatten(0, 1) @ x.flatten(0, 1).mT, -1).matmul(x.flatten(0, 1)).view_as(x)
-        x = torch.tanh(self.b(x))
+        if how == "changed in place":
+            x = self.b(x).add_(0.1).tanh_()
+        elif how == "vmap":
+            x = torch.vmap(lambda row: torch.tanh(self.b(row)))(x)
+        else:
+            x = torch.tanh(self.b(x))
         if how == "time-major":
             x = x.transpose(0, 1)
         return self.head(x)
@@ -101,19 +109,35 @@ def test_a_gradient_that_hooks_do_not_see_is_an_error(how: str, length: int, say
     assert relative(wrong.alignment, want) > 1e-3
 
 
-@pytest.mark.parametrize("how", ["", "shared", "padded"])
+@pytest.mark.parametrize("how", ["", "shared", "padded", "sparse", "changed in place"])
 def test_what_hooks_do_see_is_right(how: str) -> None:
     """Guards against a check that refuses what is right, against modules that share one Parameter being two matrices,
-    and against a gradient in the row of an embedding's padding_idx, which autograd leaves at zero."""
+    against a gradient in the row of an embedding's padding_idx, which autograd leaves at zero, and against in-place
+    activations, which leave the hooks of a view behind (nn.Linear's output is one)."""
     model, candidates, proxy = Model(how), tokens(N), tokens(3, seed=4)
     weights = {n: p for n, p in model.named_parameters() if p.dim() == 2}
     assert ("b.weight" in weights) == (how != "shared")
     scorer = megatron_opus.build_scorer(model, torch.optim.SGD(model.parameters(), lr=LR), config=BOTH)
     got = scorer(as_batch(candidates), as_batch(proxy), interaction=False)
+    if how == "sparse":  # the same model for the oracle, which adds dense gradients
+        model.wte.sparse = False
     want = alignment(lambda batch: model(batch.tokens), weights, as_batch(candidates), as_batch(proxy))
     assert relative(got.alignment, want) < 1e-5
     assert f"{len(weights)} matrices" in scorer.verified
     assert got.coverage == 1.0
+
+
+@pytest.mark.parametrize("how", ["lazy", "meta", "vmap"])
+def test_weights_without_values_and_hidden_batches_are_said(how: str) -> None:
+    """Guards against an error of torch's that names neither the layer nor what to do."""
+    model = Model(how)
+    if how == "vmap":
+        with pytest.raises(CaptureError, match=r"layer b: .*torch.func"):
+            found(model, tokens(N), tokens(3))
+        return
+    model.b = nn.LazyLinear(16) if how == "lazy" else nn.Linear(16, 16, device="meta")
+    with pytest.raises(ConfigError, match=r"b\.weight: expected a weight with values"):
+        megatron_opus.build_scorer(model, torch.optim.SGD(model.a.parameters(), lr=LR))
 
 
 def test_half_of_a_shared_weight_is_an_error() -> None:

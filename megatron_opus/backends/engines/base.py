@@ -64,8 +64,12 @@ class WholeModelRunner:
         fused = [(m, name) for m in self._model.modules() for name in names if getattr(m, name, False)]
 
         def hook(index: int, gradient: Tensor) -> Tensor:
+            # autograd keeps what a hook returns: nothing, here
+            if gradient.is_sparse:  # nn.Embedding(sparse=True)
+                read(index, gradient.to_dense())
+                return torch.zeros_like(gradient)
             read(index, gradient)
-            return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps what a hook returns: nothing, here
+            return gradient.new_zeros(()).expand_as(gradient)
 
         for module, name in fused:
             setattr(module, name, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,10 @@ from megatron_opus.types import AdamHyper, Geometry, Hyper, MuonHyper, SgdHyper
 SECOND_MOMENT = "exp_avg_sq"
 MOMENTUM = "momentum_buffer"
 Kind = Literal["adamw", "muon", "sgd", "other"]
+_KNOWN: tuple[tuple[Kind, frozenset[str]], ...] = (
+    ("adamw", frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"})),
+    ("sgd", frozenset({"SGD"})),
+)
 # Optimizers that keep a state of another kind, though they are made of one that is known
 _NOT_THOSE = {"AdaptiveMuon"}
 
@@ -30,10 +35,10 @@ def kind_of(optimizer: Any, group: dict[str, Any]) -> Kind:
         return "muon" if group["use_muon"] else "adamw"
     if from_deepspeed and names & {"Muon", "SingleDeviceMuon"}:
         return "muon"
-    if names & {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}:
-        return "adamw"
-    if "SGD" in names:
-        return "sgd"
+    for kind, known in _KNOWN:
+        if names & known:
+            # one that inherits the state and takes another step with it is not one of those
+            return kind if known.intersection(type(optimizer).step.__qualname__.split(".")[-2:-1]) else "other"
     if "TensorParallelMuon" in names and not names & _NOT_THOSE:  # Megatron's
         return "muon"
     return "other"
@@ -43,9 +48,11 @@ def full_name(optimizer: Any) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__name__}"
 
 
-def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+def _numbers(values: Sequence[Any], what: str) -> list[float]:
     """Plain numbers; all tensors among them are read with one synchronisation, not one each."""
     for value in values:
+        if not isinstance(value, Tensor | numbers.Real):
+            raise UnsupportedOptimizer(f"optimizer: expected a number or a tensor as {what}, got {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise UnsupportedOptimizer(
                 f"optimizer: expected one learning rate and one step count for each parameter group, got a tensor of "
@@ -88,8 +95,10 @@ def hypers(
     that the selector keeps for Muon's weights, where it keeps one. Raises UnsupportedOptimizer.
     """
     # FusedAdam counts its steps in the group, torch and DeepSpeedCPUAdam in the state
-    steps = _numbers([0 if f.steps == 0 else f.state.get("step", f.group.get("step", 0)) for f in found])
-    rates = _numbers([f.group["lr"] for f in found])
+    counts = [0 if f.steps == 0 else f.state.get("step", f.group.get("step")) for f in found]
+    adam = [f.kind == "adamw" and bool(f.state) for f in found]  # the others are not asked for their steps
+    steps = _numbers([x if x is not None or a else 0 for x, a in zip(counts, adam, strict=True)], "count of steps")
+    rates = _numbers([f.group.get("lr") for f in found], "learning rate")
     result: list[Hyper] = []
     for f, step, lr in zip(found, steps, rates, strict=True):
         _check_group(f, lr)
@@ -132,14 +141,16 @@ def _check_group(f: Found, lr: float) -> None:
 
 
 def _adam(f: Found, step: int, lr: float) -> AdamHyper:
-    missing = f.state and f.steps != 0 and SECOND_MOMENT not in f.state
+    missing = f.state and f.steps != 0 and f.state.get(SECOND_MOMENT) is None
     if f.group.get("amsgrad") or missing:
         raise UnsupportedOptimizer(
             f"optimizer: expected AdamW with its second moment under {SECOND_MOMENT!r} and without amsgrad, found "
             f"state {sorted(map(str, f.state))}, amsgrad {bool(f.group.get('amsgrad'))}"
         )
-    beta1, beta2 = (float(b) for b in f.group["betas"])
-    eps = float(f.group["eps"])
+    betas = f.group.get("betas")
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise UnsupportedOptimizer(f"optimizer: expected two betas in each parameter group, got {betas!r}")
+    beta1, beta2, eps = _numbers([*betas, f.group.get("eps")], "beta or eps")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf):
         raise UnsupportedOptimizer(
             f"optimizer: expected 0 <= beta < 1 and eps that is finite and not negative, got betas ({beta1}, {beta2}), "

@@ -43,6 +43,9 @@ class TorchState:
         values = self._optimizer.state.get(weight, {}).get(name)
         if values is None:
             return []
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point() or values.is_meta:
+            found = f"{values.dtype} on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
+            raise UnsupportedOptimizer(f"optimizer state {name}: expected a tensor of real numbers, got {found}")
         if hasattr(values, "placements"):
             raise UnsupportedOptimizer(
                 f"optimizer state {name}: expected whole tensors, got a DTensor, a part of it; gather it "

@@ -152,10 +152,16 @@ def model_config(raw: Mapping[str, Any], *, make_vocab_size_divisible_by: int = 
     only("attention_bias", (False,))
     only("mlp_bias", (False,))
     only("use_sliding_window", (False,))
+    only("quantization_config", (None,))
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
+        raise ConfigError(f"{CONFIG_FILE}: layer_types: expected full_attention alone, got {kinds!r}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{CONFIG_FILE}: rope_parameters: expected keys and values, got {rope!r}")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    if rope.get("rope_type", rope.get("type", "default")) != "default" or any(
+        isinstance(x, dict) for x in rope.values()
+    ):
         raise ConfigError(f"{CONFIG_FILE}: rope scaling: expected none, got {rope!r}")
     # `transformers` takes what rope_parameters says, and the older key at the top where that says nothing.
     if llama and raw.get("rope_theta") is None:

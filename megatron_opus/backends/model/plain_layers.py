@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from megatron_opus.backends.engines.deepspeed.partition import local_shape
 from megatron_opus.backends.model import hf_experts
@@ -127,6 +128,12 @@ def bare_model(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if is_dtensor(parameter):
             raise ConfigError(_FSDP.format(name))
+        if parameter.is_meta or isinstance(parameter, UninitializedParameter):
+            kind = "on the meta device or offloaded" if parameter.is_meta else "of a lazy module that was never called"
+            raise ConfigError(
+                f"{name}: expected a weight with values, got one without ({kind}); load or initialise the model as a "
+                "whole, and run it forward once, before its optimizer and its scorer are built"
+            )
     return model
 
 

@@ -39,7 +39,15 @@ def plain_token_losses(model: nn.Module, batch: Batch) -> Tensor:
             )
     if batch.attention_mask is None:
         _refuse_padding(model, batch)
-    return _cross_entropy(model(batch.tokens, **given), batch)
+    try:
+        return _cross_entropy(model(batch.tokens, **given), batch)
+    except IndexError as error:
+        fields = {"tokens": batch.tokens, "labels": batch.labels, "position_ids": batch.position_ids}
+        found = ", ".join(f"{name} {int(x.min())} to {int(x.max())}" for name, x in fields.items())
+        raise ConfigError(
+            f"model(tokens): expected ids inside of the vocabulary and positions inside of the model's, got {found}: "
+            f"{error}"
+        ) from error
 
 
 _SAYS = {

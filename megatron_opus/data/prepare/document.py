@@ -83,20 +83,22 @@ class ReadOptions:
     @property
     def plain(self) -> bool:
         """Whether the text is all that is read."""
-        return self.columns == (self.text_key,) and not self.metadata_template
+        return not (self.mask_key or self.score_key or self.bucket_key or self.metadata_template)
 
 
 @lru_cache(maxsize=16)
 def template_keys(template: str) -> tuple[str, ...]:
     """Keys in braces of a metadata template. Raises SourceError for one that cannot be filled in."""
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        pieces = string.Formatter().parse(template)
+        parsed = [(name, form, conversion) for _, name, form, conversion in pieces if name is not None]
     except ValueError as error:
         raise SourceError(f"metadata template {template!r}: {error}; expected keys in braces, as {{title}}") from error
-    for name in fields:
-        if not name or not name.replace("_", "a").replace("-", "a").isalnum():
-            raise SourceError(f"metadata template {template!r}: expected a key in braces, as {{title}}, got {name!r}")
-    return tuple(dict.fromkeys(fields))
+    for name, form, conversion in parsed:
+        if form or conversion or not name.replace("_", "a").replace("-", "a").isalnum():
+            found = f"{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}"
+            raise SourceError(f"metadata template {template!r}: expected a key in braces, as {{title}}, got {found!r}")
+    return tuple(dict.fromkeys(name for name, _, _ in parsed))
 
 
 def text_digest(text: str) -> tuple[int, int]:
@@ -169,7 +171,7 @@ def _spans(value: Any, length: int) -> Spans:
         raise ValueError(f"{expected}, got {type(value).__name__}")
     merged: list[tuple[int, int]] = []
     try:
-        pairs = sorted((int(a), int(b)) for a, b in value if isinstance(a, int) and isinstance(b, int))
+        pairs = sorted((a, b) for a, b in value if {type(a), type(b)} == {int})
     except (TypeError, ValueError):
         pairs = []
     if len(pairs) != len(value):
@@ -187,6 +189,10 @@ def _spans(value: Any, length: int) -> Spans:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{key!r}: expected a finite number, got {value!r}")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{key!r}: expected a finite number, got {str(value)[:80]!r}")
+    return number

@@ -104,8 +104,10 @@ def resolve(config: PrepareConfig, log: Callable[[str], None]) -> list[DatasetSp
     seen = set()
     resolved = []
     for dataset in config.datasets:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", dataset.name):
-            raise PrepareError(f"dataset name {dataset.name!r}: expected letters, digits, . _ - only")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", dataset.name):
+            raise PrepareError(
+                f"dataset name {dataset.name!r}: expected letters, digits, . _ - (none of . - in front; at most 200)"
+            )
         if dataset.role not in ROLES:
             raise PrepareError(f"dataset {dataset.name}: expected a role of {', '.join(ROLES)}, got {dataset.role!r}")
         if (dataset.role, dataset.name) in seen:
@@ -117,6 +119,8 @@ def resolve(config: PrepareConfig, log: Callable[[str], None]) -> list[DatasetSp
                     f"dataset {dataset.name} ({dataset.role}): expected a limit of at least 1, got {limit}"
                 )
         read = reads(config, dataset)
+        if not read.text_key:
+            raise PrepareError(f"dataset {dataset.name}: expected a key or column of the text, got ''; see --text-key")
         template_keys(read.metadata_template)  # raises for one that cannot be filled in
         if dataset.bucket is not None and not (read.bucket_key or read.score_key):
             raise PrepareError(f"dataset {dataset.name} ({dataset.role}): a bucket needs a score; see --score-key")

@@ -121,6 +121,31 @@ def test_long_windows_of_zstd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         list(numbered_lines(str(path)))
 
 
+@pytest.mark.parametrize("options", [ReadOptions(score_key="text"), ReadOptions(mask_key="text")])
+def test_a_text_is_no_score_and_no_mask(tmp_path: Path, options: ReadOptions) -> None:
+    """Guards against a key that names the text itself: nothing was read from it, every score became NaN and no span
+    was masked, without a word."""
+    path = write_jsonl(tmp_path / "t.jsonl", [make_text(1)])
+    with pytest.raises(RecordError, match=r"t\.jsonl:1: .*(expected a finite number|spans: expected)"):
+        run(tmp_path / "out", spec("d", "candidates", path), read=options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("score", 10**400, "expected a finite number"),
+        ("mask", [[True, 2]], "spans: expected"),
+        ("mask", [[0.0, 1]], "spans"),
+    ],
+)
+def test_values_that_are_no_numbers_are_named(tmp_path: Path, key: str, value: object, says: str) -> None:
+    """Guards against an OverflowError for an integer beyond float64, and against true read as 1."""
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"text": make_text(1), "key": value}) + "\n")
+    with pytest.raises(RecordError, match=rf"t\.jsonl:1: .*{says}"):
+        run(tmp_path / "out", spec("d", "candidates", path), read=ReadOptions(**{f"{key}_key": "key"}))
+
+
 def test_a_directory_gives_what_is_meant(tmp_path: Path) -> None:
     """Guards against editors' copies and trainers' folders as training text, and against linked folders left out."""
     data, other = tmp_path / "data", tmp_path / "other"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -120,6 +121,9 @@ def test_sources_are_checked_before_any_work(tmp_path: Path) -> None:
         ((), "at least one dataset of candidates"),
         ((spec("x", "proxy", good),), "at least one dataset of candidates"),
         ((spec("a/b", "candidates", good),), "expected letters"),
+        ((spec("..", "candidates", good),), "expected letters"),
+        ((spec("a" * 201, "candidates", good),), "at most 200"),
+        ((replace(spec("x", "candidates", good), read=ReadOptions(text_key="")),), "expected a key or column of the"),
         ((spec("x", "candidates", good), spec("x", "candidates", good)), "given twice as candidates"),
         ((spec("x", "candidates", good, tmp_path / "go*.jsonl"),), "is given twice"),
     ):

@@ -166,6 +166,8 @@ def test_requests(tmp_path: Path) -> None:
         ("{title", "expected '}'"),
         ("{}", "expected a key in braces"),
         ("{a.b}", "expected a key"),
+        ("{title:>9999999999}", "expected a key"),  # a format takes as much memory as it says
+        ("{title!r}", "expected a key"),
     ):
         with pytest.raises(SourceError, match=message):
             run(tmp_path / "out", spec("x", "candidates", path), read=ReadOptions(metadata_template=template))
