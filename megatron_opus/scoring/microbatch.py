@@ -51,6 +51,8 @@ class CapturedMicrobatch:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def objective(self, token_losses: Tensor) -> Tensor:
+        if not isinstance(token_losses, Tensor):
+            raise ConfigError(f"token losses: expected a tensor [B, L], got {type(token_losses).__name__}")
         mask = self.batch.loss_mask.to(token_losses.device)
         if token_losses.shape != mask.shape:
             raise ConfigError(

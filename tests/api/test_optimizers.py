@@ -53,6 +53,12 @@ def each(optimizer: torch.optim.Optimizer, name: str, change: Callable[[Tensor],
         ({"lr": torch.tensor([1e-3, 2e-3])}, r"shape \[2\]"),
         ({"betas": (0.9, float("nan"))}, "beta"),
         ({"eps": -1e-8}, "eps"),
+        ({"lr": None}, "expected numbers for rates"),
+        ({"lr": "0.1"}, "expected numbers for rates"),
+        ({"lr": 1j}, "expected numbers for rates"),
+        ({"betas": None}, "two betas"),
+        ({"betas": (0.9,)}, "two betas"),
+        ({"eps": None}, "two betas and eps"),
     ],
 )
 def test_rates_that_are_no_rates_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -102,6 +108,40 @@ def test_moments_that_are_no_moments_are_refused(change: Callable[[Tensor], Tens
         found = score(model, optimizer, "exact")
         assert found.finite is not None
         assert not found.finite.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.update(exp_avg_sq=None), "second moment under 'exp_avg_sq'"),
+        (lambda s: s.update(exp_avg_sq=[1.0]), "dense tensor of real numbers"),
+        (lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].long()), "dense tensor of real numbers, got torch.int64"),
+        (lambda s: s.update(exp_avg_sq=s["exp_avg_sq"] * 1j), "dense tensor of real numbers, got torch.complex64"),
+        (lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].to_sparse()), "dense tensor of real numbers"),
+        (lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].to("meta")), "dense tensor of real numbers"),
+        (lambda s: s.pop("step"), "a count of completed steps beside"),
+        (lambda s: s.update(step="3"), "expected numbers for rates and step counts, got '3'"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(change: Callable[[dict[str, Any]], Any], says: str) -> None:
+    """Guards against a second moment that is taken for absent, or cut to integers: the weight then moves by 1 / eps, or
+    in another geometry than the rest, and its scores drown those of all others without a word."""
+    model, optimizer = trained()
+    for state in optimizer.state.values():
+        change(state)
+    with pytest.raises(UnsupportedOptimizer, match=says):
+        score(model, optimizer)
+
+
+def test_adam_without_an_epsilon() -> None:
+    """Guards against a division by zero for eps = 0, which torch allows; the limit of a small eps is right."""
+    alignments = []
+    for eps in (0.0, 1e-30):
+        model, optimizer = trained()
+        for group in optimizer.param_groups:
+            group["eps"] = eps
+        alignments.append(score(model, optimizer).alignment)
+    assert relative(*alignments) < 1e-6
 
 
 def test_a_weight_without_state_does_not_change_the_others() -> None:

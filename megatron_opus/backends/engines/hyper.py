@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,8 @@ def _numbers(values: Sequence[float | Tensor]) -> list[float]:
                 f"optimizer: expected one learning rate and one step count for each parameter group, got a tensor of "
                 f"shape {list(value.shape)}"
             )
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+            raise UnsupportedOptimizer(f"optimizer: expected numbers for rates and step counts, got {value!r}")
     tensors = [v.detach().double().flatten() for v in values if isinstance(v, Tensor)]
     if not tensors:
         return [float(v) for v in values]
@@ -132,14 +135,23 @@ def _check_group(f: Found, lr: float) -> None:
 
 
 def _adam(f: Found, step: int, lr: float) -> AdamHyper:
-    missing = f.state and f.steps != 0 and SECOND_MOMENT not in f.state
+    missing = f.state and f.steps != 0 and f.state.get(SECOND_MOMENT) is None
     if f.group.get("amsgrad") or missing:
         raise UnsupportedOptimizer(
             f"optimizer: expected AdamW with its second moment under {SECOND_MOMENT!r} and without amsgrad, found "
             f"state {sorted(map(str, f.state))}, amsgrad {bool(f.group.get('amsgrad'))}"
         )
-    beta1, beta2 = (float(b) for b in f.group["betas"])
-    eps = float(f.group["eps"])
+    if f.steps is None and "step" not in f.state and "step" not in f.group:
+        raise UnsupportedOptimizer(
+            f"optimizer: expected a count of completed steps beside {SECOND_MOMENT!r}, whose bias it corrects, found "
+            f"state {sorted(map(str, f.state))}"
+        )
+    try:
+        beta1, beta2, eps = _numbers([*f.group["betas"], f.group["eps"]])
+    except (TypeError, ValueError) as error:  # no sequence, or one of another length
+        raise UnsupportedOptimizer(
+            f"optimizer: expected two betas and eps, got betas {f.group['betas']!r}, eps {f.group['eps']!r}"
+        ) from error
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf):
         raise UnsupportedOptimizer(
             f"optimizer: expected 0 <= beta < 1 and eps that is finite and not negative, got betas ({beta1}, {beta2}), "

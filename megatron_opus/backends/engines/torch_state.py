@@ -49,6 +49,10 @@ class TorchState:
                 "(torch.distributed.checkpoint.state_dict, full_state_dict=True), or shard with DeepSpeed ZeRO or "
                 "Megatron, whose pieces can be read"
             )
+        dense = isinstance(values, torch.Tensor) and values.layout == torch.strided and not values.is_meta
+        if not dense or not values.is_floating_point():
+            kind = f"{values.dtype} {values.layout} on {values.device}" if isinstance(values, torch.Tensor) else values
+            raise UnsupportedOptimizer(f"optimizer state {name}: expected a dense tensor of real numbers, got {kind}")
         if values.shape != weight.shape:
             raise UnsupportedOptimizer(
                 f"optimizer state {name}: expected the shape of its weight, {list(weight.shape)}, got "
