@@ -21,7 +21,7 @@ from megatron_opus.backends.model.plain_losses import plain_token_losses
 from megatron_opus.backends.model.scored_layers import is_megatron, megatron_layers
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import ModelLayout
-from megatron_opus.scoring.batches import require_dense
+from megatron_opus.scoring.batches import Vocabulary, require_dense
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.types import Batch, Groups, Signals
 
@@ -62,15 +62,16 @@ def build_scorer(
     _check_options(config, token_losses, groups, layout, wanted)
     bare = bare_model(model)  # first: it refuses what is no model
     groups = groups or data_parallel_groups(model, optimizer)
-    model, vocabulary = bare, None  # Megatron pads its table, and its data are checked where they are read
+    vocabulary: Vocabulary = (None, None)  # Megatron pads its table; its data are checked where they are read
+    model = bare
     if is_megatron(model):
         groups = groups or megatron_groups()
         token_losses = token_losses or _megatron_token_losses
         layers = [x for x in megatron_layers(model, layout, config) if wanted is None or wanted(x.name)]
     else:
         layers = plain_layers(model, config, wanted=wanted)
-        token = find_roles(model).token
-        vocabulary = None if token is None else local_shape(token)[0]
+        roles = find_roles(model)
+        vocabulary = (_rows(roles.token), _rows(roles.output))
     if device is None:
         device = next((p.device for p in model.parameters()), "cpu")
     device = _usable(device)
@@ -99,6 +100,10 @@ def _check_options(config: Any, token_losses: Any, groups: Any, layout: Any, wan
     for name, value in (("token_losses", token_losses), ("wanted", wanted)):
         if value is not None and not callable(value):
             raise ConfigError(f"{name}: expected a function, got {value!r:.80}")
+
+
+def _rows(weight: nn.Parameter | None) -> int | None:
+    return None if weight is None else local_shape(weight)[0]
 
 
 def _usable(device: Any) -> torch.device:

@@ -13,13 +13,15 @@ from megatron_opus.types import Batch
 
 IGNORED_LABEL = -100  # torch's ignore_index, and so that of transformers: no token, its prediction does not count
 
+Vocabulary = tuple[int | None, int | None]  # rows of the token embedding and of the output layer
 
-def checked(batch: Batch, what: str, vocabulary: int | None = None) -> Batch:
+
+def checked(batch: Batch, what: str, vocabulary: Vocabulary = (None, None)) -> Batch:
     """Return the batch with `loss_mask` 0 where the label is -100.
 
-    `what` is "candidates" or "proxy"; `vocabulary` bounds the ids where it is known. Raises ConfigError for fields that
-    are no dense tensors or whose shapes are not those of the tokens [B, L], for ids of another dtype or out of bounds,
-    and for a negative loss mask.
+    `what` is "candidates" or "proxy"; `vocabulary` bounds tokens and labels where it is known. Raises
+    ConfigError for fields that are no dense tensors or whose shapes are not those of the tokens [B, L], for ids of
+    another dtype or out of bounds, and for a negative loss mask. Reads from the device once.
     """
     if not isinstance(batch, Batch):
         raise ConfigError(f"{what}: expected a Batch, or ids [B, L + 1] for score(), got {type(batch).__name__}")
@@ -44,17 +46,19 @@ def checked(batch: Batch, what: str, vocabulary: int | None = None) -> Batch:
         if ids.dtype != torch.int64:
             raise ConfigError(f"{what}.{name}: expected ids of dtype int64, got {ids.dtype}; convert them with .long()")
     ignored = batch.labels == IGNORED_LABEL
-    bounds = torch.stack([batch.tokens.min(), batch.labels.masked_fill(ignored, 0).min(), batch.tokens.max()])
-    token, label, highest = bounds.tolist()  # one synchronisation
-    if token < 0 or label < 0:
+    labels = batch.labels.masked_fill(ignored, 0)
+    found = [batch.tokens.min(), labels.min(), batch.tokens.max(), labels.max(), batch.loss_mask.min()]
+    lowest, lowest_label, highest, highest_label, weight = torch.stack([x.double() for x in found]).tolist()
+    if min(lowest, lowest_label) < 0:
         raise ConfigError(
             f"{what}: expected ids from 0 on, and labels of {IGNORED_LABEL} where nothing is predicted, found "
-            f"{min(token, label)}"
+            f"{min(lowest, lowest_label):.0f}"
         )
-    if vocabulary is not None and highest >= vocabulary:
-        raise ConfigError(f"{what}.tokens: expected ids below {vocabulary}, the rows of the embedding, found {highest}")
-    if (batch.loss_mask < 0).any():
-        raise ConfigError(f"{what}.loss_mask: expected weights of at least 0, found {float(batch.loss_mask.min()):.4g}")
+    for name, most, bound in (("tokens", highest, vocabulary[0]), ("labels", highest_label, vocabulary[1])):
+        if bound is not None and most >= bound:
+            raise ConfigError(f"{what}.{name}: expected ids below {bound}, the model's vocabulary, found {most:.0f}")
+    if weight < 0:
+        raise ConfigError(f"{what}.loss_mask: expected weights of at least 0, found {weight:.4g}")
     mask = batch.loss_mask.masked_fill(ignored, 0.0)
     return dataclasses.replace(batch, loss_mask=mask)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.coverage import Coverage
-from megatron_opus.scoring.batches import checked
+from megatron_opus.scoring.batches import Vocabulary, checked
 from megatron_opus.scoring.capture import Capture, CaptureError
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
 from megatron_opus.scoring.fp8 import Fp8
@@ -69,12 +69,12 @@ class ScoringPass:
         device: torch.device,
         verify: WeightGradients | None = None,
         coverage: Coverage | None = None,
-        vocabulary: int | None = None,
+        vocabulary: Vocabulary = (None, None),
     ) -> None:
         """`runner` runs the model forward and backward; the pass itself does not know how the model is cut.
 
         `verify` lets the first call compare what the hooks see of one candidate with autograd's own gradients (see
-        verify.py); None leaves that out. `coverage` is repeated in every result. `vocabulary` bounds the token ids.
+        verify.py); None leaves that out. `coverage` is repeated in every result. `vocabulary` bounds the ids.
         """
         self.traffic = Traffic()
         self.layers = list(layers)

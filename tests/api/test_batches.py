@@ -204,7 +204,7 @@ def test_what_are_no_token_ids_is_refused(change: Any, says: str) -> None:
         ("tokens", lambda t: t.int(), r"candidates\.tokens: expected ids of dtype int64"),
         ("labels", lambda t: t.float(), r"candidates\.labels: expected ids of dtype int64"),
         ("labels", lambda t: t * 0 - 1, "labels of -100 where nothing is predicted, found -1"),
-        ("labels", lambda t: t + VOCAB, f"labels: expected ids below {VOCAB}"),
+        ("labels", lambda t: t + VOCAB, rf"candidates\.labels: expected ids below {VOCAB}"),
         ("loss_mask", lambda t: -t, r"candidates\.loss_mask: expected weights of at least 0, found -1"),
         ("loss_mask", lambda t: None, r"candidates\.loss_mask: expected a tensor, got NoneType"),
         ("position_ids", lambda t: t.tolist(), r"candidates\.position_ids: expected a tensor, got list"),
