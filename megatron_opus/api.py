@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from megatron_opus.backends.engines.base import WholeModelRunner
 from megatron_opus.backends.engines.data_parallel import data_parallel_groups
+from megatron_opus.backends.engines.deepspeed.partition import local_shape
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.model import coverage
 from megatron_opus.backends.model.gpt import forward_loss
 from megatron_opus.backends.model.parallel import megatron_groups
-from megatron_opus.backends.model.plain_layers import bare_model, plain_layers
+from megatron_opus.backends.model.plain_layers import bare_model, find_roles, plain_layers
 from megatron_opus.backends.model.plain_losses import plain_token_losses
 from megatron_opus.backends.model.scored_layers import is_megatron, megatron_layers
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.model_layout import ModelLayout
-from megatron_opus.scoring.batches import holds_ids
+from megatron_opus.scoring.batches import Vocabulary, holds_ids, require_dense
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.types import Batch, Groups, Signals
 
@@ -57,18 +58,24 @@ def build_scorer(
     A warning names what is left out when less than 0.9 of the trainable numbers in matrices are scored; every result
     has the share as `coverage`. Raises ConfigError, UnsupportedOptimizer.
     """
-    config = config or SelectionConfig()
+    config = SelectionConfig() if config is None else config
+    _check_options(config, token_losses, groups, layout, wanted)
+    bare = bare_model(model)  # first: it refuses what is no model
     groups = groups or data_parallel_groups(model, optimizer)
-    model = bare_model(model)
+    vocabulary: Vocabulary = (None, None)  # Megatron pads its table; its data are checked where they are read
+    model = bare
     if is_megatron(model):
         groups = groups or megatron_groups()
         token_losses = token_losses or _megatron_token_losses
         layers = [x for x in megatron_layers(model, layout, config) if wanted is None or wanted(x.name)]
     else:
         layers = plain_layers(model, config, wanted=wanted)
+        roles = find_roles(model)
+        vocabulary = (_rows(roles.token), _rows(roles.output))
     if device is None:
-        device = next(model.parameters()).device
-    runner = WholeModelRunner(model, token_losses or plain_token_losses, torch.device(device))
+        device = next((p.device for p in model.parameters()), "cpu")
+    device = _usable(device)
+    runner = WholeModelRunner(model, token_losses or plain_token_losses, device)
     covered = coverage.coverage(model, layers)
     if covered.share < SMALL_COVERAGE and layers:
         warnings.warn(coverage.warning(covered), stacklevel=2)
@@ -78,10 +85,34 @@ def build_scorer(
         optimizer_state(optimizer),
         config,
         groups=groups or Groups(),
-        device=torch.device(device),
+        device=device,
         verify=runner if verify and not runner.incomparable else None,
         coverage=covered,
+        vocabulary=vocabulary,
     )
+
+
+def _check_options(config: Any, token_losses: Any, groups: Any, layout: Any, wanted: Any) -> None:
+    known = (("config", config, SelectionConfig), ("groups", groups, Groups), ("layout", layout, ModelLayout))
+    for name, value, kind in known:
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{name}: expected a {kind.__name__}, got {value!r:.80}")
+    for name, value in (("token_losses", token_losses), ("wanted", wanted)):
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name}: expected a function, got {value!r:.80}")
+
+
+def _rows(weight: nn.Parameter | None) -> int | None:
+    return None if weight is None else local_shape(weight)[0]
+
+
+def _usable(device: Any) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's words for an unknown and an absent device
+        raise ConfigError(
+            f"device: expected one that torch has here, got {device!r} ({str(error).splitlines()[0]:.120})"
+        ) from error
 
 
 def score(
@@ -111,12 +142,9 @@ def as_batch(tokens: Batch | Tensor) -> Batch:
     """Token ids [B, L + 1] as a Batch of L inputs and L shifted labels; a Batch as it is."""
     if isinstance(tokens, Batch):
         return tokens
-    if not isinstance(tokens, Tensor):
-        raise ConfigError(f"tokens: expected a Batch or a tensor of ids [B, L + 1], got {type(tokens).__name__}")
+    require_dense(tokens, "tokens")
     if tokens.dim() != 2 or tokens.shape[1] < 2 or not holds_ids(tokens):
-        raise ConfigError(
-            f"tokens: expected ids [B, L + 1] with L >= 1, got {tokens.dtype} {list(tokens.shape)} on {tokens.device}"
-        )
+        raise ConfigError(f"tokens: expected ids [B, L + 1] with L >= 1, got {tokens.dtype} {list(tokens.shape)}")
     tokens = tokens.long()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     return Batch(

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_opus.runs.ledger import ledger_parts
+from megatron_opus.runs.ledger import ledger_parts, read_rows
 
 BINS = 60  # of steps: as many points as a picture has
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -152,13 +152,12 @@ def _whole_steps(path: Path, names: dict[str, int], reasons: dict[str, int]) -> 
 
     Raises ValueError for a part without a column that is needed.
     """
-    file = pq.ParquetFile(path)
-    there = set(file.schema_arrow.names)
+    there = set(pq.read_schema(path).names)
     if missing := [name for name in NEEDED if name not in there]:
         raise ValueError(f"expected the columns {', '.join(NEEDED)}, it lacks {', '.join(missing)}")
     columns = [*NEEDED, *(["excluded"] if "excluded" in there else [])]
     carried: list[_LedgerRows] = []
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+    for batch in read_rows(path).select(columns).to_batches(max_chunksize=BATCH_ROWS):
         rows = _rows(batch, names, reasons)
         if (np.diff(rows.step) < 0).any():
             raise ValueError("expected its rows in the order of their steps")

@@ -173,25 +173,11 @@ def rows_sha256(table: pa.Table) -> str:
 
 
 def read_part(path: Path) -> pa.Table:
-    """Read one part, compared with its checksums and the digest of its rows.
+    """Read one part, compared with its checksums, the digest of its rows and the steps in its name.
 
     Raises LedgerError where it is not what was written.
     """
-    try:
-        table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).replace_schema_metadata(None)
-        table.validate(full=True)
-        written = (pq.read_schema(path).metadata or {}).get(ROWS_DIGEST)
-        found = written and rows_sha256(table).encode()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise LedgerError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): bring it back from a copy, or move it away to go "
-            "on without the decisions of its steps"
-        ) from error
-    if found != written:
-        raise LedgerError(
-            f"{path} is damaged: its rows are not those that were written; bring it back from a copy, or move it away "
-            "to go on without the decisions of its steps"
-        )
+    table = read_rows(path)
     named = _PART.fullmatch(path.name)
     first, last = (int(named[1]), int(named[2])) if named else (0, 1 << 62)
     found = pc.min_max(table["step"]).as_py()
@@ -199,6 +185,26 @@ def read_part(path: Path) -> pa.Table:
         raise LedgerError(
             f"{path} cannot be read: expected the steps {first} to {last} by its name, found {found['min']} to "
             f"{found['max']}; bring it back from a copy, or move it away"
+        )
+    return table
+
+
+def read_rows(path: Path) -> pa.Table:
+    """Read the rows of one part; columns that it lacks are null. Raises LedgerError where its contents have changed."""
+    try:
+        table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).replace_schema_metadata(None)
+        table.validate(full=True)
+        written = (pq.read_schema(path).metadata or {}).get(ROWS_DIGEST)
+        now = written and rows_sha256(table).encode()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise LedgerError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): bring it back from a copy, or move it away to go "
+            "on without the decisions of its steps"
+        ) from error
+    if now != written:
+        raise LedgerError(
+            f"{path} is damaged: its rows are not those that were written; bring it back from a copy, or move it away "
+            "to go on without the decisions of its steps"
         )
     return table
 

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from megatron_opus.errors import Refusal
 from megatron_opus.scoring.collectives import Traffic, all_gather
 from megatron_opus.scoring.preconditioners import Preconditioners
 from megatron_opus.scoring.projections import Part
@@ -45,7 +46,7 @@ from megatron_opus.selection.precondition import Buckets, Projection, project
 from megatron_opus.types import Groups, Routing, ScoredLayer
 
 
-class CaptureError(RuntimeError):
+class CaptureError(Refusal, RuntimeError):
     """A scored layer did not give its factors: scores without it would be silently wrong."""
 
 

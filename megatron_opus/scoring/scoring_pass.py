@@ -31,7 +31,7 @@ from torch import Tensor
 
 from megatron_opus.config import ConfigError, SelectionConfig
 from megatron_opus.layout.coverage import Coverage
-from megatron_opus.scoring.batches import checked
+from megatron_opus.scoring.batches import Vocabulary, checked
 from megatron_opus.scoring.capture import Capture, CaptureError
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
 from megatron_opus.scoring.fp8 import Fp8
@@ -69,11 +69,12 @@ class ScoringPass:
         device: torch.device,
         verify: WeightGradients | None = None,
         coverage: Coverage | None = None,
+        vocabulary: Vocabulary = (None, None),
     ) -> None:
         """`runner` runs the model forward and backward; the pass itself does not know how the model is cut.
 
         `verify` lets the first call compare what the hooks see of one candidate with autograd's own gradients (see
-        verify.py); None leaves that out. `coverage` is repeated in every result.
+        verify.py); None leaves that out. `coverage` is repeated in every result. `vocabulary` bounds the ids.
         """
         self.traffic = Traffic()
         self.layers = list(layers)
@@ -98,7 +99,7 @@ class ScoringPass:
         self._proxy_age = 0
         self._parts: tuple[bool, list[list[Part]]] | None = None
         self._average = ProxyAverage(config.proxy_momentum, groups, self._stages, self.traffic, device)
-        self._coverage = coverage
+        self._coverage, self._vocabulary = coverage, vocabulary
         self._verifier = None if verify is None else Verifier(verify, matrices, groups, device)
 
     @property
@@ -132,7 +133,8 @@ class ScoringPass:
         CaptureError when a layer gives no factors, ConfigError for a proxy without counting tokens, and, from the first
         call where it was built with `verify`, VerificationError when the hooks do not see the gradients of autograd.
         """
-        candidates, proxy = checked(candidates, "candidates"), checked(proxy, "proxy")
+        candidates = checked(candidates, "candidates", self._vocabulary)
+        proxy = checked(proxy, "proxy", self._vocabulary)
         started, traffic, groups = time.perf_counter(), self.traffic, self._groups
         sent = traffic.bytes_sent
         windows, proxies = (self._windows(x, window_seed) for x in (candidates, proxy))

@@ -205,7 +205,7 @@ def separable_factors(row_sum: Tensor, col_sum: Tensor, hyper: AdamHyper) -> tup
     r = 1.0 / (x + s * x.mean())
     c = 1.0 / (y + s * y.mean())
     # a layer without any second moment yet has D = 1 / eps everywhere; `where` keeps the device from waiting
-    flat = torch.full_like(total, hyper.eps**-0.5)
+    flat = torch.full_like(total, hyper.eps).rsqrt()
     return torch.where(total > 0, r, flat).float(), torch.where(total > 0, c, flat).float()
 
 

@@ -10,6 +10,7 @@ import torch
 from plain_oracle import EXACT, VOCAB, alignment, found, relative, tokens
 from torch import Tensor, nn
 
+import megatron_opus
 from megatron_opus.api import as_batch
 from megatron_opus.config import ConfigError, PreconditionerConfig, SelectionConfig
 from megatron_opus.types import Batch
@@ -142,22 +143,10 @@ def test_ids_of_any_integer_type(dtype: torch.dtype) -> None:
     assert torch.equal(found(model, batch, proxy).alignment, want)
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (tokens(N).tolist(), "expected a Batch or a tensor of ids .* got list"),
-        (tokens(N).numpy(), "got ndarray"),
-        (tokens(N) > 5, "torch.bool"),
-        (tokens(N).to("meta"), "on meta"),
-        (tokens(N) + VOCAB, r"expected ids inside of the vocabulary .*, got tokens \d+ to 1\d\d, labels"),
-        (tokens(N) - VOCAB, "expected ids inside of the vocabulary"),
-        (tokens(N, 80), "position_ids 0 to 79"),
-    ],
-)
-def test_ids_that_are_none_are_refused(given: Any, says: str) -> None:
-    """Guards against an AttributeError or IndexError out of the depth of the model that names no field."""
-    with pytest.raises(ConfigError, match=says):
-        found(Positions(), given, tokens(3))
+def test_positions_beyond_the_models_are_refused() -> None:
+    """Guards against an IndexError out of the depth of the model that names no field."""
+    with pytest.raises(ConfigError, match=r"positions inside of the model's, got .*position_ids 0 to 79"):
+        found(Positions(), tokens(N, 80), tokens(3))
 
 
 @pytest.mark.parametrize("loss", [None, (torch.zeros(3, LENGTH),), [0.0]])
@@ -207,3 +196,86 @@ def test_configurations_made_in_python_are_checked(given: dict[str, Any], says: 
     """Guards against settings that YAML would refuse and that end in an error of torch, or in nothing at all."""
     with pytest.raises(ConfigError, match=says):
         SelectionConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: None, "got NoneType"),
+        (lambda t: t.tolist(), "got list"),
+        (lambda t: t.numpy(), "got ndarray"),
+        (lambda t: {"input_ids": t}, "got dict"),
+        (lambda t: torch.nested.nested_tensor([t[0], t[1][:5]]), "nested tensor; pad it"),
+        (lambda t: t.to_sparse(), r"\.to_dense\(\)"),
+        (lambda t: t.to("meta"), "meta device"),
+        (lambda t: t > 3, "torch.bool"),
+        (lambda t: t + VOCAB, f"ids below {VOCAB}"),
+        (lambda t: t - VOCAB, "ids from 0 on"),
+    ],
+)
+def test_what_are_no_token_ids_is_refused(change: Any, says: str) -> None:
+    """Guards against an error out of torch's kernels, which on a GPU takes the whole process with it."""
+    model, good = Positions(), tokens(N, LENGTH, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for candidates, proxy in ((change(good), good), (good, change(good))):
+        with pytest.raises(ConfigError, match=says):
+            megatron_opus.score(model, candidates, proxy, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "says"),
+    [
+        ("tokens", lambda t: t > 3, r"candidates\.tokens: expected ids .* got torch.bool"),
+        ("labels", lambda t: t.float(), r"candidates\.labels: expected integers, got torch.float32"),
+        ("labels", lambda t: t * 0 - 1, "labels of -100 where nothing is predicted, found -1"),
+        ("labels", lambda t: t + VOCAB, rf"candidates\.labels: expected ids below {VOCAB}"),
+        ("loss_mask", lambda t: -t, r"candidates\.loss_mask: expected weights of at least 0, found -1"),
+        ("loss_mask", lambda t: None, r"candidates\.loss_mask: expected a tensor, got NoneType"),
+        ("position_ids", lambda t: t.tolist(), r"candidates\.position_ids: expected a tensor, got list"),
+        ("attention_mask", lambda t: [1], r"candidates\.attention_mask: expected a tensor, got list"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(field: str, change: Any, says: str) -> None:
+    """Guards against a mask that turns the sign round, and against errors that name no field."""
+    model, batch = Positions(), as_batch(tokens(N, LENGTH, seed=1))
+    batch = dataclasses.replace(batch, **{field: change(getattr(batch, field))})
+    with pytest.raises(ConfigError, match=says):
+        megatron_opus.score(model, batch, tokens(N, LENGTH, seed=2), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"config": {}}, "config: expected a SelectionConfig"),
+        ({"groups": 3}, "groups: expected a Groups"),
+        ({"layout": 3}, "layout: expected a ModelLayout"),
+        ({"token_losses": 3}, "token_losses: expected a function"),
+        ({"wanted": "a"}, "wanted: expected a function"),
+        ({"device": "nowhere"}, "device: expected one that torch has here"),
+        ({"device": 3.5}, "device: expected one that torch has here"),
+        ({"token_losses": lambda model, batch: None}, "token losses: expected a tensor"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options: dict[str, Any], says: str) -> None:
+    """Guards against an AttributeError from the inside, and against {} taken for the defaults."""
+    model, ids = Positions(), tokens(N, LENGTH, seed=1)
+    with pytest.raises(ConfigError, match=says):
+        megatron_opus.score(model, ids, ids, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: None, "expected a torch.nn.Module, got None"),
+        (lambda: Positions, "expected a torch.nn.Module, got <class"),
+        (nn.Sequential, "no layer to score"),
+        (lambda: Positions().to("meta"), "meta device"),
+        (lambda: nn.Sequential(nn.Embedding(VOCAB, 8), nn.LazyLinear(VOCAB)), "lazy module that was never called"),
+        (lambda: nn.Sequential(nn.Embedding(VOCAB, 8), nn.Linear(8, 8, dtype=torch.complex64)), "real numbers"),
+    ],
+)
+def test_what_is_no_model_with_values_is_refused(make: Any, says: str) -> None:
+    """Guards against StopIteration and errors of torch's kernels for models that cannot be scored."""
+    ids, optimizer = tokens(N, LENGTH, seed=1), torch.optim.SGD(Positions().parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=says):
+        megatron_opus.score(make(), ids, ids, optimizer)

@@ -51,7 +51,7 @@ def full_name(optimizer: Any) -> str:
 def _numbers(values: Sequence[Any], what: str) -> list[float]:
     """Plain numbers; all tensors among them are read with one synchronisation, not one each."""
     for value in values:
-        if not isinstance(value, Tensor | numbers.Real):
+        if isinstance(value, bool) or not isinstance(value, Tensor | numbers.Real):
             raise UnsupportedOptimizer(f"optimizer: expected a number or a tensor as {what}, got {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise UnsupportedOptimizer(

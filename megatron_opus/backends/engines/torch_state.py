@@ -43,15 +43,17 @@ class TorchState:
         values = self._optimizer.state.get(weight, {}).get(name)
         if values is None:
             return []
-        if not isinstance(values, torch.Tensor) or not values.is_floating_point() or values.is_meta:
-            found = f"{values.dtype} on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
-            raise UnsupportedOptimizer(f"optimizer state {name}: expected a tensor of real numbers, got {found}")
         if hasattr(values, "placements"):
             raise UnsupportedOptimizer(
                 f"optimizer state {name}: expected whole tensors, got a DTensor, a part of it; gather it "
                 "(torch.distributed.checkpoint.state_dict, full_state_dict=True), or shard with DeepSpeed ZeRO or "
                 "Megatron, whose pieces can be read"
             )
+        dense = isinstance(values, torch.Tensor) and values.layout == torch.strided and not values.is_meta
+        if not dense or not values.is_floating_point():
+            whole = isinstance(values, torch.Tensor)
+            found = f"{values.dtype} {values.layout} on {values.device}" if whole else type(values).__name__
+            raise UnsupportedOptimizer(f"optimizer state {name}: expected a dense tensor of real numbers, got {found}")
         if values.shape != weight.shape:
             raise UnsupportedOptimizer(
                 f"optimizer state {name}: expected the shape of its weight, {list(weight.shape)}, got "

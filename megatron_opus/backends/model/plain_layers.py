@@ -75,7 +75,7 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
         weight = _weight(module)
         if hf_experts.is_experts(module):
             yield name, module, module.gate_up_proj
-        if weight is None or not weight.requires_grad or id(module) in inside:
+        if weight is None or not weight.requires_grad or id(module) in inside or 0 in local_shape(weight):
             continue  # nn.MultiheadAttention uses the weights of its parts without calling them
         if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module) or hf_experts.is_router(module):
             yield name, module, weight
@@ -111,6 +111,8 @@ def bare_model(model: nn.Module) -> nn.Module:
 
     Compiled and scripted modules run without the hooks of their parts; FSDP keeps weights in pieces under other names.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got {model!r:.80}")
     while isinstance(model, DistributedDataParallel) or any(
         c.__name__ == "DeepSpeedEngine" for c in type(model).__mro__
     ):
@@ -134,6 +136,8 @@ def bare_model(model: nn.Module) -> nn.Module:
                 f"{name}: expected a weight with values, got one without ({kind}); load or initialise the model as a "
                 "whole, and run it forward once, before its optimizer and its scorer are built"
             )
+        if parameter.is_complex():
+            raise ConfigError(f"{name}: expected real numbers, got {parameter.dtype}, whose gradients are not scored")
     return model
 
 
