@@ -242,7 +242,7 @@ class PreconditionerConfig(Section, at="selection.preconditioner"):
     form: Literal["separable", "exact"] = "separable"
     # Newton-Schulz steps of Muon's frozen multiplier. null: the optimizer's number; 1: the paper's.
     muon_steps: Annotated[int, positive(100)] | None = None
-    refresh_every: Steps = 1  # Steps for which one reading of the optimizer state is used.
+    refresh_every: Steps = 1  # Steps for which one reading of the optimizer state is used; a checkpoint ends them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +298,7 @@ class SelectionConfig(Section, at="selection"):
     # Sequences per scoring forward on one rank. null: all at once.
     score_micro_batch_size: Sequences | None = None
     proxy_batch_size: Sequences = 8  # Sequences of the target per step, over all ranks (K_p).
-    proxy_refresh_every: Steps = 1  # Steps for which one proxy batch is used.
+    proxy_refresh_every: Steps = 1  # Steps for which one proxy batch is used; a checkpoint ends them.
     # Of an exponential average of the sketched proxy gradient; 0: none. Not with sketch.alignment direction.
     proxy_momentum: Beta = 0.0
     max_fallbacks: Interval = 10  # Steps that may fall back to random selection before the run stops.

@@ -18,7 +18,8 @@ from megatron_opus.corpus_scores.reference_model import (
     ReferenceModel,
     Windowing,
     Windows,
-    identities,
+    open_models,
+    reading_identity,
 )
 from megatron_opus.corpus_scores.scorer import DocumentScorer
 
@@ -39,17 +40,10 @@ class ModelScorer(DocumentScorer):
         self._models: list[ReferenceModel] = []
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "models": identities(self._paths),
-            "window": self._windowing.tokens,
-            "windows": self._windowing.most,
-            "precision": self._precision,
-        }
+        return reading_identity(self._paths, self._windowing, self._precision)
 
     def prepare(self, corpus: CorpusDocuments, directory: Path, part: tuple[int, int]) -> None:
-        self._models = [ReferenceModel(path, self._windowing, self._precision) for path in self._paths]
-        for model in self._models:
-            model.check_corpus(corpus)
+        self._models = open_models(self._paths, self._windowing, self._precision, corpus)
 
     def score(self, block: Block) -> np.ndarray:
         windows = Windows.of(block, self._windowing)

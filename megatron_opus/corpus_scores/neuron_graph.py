@@ -29,7 +29,8 @@ from megatron_opus.corpus_scores.reference_model import (
     ReferenceModel,
     Windowing,
     Windows,
-    identities,
+    open_models,
+    reading_identity,
 )
 from megatron_opus.corpus_scores.scorer import LearningScorer, target_identity
 
@@ -65,18 +66,13 @@ class NeuronGraph(LearningScorer):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "models": identities(self._paths),
+            **reading_identity(self._paths, self._windowing, self._precision),
             "target": target_identity(self._target),
             "neurons": self._neurons,
-            "window": self._windowing.tokens,
-            "windows": self._windowing.most,
-            "precision": self._precision,
         }
 
     def prepare(self, corpus: CorpusDocuments, directory: Path, part: tuple[int, int]) -> None:
-        self._models = [ReferenceModel(path, self._windowing, self._precision) for path in self._paths]
-        for model in self._models:
-            model.check_corpus(corpus)
+        self._models = open_models(self._paths, self._windowing, self._precision, corpus)
         super().prepare(corpus, directory, part)
 
     def learn(self, corpus: CorpusDocuments) -> dict[str, np.ndarray]:

@@ -261,6 +261,21 @@ def _tokenizer(path: Path) -> Tokenizer | None:
     return reopen_tokenizer(data / TOKENIZER_DIRECTORY, manifests.read(data).tokenizer)
 
 
-def identities(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Describe several models, in their order."""
-    return [model_identity(path) for path in paths]
+def reading_identity(paths: Sequence[Path], windowing: Windowing, precision: Precision) -> dict[str, Any]:
+    """Describe several models, in their order, and how they read."""
+    return {
+        "models": [model_identity(path) for path in paths],
+        "window": windowing.tokens,
+        "windows": windowing.most,
+        "precision": precision,
+    }
+
+
+def open_models(
+    paths: Sequence[Path], windowing: Windowing, precision: Precision, corpus: CorpusDocuments
+) -> list[ReferenceModel]:
+    """Open models that read this corpus. Raises ScoreError where a tokenizer is not the corpus's."""
+    models = [ReferenceModel(path, windowing, precision) for path in paths]
+    for model in models:
+        model.check_corpus(corpus)
+    return models

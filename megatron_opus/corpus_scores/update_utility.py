@@ -42,9 +42,9 @@ from megatron_opus.corpus_scores.reference_model import (
     Windows,
     batch_of,
     check_tokenizer,
-    identities,
     newest,
     one_process,
+    reading_identity,
 )
 from megatron_opus.corpus_scores.scorer import DocumentScorer, Say, target_identity
 from megatron_opus.data.permutation import key, permute
@@ -95,14 +95,11 @@ class Opus(DocumentScorer):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "models": identities(self._paths),
+            **reading_identity(self._paths, self._windowing, self._precision),
             "target": target_identity(self._target),
             "geometry": self._geometry,
             "normalise": self._normalise,
             "proxy_windows": self._proxy_windows,
-            "window": self._windowing.tokens,
-            "windows": self._windowing.most,
-            "precision": self._precision,
             "seed": self._seed,
         }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from chaos import ALL_STATE, Arena
-from launched import PATIENCE, ROOT, tiny
+from launched import PATIENCE, ROOT, Server, tiny
 
 from megatron_opus.runs import processes
 from megatron_opus.runs.metrics import read_metrics
@@ -44,14 +44,20 @@ def test_a_rank_that_is_stopped_for_ever(arena: Arena, tmp_path: Path) -> None:
     arena.finish(tmp_path / "hanging")
 
 
-def test_a_launcher_that_is_killed(arena: Arena, embedded_cache: Path, tmp_path: Path, whole: bool) -> None:
-    """Guards against ranks that train on without their launcher, and against a run that has lost something by it."""
+def test_a_launcher_that_is_killed(server: Server, embedded_cache: Path, tmp_path: Path, whole: bool) -> None:
+    """Guards against ranks that train on without their launcher, and against a run that has lost something by it.
+
+    The ranks stop with a checkpoint at whatever step they are. A checkpoint ends what `refresh_every` keeps, so that
+    only with 1 it may lie anywhere without a trace.
+    """
     if not whole:
         pytest.skip("in the whole form: the real `deepspeed` imports everything anew, three times")
+    each_step = "selection.preconditioner.refresh_every=1"
+    arena = Arena(server, embedded_cache, tmp_path / "undisturbed", each_step)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    arguments = tiny(embedded_cache, tmp_path, "orphans", *ALL_STATE)
+    arguments = tiny(embedded_cache, tmp_path, "orphans", *ALL_STATE, each_step)
     command = ["deepspeed", "--num_gpus", "2", "--master_port", port, "launch/pretrain_gpt2_tiny.sh", *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment.update(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", PYTHONPATH=str(ROOT))

@@ -124,25 +124,10 @@ def _grouped_experts(
         entry = layout[f"{matrix}.weight"]
         if not weight.requires_grad:
             continue
-        rows, columns = local_shape(weight)
-        if (rows, columns) != entry.shape:
-            raise ValueError(f"{entry.name}: expected the shape {entry.shape}, got {(rows, columns)}")
-        found.append(
-            ScoredLayer(
-                name=matrix,
-                module=routing.products[module][number],
-                weight=weight,
-                d_out=rows,
-                d_in=columns,
-                rows=((0, rows),),
-                cols=((0, columns),),
-                sequence_first=True,
-                routing=routing,
-                expert=number,
-                apart=apart,
-                slot=f"{owner}.experts",
-            )
-        )
+        if local_shape(weight) != entry.shape:
+            raise ValueError(f"{entry.name}: expected the shape {entry.shape}, got {local_shape(weight)}")
+        own = {"routing": routing, "expert": number, "apart": apart, "slot": f"{owner}.experts"}
+        found.append(_uncut(matrix, routing.products[module][number], weight, **own))
     return found
 
 
@@ -153,22 +138,23 @@ def _beside_experts(name: str, module: Any) -> list[ScoredLayer]:
     if weight is None or not weight.requires_grad:
         return []
     product, shown = experts.shown_router(module) if router else experts.shown_gate(module)
+    return [_uncut(matrix, product, weight, replicated=True, own_tokens=True, shown=shown)]
+
+
+def _uncut(name: str, module: nn.Module, weight: nn.Parameter, **own: Any) -> ScoredLayer:
+    """A matrix that tensor parallelism does not cut, whose product goes through a module of its own."""
     rows, columns = local_shape(weight)
-    return [
-        ScoredLayer(
-            name=matrix,
-            module=product,
-            weight=weight,
-            d_out=rows,
-            d_in=columns,
-            rows=((0, rows),),
-            cols=((0, columns),),
-            sequence_first=True,
-            replicated=True,
-            own_tokens=True,
-            shown=shown,
-        )
-    ]
+    return ScoredLayer(
+        name=name,
+        module=module,
+        weight=weight,
+        d_out=rows,
+        d_in=columns,
+        rows=((0, rows),),
+        cols=((0, columns),),
+        sequence_first=True,
+        **own,
+    )
 
 
 def built_layout(model: nn.Module) -> ModelLayout:
