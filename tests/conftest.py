@@ -50,11 +50,15 @@ def server() -> Iterator[Server]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--partition-table", metavar="FILE", help="write the deviations of every tested layout to FILE")
     parser.addoption("--experiments", action="store_true", help="training runs of a quarter of an hour")
-    parser.addoption("--chaos", action="store_true", help="tests/chaos whole: every moment, both engines")
+    parser.addoption("--whole", action="store_true", help="every case of every test, not the short form alone")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # the table of partitions has a row for every case
+    whole = config.getoption("--whole") or config.getoption("--partition-table")
     for item in items:
+        if item.get_closest_marker("whole") and not whole:
+            item.add_marker(pytest.mark.skip(reason="in the whole form"))
         place = item.path.relative_to(ROOT)
         if any(place.is_relative_to(fast) for fast in FAST):
             item.add_marker(pytest.mark.fast)
@@ -62,8 +66,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; `-m 'not slow'` leaves it out")
+    config.addinivalue_line("markers", "whole: a case of the whole form, `tests/run.sh --whole`")
     if config.getoption("--partition-table") and getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("--partition-table: every worker would write its own; add -n 0")
+
+
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether everything is wanted (`tests/run.sh --whole`), or the short form."""
+    return bool(request.config.getoption("--whole"))
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +87,13 @@ def partition_table(request: pytest.FixtureRequest) -> Iterator[PartitionTable]:
 
 @pytest.fixture(scope="session")
 def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data.cache_dir` with the embedded corpus in it, made once for all tests that train."""
+    """`data.cache_dir` with the embedded corpus in it, made once for all tests that train, whichever worker runs them:
+    the first makes it under a lock of the corpus's own while the others wait."""
     from megatron_opus.backends.formats import indexed
     from megatron_opus.data.prepare.embedded import prepare_embedded
 
-    cache = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded_cache"
     prepare_embedded(cache, indexed, progress=False)
     return cache
 

@@ -2,6 +2,7 @@
 # Style, types and the whole test suite, from a clean clone:
 #   tests/run.sh [pytest arguments]          everything
 #   tests/run.sh --fast [pytest arguments]   style, and the tests that start no process and train nothing
+#   tests/run.sh --whole [pytest arguments]  the same with every case of every test, not the short form alone
 #   tests/run.sh --chaos [pytest arguments]  tests/chaos in its whole form: every fault, both engines
 #   tests/run.sh --latest [pytest arguments] what touches Megatron (tests/latest.txt), on the newest releases
 set -euo pipefail
@@ -19,7 +20,7 @@ if [[ ${1:-} == --latest ]]; then
       echo "latest: about 4 minutes and 5 GB to install, once"
       PYTHON=$python bash launch/install.sh latest
       mapfile -t paths <tests/latest.txt
-      exec .venv-latest/bin/python -m pytest -n 2 --dist loadfile "${paths[@]}" "$@"
+      exec .venv-latest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${paths[@]}" "$@"
     fi
   done
   echo "latest: skipped, for there is no Python 3.12 or newer on PATH or among pyenv's versions"
@@ -35,8 +36,9 @@ if $fast; then
   exec python3 -m pytest -m fast "${paths[@]}" "$@"
 fi
 if [[ ${1:-} == --chaos ]]; then
-  exec python3 -m pytest -n 2 --dist loadfile tests/chaos "$@"
+  exec python3 -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/chaos --whole "$@"
 fi
 mypy
-# two workers: whole files go to one, so that what a file computes once is computed once
-exec python3 -m pytest -n 2 --dist loadfile "$@"
+# two workers: whole files go to one, so that what a file computes once is computed once; in their order, for xdist's own
+# takes files of few tests last, and those of minutes (Slurm) would find the other worker idle
+exec python3 -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

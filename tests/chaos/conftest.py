@@ -17,9 +17,3 @@ def arena(server: Server, embedded_cache: Path, tmp_path_factory: pytest.TempPat
 def megatron_arena(server: Server, embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """Megatron's engine with the distributed optimizer."""
     return Arena(server, embedded_cache, tmp_path_factory.mktemp("megatron"), "parallel.engine=megatron")
-
-
-@pytest.fixture(scope="session")
-def whole(request: pytest.FixtureRequest) -> bool:
-    """Whether everything is wanted (`tests/run.sh --chaos`), or the short form."""
-    return bool(request.config.getoption("--chaos"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from chaos import KillAtFileEvent
 from distributed import DistributedPool
+from launched import Launched, Server
 from score_helpers import opened, scored, topic_corpus
 from torch import Tensor
 from torch.nn import functional
@@ -248,18 +249,30 @@ def test_graphs_that_cannot_be_are_refused(corpus: Path, models: dict[str, Path]
 
 # --- parts and interruptions ----------------------------------------------------------------------------------------
 
-DRIVER = """
-import sys
-from megatron_opus.corpus_scores.model_losses import ModelScorer
-ModelScorer.piece_tokens, ModelScorer.block_tokens = 900, 300
-from megatron_opus.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+
+def prepare() -> None:
+    """Import the command and cut its work into many pieces, once for all processes that are forked."""
+
+    ModelScorer.piece_tokens, ModelScorer.block_tokens = 900, 300
+
+
+def program(arguments: list[str], _recipe: str) -> int:
+    from megatron_opus.cli import main
+
+    return main(arguments)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Server]:
+    """Processes of `megatron-opus`."""
+    server = Server(prepare, program)
+    yield server
+    server.close()
 
 
 def command(corpus: Path, model: Path, output: Path, *more: str) -> list[str]:
     arguments = ["--corpus", str(corpus), "--scorer", "loss", "--model", str(model), "--output", str(output)]
-    return [sys.executable, "-c", DRIVER, "score-corpus", *arguments, "--window", "24", *more]
+    return ["score-corpus", *arguments, "--window", "24", *more]
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -267,22 +280,26 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in found}
 
 
-def test_processes_and_kills_leave_the_bytes_of_one_run(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_processes_and_kills_leave_the_bytes_of_one_run(
+    commands: Server, corpus: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
     """Guards against scores that depend on how the corpus was divided among processes, or on a SIGKILL between."""
-    subprocess.run(command(corpus, models["qwen3"], tmp_path / "whole"), check=True, capture_output=True)
-    parts = [
-        subprocess.Popen(command(corpus, models["qwen3"], tmp_path / "parts", "--part", f"{i}/2"), stderr=-3, stdout=-3)
-        for i in range(2)
-    ]
-    assert [part.wait(timeout=200) for part in parts] == [0, 0]
+
+    def start(name: str, *more: str, kill: KillAtFileEvent | None = None) -> Launched:
+        arguments = command(corpus, models["qwen3"], tmp_path / name, *more)
+        return commands.launch(1, arguments, tmp_path / "logs" / "-".join([name, *more[1:]]).replace("/", "of"), kill)
+
+    whole = start("whole")
+    assert whole.wait() == {0: 0}, whole.log(0)
+    parts = [start("parts", "--part", f"{i}/2") for i in range(2)]
+    assert [part.wait() for part in parts] == [{0: 0}, {0: 0}]
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    process = subprocess.Popen(command(corpus, models["qwen3"], tmp_path / "killed"), stderr=-3, stdout=-3)
-    while process.poll() is None and not [*(tmp_path / "killed").glob("pieces/0*.npy")]:
-        pass
-    process.kill()
-    assert process.wait() == -9
+    killed = start("killed", kill=KillAtFileEvent(0, 12, f"{tmp_path}/killed/pieces/"))
+    assert killed.wait() == {0: -9}, killed.log(0)
+    assert [*(tmp_path / "killed").glob("pieces/0*.npy")]
     assert not (tmp_path / "killed" / "scores.json").exists()
-    subprocess.run(command(corpus, models["qwen3"], tmp_path / "killed"), check=True, capture_output=True)
+    again = start("killed")
+    assert again.wait() == {0: 0}, again.log(0)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 

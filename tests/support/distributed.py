@@ -11,12 +11,14 @@ times a second, and a thousand of them make two cores slow.
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,7 +26,8 @@ import psutil
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOAD = ["deepspeed", "megatron_opus.backends.model.gpt", "megatron_opus.training.session"]
+SUPPORT = Path(__file__).resolve().parent
+PRELOAD = ["preloaded"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}  # read when torch is imported
 MAX_THREADS = 100
 GRACE_SECONDS = 20.0  # after one rank has failed, the others get this long to fail by themselves
@@ -47,6 +50,8 @@ def _worker(rank: int, world_size: int, port: int, timeout: float, connection: C
     )
     import torch
 
+    if missing := [name for name in PRELOAD if name not in sys.modules]:
+        raise RuntimeError(f"expected ranks forked from a server that has imported {PRELOAD}, got {missing} missing")
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
@@ -64,8 +69,13 @@ def _worker(rank: int, world_size: int, port: int, timeout: float, connection: C
 
 
 def _start_server(context: Any) -> None:
-    """It keeps the environment it is started in: what torch reads when it is imported is set for that moment."""
-    with mock.patch.dict(os.environ, ENVIRONMENT):
+    """It keeps the environment it is started in: what torch reads when it is imported is set for that moment.
+
+    So is PYTHONPATH: before Python 3.13.1 a server of forks does not get the path of its parent, and says nothing of
+    what it could not import.
+    """
+    path = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=path.rstrip(os.pathsep)):
         context.set_forkserver_preload(PRELOAD)
         forkserver.ensure_running()
 

@@ -69,7 +69,7 @@ class Launched:
         while not all(rank in self.statuses for rank in wanted):
             self._poll()
             assert time.monotonic() < deadline, f"ranks {list(wanted)} did not end: {self._tails()}"
-            time.sleep(0.02)
+            time.sleep(0.05)
         return {rank: self.statuses[rank] for rank in wanted}
 
     def reach(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
@@ -79,7 +79,7 @@ class Launched:
             self._poll()
             assert not self.statuses, f"ended early: {self.statuses} {self._tails()}"
             assert time.monotonic() < deadline, self._tails()
-            time.sleep(0.001)
+            time.sleep(0.01)
 
     def steps(self) -> int:
         return len(read_metrics(self.run_dir))
@@ -110,7 +110,7 @@ def unused_port() -> int:
 
 def trainer() -> None:
     """Import what takes the time of a short run of the trainer."""
-    import megatron_opus.training.session  # noqa: F401
+    import preloaded  # noqa: F401
 
 
 def train(arguments: list[str], recipe: str) -> int:

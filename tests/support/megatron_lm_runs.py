@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import multiprocessing
 import re
 import sys
@@ -50,7 +52,15 @@ def prepare() -> None:
     import megatron_cpu
 
     megatron_cpu.install()
+    import pyarrow
+
+    import megatron_opus.integrations.megatron_lm.__main__
     import megatron_opus.integrations.megatron_lm.patches  # noqa: F401
+
+    pyarrow.array([0.0])  # imports pandas where it is installed
+    for late in ("megatron.core.tokenizers.text.text_tokenizer", "megatron.core.models.mimo"):
+        with contextlib.suppress(ImportError):  # not in every release
+            importlib.import_module(late)
 
 
 def program(arguments: list[str], _recipe: str) -> int:

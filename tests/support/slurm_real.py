@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import FOREIGN, ROOT, SITE
 
-COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sdiag", "sinfo")
 ADDRESSES = {"n1": "127.0.0.1", "n2": "127.0.0.2"}
 PATIENCE = 300.0  # seconds; a machine may be busy
 MARK = "SLURM_CONF"  # in the environment of every process of this cluster, with its own value
@@ -76,6 +76,7 @@ class RealSlurm:
         self.environment.update(PATH=self._path, SITE_FILE=str(self.site), PYTHONPATH=str(ROOT))
         self.environment[MARK] = str(self.folder / "slurm.conf")
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._outputs: list[Path] = []  # folders with the output of jobs
         try:
             self._configure()
             self._munge()
@@ -137,8 +138,9 @@ class RealSlurm:
     def submit(self, script: str, *arguments: str, **env: str) -> int:
         """Run a script of launch/slurm/; the id of the job that it submitted."""
         said = self.call("bash", str(ROOT / "launch/slurm" / script), *arguments, **env)
-        found = re.search(r"Submitted batch job (\d+)", said)
+        found = re.search(r"Submitted batch job (\d+)\nLogs, settings and the record of starts: (.*)", said)
         assert found, said
+        self._outputs.append(Path(found[2]))
         return int(found[1])
 
     def job(self, number: int | str) -> dict[str, str]:
@@ -165,8 +167,16 @@ class RealSlurm:
         self.reach(requeued, f"job {job} is requeued for start {restart + 1}")
         if found["JobState"] == "PENDING":
             time.sleep(3)  # a start in the second of the requeue would find the job's credential revoked
+            # Slurm goes on for a while to tell a lost node that the job has ended. When the node answers after the next
+            # start has begun, Slurm takes it out of that start, whose steps then wait for it without an end.
+            self.reach(self._silent, "slurmctld has no message under way to a node")
             values = (f"{name}={value}" for name, value in changes.items())
             self.call("scontrol", "update", f"JobId={job}", *values, "StartTime=now")
+
+    def _silent(self) -> bool:
+        counts = re.findall(r"Agent (?:queue size|count): +(\d+)", self.call("sdiag"))
+        assert counts, "sdiag does not count the agents of slurmctld, which send its messages"
+        return set(counts) == {"0"}
 
     # --- what befalls a job -----------------------------------------------------------------------------------------
 
@@ -205,7 +215,9 @@ class RealSlurm:
         return found
 
     def _logs(self) -> str:
-        logs = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
+        """The end of every log, those of the jobs first."""
+        logs = [path for folder in (*self._outputs, self.folder) for path in sorted(folder.glob("*.out"))]
+        logs += sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-1500:]}" for path in logs)
 
     def close(self) -> None:

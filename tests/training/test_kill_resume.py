@@ -11,7 +11,7 @@ from megatron_opus.runs.ledger import read_ledger
 from megatron_opus.runs.metrics import read_metrics
 
 STEPS, INTERVAL = 26, 4
-KILLS = 5
+KILLS, SHORT = 5, 3  # whole and short form
 # Two data-parallel ranks with ZeRO 1, returned candidates, proxy momentum and dropout: all state there is
 ALL_STATE = (
     *("model.hidden_dropout=0.1", "data.unselected=return", "selection.proxy_momentum=0.9"),
@@ -20,14 +20,15 @@ ALL_STATE = (
 )
 
 
-def test_killed_runs_resume_exactly(server, embedded_cache, tmp_path):
+def test_killed_runs_resume_exactly(server, embedded_cache, tmp_path, whole):
     """Fault: a position, a generator, the proxy average or a returned candidate missing from the checkpoint; rows of
-    metrics or ledger twice or lost. Killed with SIGKILL at five random points, among them before the first checkpoint.
+    metrics or ledger twice or lost. Killed with SIGKILL at random points, among them before the first checkpoint.
     """
-    whole = server.launch(2, tiny(embedded_cache, tmp_path, "whole", *ALL_STATE), tmp_path / "logs")
-    assert whole.wait() == {0: 0, 1: 0}
+    kills = KILLS if whole else SHORT
+    straight = server.launch(2, tiny(embedded_cache, tmp_path, "whole", *ALL_STATE), tmp_path / "logs")
+    assert straight.wait() == {0: 0, 1: 0}
     chance = random.Random(7)
-    points = [2, *sorted(chance.sample(range(INTERVAL + 1, STEPS - 1), KILLS - 1))]
+    points = [2, *sorted(chance.sample(range(INTERVAL + 1, STEPS - 1), kills - 1))]
     arguments = tiny(embedded_cache, tmp_path, "killed", *ALL_STATE)
     for attempt, steps in enumerate(points):
         run = server.launch(2, arguments, tmp_path / f"logs{attempt}")
@@ -40,10 +41,10 @@ def test_killed_runs_resume_exactly(server, embedded_cache, tmp_path):
     assert "resumed from" in last.log(0)
     rows = [
         [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(run.run_dir)]
-        for run in (whole, last)
+        for run in (straight, last)
     ]
     assert [row["step"] for row in rows[1]] == list(range(STEPS))
     assert rows[0] == rows[1]
-    first, second = (read_ledger(run.run_dir / "ledger") for run in (whole, last))
+    first, second = (read_ledger(run.run_dir / "ledger") for run in (straight, last))
     assert first.num_rows == STEPS * 8
     assert first.equals(second)
