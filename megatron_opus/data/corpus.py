@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_opus.data import unlearned_spans
 from megatron_opus.data.excluded_documents import open_entry, open_unlearned
 from megatron_opus.data.manifest import ROLES, Manifest, Role, base_directory
 from megatron_opus.data.permutation import key, permute
+from megatron_opus.data.proxy_weights import WeightedProxy
 from megatron_opus.data.token_files import InVocabulary
 from megatron_opus.data.tokenizers.base import Tokenizer, reopen_tokenizer
 from megatron_opus.errors import Refusal
@@ -120,6 +121,11 @@ class Corpus:
         self.domains: dict[Role, tuple[str, ...]] = {
             role: tuple(d.name for d in self._domains if d.role == role) for role in ROLES
         }
+        self._weighted: WeightedProxy | None = None
+        if config.proxy_weights:
+            _check_names("data.proxy_weights: no proxy domain", config.proxy_weights, self.domains["proxy"])
+            domains = {d.name: (d.offset, d.sequences) for d in self._domains if d.role == "proxy"}
+            self._weighted = WeightedProxy(domains, config.proxy_weights)
         flags = (config.reset_attention_mask, config.reset_position_ids, config.eod_mask_loss)
         what = f"{manifest.fingerprint()} {self.seq_length} {flags}"
         if self.proxy_length != self.seq_length:
@@ -198,20 +204,26 @@ class Corpus:
         if weights is None:
             values = self.sequences("candidates").astype(np.float64)
         else:
-            for name in weights:
-                if name not in names:
-                    close = difflib.get_close_matches(name, names, n=1)
-                    hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
-                    raise CorpusError(f"data.domain_weights: no candidate domain {name!r}{hint}")
+            _check_names("data.domain_weights: no candidate domain", weights, names)
             values = np.array([float(weights.get(name, 0.0)) for name in names])
         return normalised(values)
+
+    def proxy_shares(self) -> dict[str, float]:
+        """Return proxy domain -> its share of the sequences that `proxy_ids` draws, sum 1: 0 for one without weight."""
+        names, weights = self.domains["proxy"], self._config.proxy_weights
+        values = [weights.get(name, 0.0) for name in names] if weights else self.sequences("proxy").tolist()
+        return {name: value / sum(values) for name, value in zip(names, values, strict=True)}
 
     def proxy_ids(self, step: int, count: int, seed: int) -> np.ndarray:
         """[count] int64: proxy sequences of a step, a function of (seed, step) alone.
 
         The pool of all proxy domains is walked in a shuffled order, reshuffled when fewer than `count` are left: no
         sequence comes twice within one draw or between two shuffles. Raises CorpusError for a pool that is too small.
+        With `data.proxy_weights` the domains are walked apart, see proxy_weights.py. Raises ConfigError for one that is
+        too small.
         """
+        if self._weighted is not None:
+            return self._weighted.ids(step, count, seed)
         # Proxy domains follow each other: the pool is one range of ids.
         first, size = self.first_ids("proxy"), int(self.sequences("proxy").sum())
         if count < 1 or count > size:
@@ -368,6 +380,14 @@ class Corpus:
                 "belong to one data.path and one data.seq_length"
             )
         return ids
+
+
+def _check_names(problem: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known) or 'none'}"
+            raise CorpusError(f"{problem} {name!r}{hint}")
 
 
 def normalised(weights: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ def step_flops(
         "forward": k * forward(m, length, attention),
         "backward": k * backward(m, length, attention),
         "recompute": k * blocks_forward(m, length, attention) if t.recompute == "full" else 0.0,
-        "optimizer": _update(m, config.optimizer.name),
+        "optimizer": _update(config, m),
     }
     window = min(s.score_length, length)
     proxies = s.proxy_batch_size / s.proxy_refresh_every
@@ -125,7 +125,8 @@ def blocks_forward(model: ModelLayout, length: int, attention: Attention) -> flo
 
 def scoring_backward(model: ModelLayout, selection: SelectionConfig, length: int, attention: Attention) -> float:
     """Count the gradients of activations from the loss down to the lowest scored output, of one sequence."""
-    lowest = min(scored_blocks(model.all_blocks or model.blocks, selection.scored_layers))
+    blocks = model.all_blocks or model.blocks
+    lowest = min(scored_blocks(blocks, selection.scored_layers), default=max(blocks) + 1)
     if selection.score_embedding:  # the gradient of the embedding's output lies below everything
         lowest = -1
     first = f"layers.{lowest}.self_attention.linear_qkv"
@@ -188,7 +189,8 @@ def _preconditioner(config: RunConfig, model: ModelLayout) -> float:
     """Count one reading of the optimizer state, and putting it into the projections."""
     s = config.selection
     geometry, total = _geometry(config), 0.0
-    steps = s.preconditioner.muon_steps or NEWTON_SCHULZ_STEPS
+    own = config.optimizer.muon_num_ns_steps if config.parallel.engine == "megatron" else NEWTON_SCHULZ_STEPS
+    steps = s.preconditioner.muon_steps or own
     features = s.sketch.alignment == "features" or s.redundancy.scale != "off"
     for x in model.scored(s):
         rows, columns = x.shape
@@ -216,10 +218,13 @@ def _gram_steps(small: int, steps: int) -> float:
     return 2.0 * small**3 * (steps + (steps - 1) + 2 * (steps - 1))
 
 
-def _update(model: ModelLayout, optimizer: str) -> float:
+def _update(config: RunConfig, model: ModelLayout) -> float:
     total = ELEMENTWISE_UPDATE * model.local_size()
-    if optimizer == "muon":
+    if config.optimizer.name == "muon":
         for x in model.linear:
             small, large = min(x.shape), max(x.shape)
-            total += 4.0 * small**2 * large + _gram_steps(small, NEWTON_SCHULZ_STEPS)
+            if config.parallel.engine == "megatron":  # each step forms X X^T, its square, and multiplies X by them
+                total += config.optimizer.muon_num_ns_steps * (4.0 * small**2 * large + 2.0 * small**3)
+            else:
+                total += 4.0 * small**2 * large + _gram_steps(small, NEWTON_SCHULZ_STEPS)
     return total

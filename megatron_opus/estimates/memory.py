@@ -87,13 +87,15 @@ def _of_stage(
     kept = in_flight(layout, number, t.global_batch_size // (layout.micro_batch_size * layout.dp))
     forward = saved(config, len(model.blocks), layout, tokens, frozen=False, kept=kept)
     forward += passing(config, model, layout, tokens, frozen=False)
-    matrices = _scored(config, model, layout)
+    matrices, sketches = _scored(config, model, layout), 0.0
+    if config.selection.scores_gradients:
+        sketches = _sketches(config, [m[:2] for m in matrices]) + _multipliers(config, model, layout)
     return MemoryEstimate(
         stage=_named(model, number, layout),
         weights=state.weights,
         optimizer=state.optimizer,
         gradients_kept=state.kept,
-        sketches=_sketches(config, [m[:2] for m in matrices], layout) if config.selection.scores_gradients else 0.0,
+        sketches=sketches,
         overhead=OVERHEAD[device],
         startup=state.startup,
         training=state.gathered + state.gradients + forward,
@@ -128,7 +130,7 @@ def _scored(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> li
     return [(rows, columns, seen(p)) for p, (rows, columns) in zip(mine, shapes, strict=True)]
 
 
-def _sketches(config: RunConfig, matrices: list[tuple[int, int]], layout: ParallelLayout) -> float:
+def _sketches(config: RunConfig, matrices: list[tuple[int, int]]) -> float:
     """Count the bytes of the scored matrices' projections, and of the proxy's gradient as the alignment needs it.
 
     A CPU keeps a bucket and a sign of each row and column, an accelerator matrices as wide as the sketched side; a
@@ -141,20 +143,30 @@ def _sketches(config: RunConfig, matrices: list[tuple[int, int]], layout: Parall
         total += sum(8.0 * side * (rows + columns) for rows, columns in matrices)
     else:
         total += sum(24.0 * (rows + columns) for rows, columns in matrices)
+    halves = 1 + config.selection.controller.enabled  # the whole proxy's, and those of one half
     if k.alignment == "one_sided":
         # the sketched side; then the gradient with the other side, before and after its preconditioner
-        total += sum(4.0 * k.one_sided_dim * (2 * rows + 2 * columns) for rows, columns in matrices)
+        total += sum(4.0 * halves * k.one_sided_dim * (2 * rows + 2 * columns) for rows, columns in matrices)
         if config.selection.proxy_momentum:  # its average, and the average's new value beside it
             total += sum(4.0 * k.one_sided_dim * (rows + columns) for rows, columns in matrices)
     if k.alignment == "direction":
-        total += sum(8.0 * rows * columns for rows, columns in matrices)
+        total += sum(8.0 * halves * rows * columns for rows, columns in matrices)
     if config.selection.preconditioner.form == "exact":
         total += max((12.0 * rows * columns for rows, columns in matrices), default=0.0)
-    if config.optimizer.name == "muon" and config.selection.preconditioner.kind in ("auto", "muon"):
-        # the frozen multipliers of the matrices that this rank owns, and the temporaries of one
-        total += sum(4.0 * min(r, c) ** 2 for r, c in matrices) / layout.dp
-        total += max((16.0 * min(r, c) ** 2 + 8.0 * r * c for r, c in matrices), default=0.0)
     return total
+
+
+def _multipliers(config: RunConfig, model: ModelLayout, layout: ParallelLayout) -> float:
+    """Count the bytes of Muon's frozen multipliers of the matrices that this rank owns, and the temporaries of one."""
+    o = config.optimizer
+    if o.name != "muon" or config.selection.preconditioner.kind not in ("auto", "muon"):
+        return 0.0
+    whole = layout.engine == "megatron" and o.muon_tp_mode != "blockwise"  # of all tensor-parallel ranks
+    held = {p.name for p in model.held_by(0)}
+    scored = [p for p in model.scored(config.selection) if p.name in held]
+    shapes = [p.shape if whole else model.local_shape(p.name) for p in scored]
+    total = sum(4.0 * min(shape) ** 2 for shape in shapes) / layout.dp
+    return total + max((16.0 * min(shape) ** 2 + 8.0 * math.prod(shape) for shape in shapes), default=0.0)
 
 
 def _scoring(

@@ -15,9 +15,10 @@ tokens of a sequence, e bytes of an activation:
     sequence parallel   e T (n + p) w / TP for the scattered factor of each matrix, w its projected width; for
                         candidates its whole width where Muon's multiplier stands on that side
 
-`second moments` and Muon's are sent every `refresh_every` steps, `proxy` every `proxy_refresh_every`. Nothing grows
-with the number of parameters but `exact`, `direction` and Muon's momentum at ZeRO 3. The tests compare this with what
-the scoring pass counts (tests/scoring/test_sharded.py).
+`second moments` and Muon's are sent every `refresh_every` steps, `proxy` every `proxy_refresh_every`. With
+`selection.controller` the proxy is sent in halves, each as large, and every alignment twice. Nothing grows with the
+number of parameters but `exact`, `direction` and Muon's momentum at ZeRO 3. The tests compare this with what the
+scoring pass counts (tests/scoring/test_sharded.py).
 """
 
 from __future__ import annotations
@@ -70,12 +71,14 @@ def scoring_traffic(config: RunConfig, layout: ParallelLayout) -> dict[str, floa
             sent["proxy"] += 4.0 * min(k.one_sided_dim, whole) * cut * over_dp
     else:
         sent["proxy"] = 4.0 * total * over_dp
-    sent["proxy"] += 4.0 * over_dp
+    halves = 1 + s.controller.enabled
+    sent["proxy"] = halves * (sent["proxy"] + 4.0 * over_dp)
     sent["candidates"] = (4.0 * n * features if wanted else 0.0) * over_tp
-    sent["candidates"] += (8.0 * n if k.alignment != "features" else 0.0) * over_tp
-    sent["scores"] = (12.0 * n + 4.0 * n * features * redundancy) * over_dp * together
+    sent["candidates"] += (8.0 * halves * n if k.alignment != "features" else 0.0) * over_tp
+    score = 4.0 + 8.0 * halves
+    sent["scores"] = (score * n + 4.0 * n * features * redundancy) * over_dp * together
     seen = config.buffer_size if s.scope == "global" else n
-    sent["agreement"] = (12.0 * seen + 8.0 * seen**2 * redundancy) * (over_dp * together + over_tp)
+    sent["agreement"] = (score * seen + 8.0 * seen**2 * redundancy) * (over_dp * together + over_tp)
     if config.parallel.sequence_parallel and tp > 1:
         e = 2 if config.training.precision == "bf16" else 4
         tokens = config.scored_length

@@ -286,11 +286,12 @@ def recipe_layout(config: RunConfig, tp_size: int | None = None) -> ModelLayout:
 def scored_blocks(blocks: Sequence[int], which: str) -> tuple[int, ...]:
     """Choose the blocks that `selection.scored_layers` names out of ascending numbers.
 
-    Of blocks 0 to 5, `all` gives all, `last:2` gives 4 and 5, and `every:2`, counted from the last, gives 5, 3 and 1.
+    Of blocks 0 to 5, `all` gives all, `none` gives none, `last:2` gives 4 and 5, and `every:2`, counted from the last,
+    gives 5, 3 and 1.
     """
     kind, _, number = which.partition(":")
     count = int(number or 1)
-    return tuple({"last": blocks[-count:], "every": blocks[::-1][::count]}.get(kind, blocks))
+    return tuple({"none": (), "last": blocks[-count:], "every": blocks[::-1][::count]}.get(kind, blocks))
 
 
 def block_number(name: str) -> int | None:

@@ -84,7 +84,9 @@ def check(
                 hint += f"; to train on at optimizer.min_lr, set optimizer.lr_decay_steps={steps}"
             else:
                 hint += " with rate 0; a run that is to go on longer needs optimizer.min_lr above 0 from its start"
-        raise CheckpointError(f"checkpoint {path} belongs to another run; these must be equal:\n{lines}{hint}")
+        raise CheckpointError(
+            f"checkpoint {path} belongs to another run, says its {MARKER}; these must be equal:\n{lines}{hint}"
+        )
     versions = [f"{k} {v} (now {_versions().get(k)})" for k, v in marker["versions"].items() if _versions().get(k) != v]
     if versions:
         warnings.warn(

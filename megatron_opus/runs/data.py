@@ -31,4 +31,8 @@ def open_corpus(recipe: RunConfig, say: Say, *, whole: bool = False, share: tupl
         say(f"verified the contents of the data: {size:.2f} GiB in {seconds:.1f} s, on this rank")
     for entry in corpus.summary():
         say(f"data: {entry['role']} {entry['name']}: {entry['tokens']:,} tokens, {entry['sequences']:,} sequences")
+    if (shares := corpus.proxy_shares()) and len(shares) > 1:
+        said = ", ".join(f"{name} {share:.2g}" for name, share in sorted(shares.items(), key=lambda x: -x[1]))
+        why = "data.proxy_weights" if recipe.data.proxy_weights else "by their number; data.proxy_weights: none"
+        say(f"proxy: {said} of its sequences ({why})")
     return corpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,3 +85,14 @@ def require_dense(value: Any, what: str) -> None:
         kind = "one on the meta device, which has no values"
     if kind:
         raise ConfigError(f"{what}: expected a dense tensor, got {kind}")
+
+
+def check_proxy(proxies: Sequence[Batch]) -> None:
+    """Raise ConfigError for proxy sequences without any token that counts in their `proxies`, one for each window."""
+    counted = torch.stack([x.loss_mask.sum(1) for x in proxies]).sum(0)
+    empty = (counted == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ConfigError(
+            f"proxy sequences {empty[:8]} have no token that counts in their scoring window; raise "
+            "selection.score_length or leave such sequences out of the proxy"
+        )

@@ -36,6 +36,7 @@ SELECTIONS = {
     "last:1": SelectionConfig(scored_layers="last:1"),
     "every:2": SelectionConfig(scored_layers="every:2"),
     "both ends": SelectionConfig(score_embedding=True, score_output_layer=True),
+    "the ends alone": SelectionConfig(scored_layers="none", score_embedding=True, score_output_layer=True),
 }
 
 
@@ -123,6 +124,7 @@ def test_blocks_are_counted_from_the_last() -> None:
     """Guards against scoring the blocks farthest from the loss, and against numbers that start anew in every stage."""
     assert scored_blocks(range(6), "all") == (0, 1, 2, 3, 4, 5)
     assert scored_blocks(range(6), "last:2") == (4, 5)
+    assert scored_blocks(range(6), "none") == ()
     assert scored_blocks(range(6), "every:2") == (5, 3, 1)
     assert scored_blocks((6, 7, 8), "last:1") == (8,)
 

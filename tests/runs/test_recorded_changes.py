@@ -28,6 +28,17 @@ def test_the_mixture_may_change_and_is_told():
     assert [key for key, _, _ in settings_that_differ(saved, other)] == ["optimizer.lr"]
 
 
+def test_another_target_is_another_run():
+    """Guards against a run whose target changes in the middle, while averages and shares keep what the old one left."""
+    saved = to_dict(from_dict({**SMALL, "data": {"proxy_weights": {"a": 1.0, "b": 2.0}}}))
+    assert settings_that_differ(saved, from_dict(SMALL)) == [
+        ("data.proxy_weights.a", 1.0, "absent"),
+        ("data.proxy_weights.b", 2.0, "absent"),
+    ]
+    del saved["data"]["proxy_weights"]
+    assert settings_that_differ(saved, from_dict(SMALL)) == []
+
+
 def test_settings_that_are_new_since_are_at_their_defaults():
     """Guards against a release after which no older run can be resumed, and one that resumes it with other settings."""
     saved = to_dict(from_dict(SMALL))
