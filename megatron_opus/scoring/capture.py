@@ -299,8 +299,8 @@ class Capture:
             sums.phi[rows, sums.columns(matrix)].add_(phi, alpha=kappa)
         if part.aligned:
             # sum over tokens and columns in float32, over layers in float64
-            dots = torch.linalg.vecdot(kept[..., a:].float(), projected[..., b:].float()).sum(1)
-            sums.align[rows].add_(dots, alpha=kappa)
+            dots = torch.linalg.vecdot(*_apart(part, kept[..., a:], projected[..., b:])).sum(1)
+            sums.align[rows, part.column : part.column + part.alignments].add_(dots, alpha=kappa)
 
     def _reduce_rows(self, index: int, part: Part, kept: Tensor, projected: Tensor, sequences: Tensor) -> None:
         """Reduce the factors [rows, w] of an expert, whose rows belong to `sequences` [rows] of the micro-batch."""
@@ -331,13 +331,19 @@ class Capture:
             columns = sums.columns(matrix)
             sums.phi[:, columns].index_add_(0, found, phi, alpha=kappa)
         if part.aligned:
-            dots = torch.linalg.vecdot(kept[:, a:].float(), projected[:, b:].float())
-            sums.align.index_add_(0, rows, dots.double(), alpha=kappa)
+            dots = torch.linalg.vecdot(*_apart(part, kept[:, a:], projected[:, b:]))
+            columns = slice(part.column, part.column + part.alignments)
+            sums.align[:, columns].index_add_(0, rows, dots.double(), alpha=kappa)
 
     def _add_gradient(self, index: int, value: Tensor) -> None:
         matrix = self._matrix_of[index]
         previous = self._sums.gradients[matrix]
         self._sums.gradients[matrix] = value if previous is None else previous.add_(value)
+
+
+def _apart(part: Part, *factors: Tensor) -> list[Tensor]:
+    """Return factors [.., alignments * w] as [.., alignments, w] float32."""
+    return [x.float().unflatten(-1, (part.alignments, -1)) for x in factors]
 
 
 def _sequences(layer: ScoredLayer, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Legend: O / I are the rows / columns that this rank holds, s is the one-sided di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Part:
     operator: Operator | None = None  # features
     widths: tuple[int, int] | None = None  # columns of kept and projected that are the operator's; None: all
     aligned: bool = False  # the columns after those are multiplied and summed
+    alignments: int = 1  # so many equal parts of these columns are summed apart: with the proxy, with half of it
+    column: int = 0  # the first of these alignments in the sums
     gradient: bool = False
     probe: bool = False  # the gradient of one sequence between two random sides, to be verified
     own: bool = False  # the projections are this tensor-parallel rank's own: tokens scattered over ranks come first
@@ -55,8 +57,12 @@ class Part:
 class Plan:
     """Make the parts of every matrix: for the proxy first, and with what it gave for the candidates."""
 
-    def __init__(self, matrices: Sequence[ScoredLayer], config: SketchConfig, device: torch.device) -> None:
+    def __init__(
+        self, matrices: Sequence[ScoredLayer], config: SketchConfig, device: torch.device, *, target: str = "gradient"
+    ) -> None:
+        """`target`: what the alignment is measured against, the proxy's gradient g_V or its own `update`, P g_V."""
         self.alignment, self._one_sided_dim = config.alignment, config.one_sided_dim
+        self._updates = target == "update"
         self.operators = [
             build_sketch(config, name=x.name, d_out=x.d_out, d_in=x.d_in, rows=x.rows, cols=x.cols, device=device)
             for x in matrices
@@ -100,49 +106,62 @@ class Plan:
         return rows, cols
 
     def candidates(
-        self, preconditioners: Preconditioners, gradients: Sequence[Tensor] | None, features: bool
+        self,
+        preconditioners: Preconditioners,
+        gradients: Sequence[Tensor] | None,
+        features: bool,
+        half: Sequence[Tensor] | None = None,
     ) -> list[list[Part]]:
         """Return the candidates' parts, which hold the preconditioner of the coming step except its kappa.
 
         gradients are what the proxy's `gradient` parts gave, averaged over the proxy; they are needed when `direct`.
+        half is the same of half of the proxy, where the alignment with that is wanted too.
         features says whether phi is wanted, for the alignment or for the interaction. The call is collective, as
         `Preconditioners.compose` is.
         """
         requests: list[tuple[int, Side, Projection]] = []
+        measured = [x for x in (gradients, half) if x is not None]
+        if self._updates:  # <P G, P g_V>: P's sides twice, its factor in what is compared
+            measured = [[preconditioners.kappa(i) * x for i, x in enumerate(found)] for found in measured]
         if features:
             for i, operator in enumerate(self.operators):
                 requests += [(i, "cols", operator.cols), (i, "rows", operator.rows)]
+        ours = len(requests)
         if self.alignment == "one_sided":
-            assert gradients is not None
-            for i, (x, side) in enumerate(zip(self.matrices, self._sides, strict=True)):
-                if x.cut == "rows":
-                    requests += [(i, "cols", side), (i, "rows", gradients[i])]
-                else:
-                    requests += [(i, "cols", gradients[i].mT), (i, "rows", side)]
-        composed = iter(preconditioners.compose(requests))
+            for one in measured:
+                for i, (x, side) in enumerate(zip(self.matrices, self._sides, strict=True)):
+                    if x.cut == "rows":
+                        requests += [(i, "cols", side), (i, "rows", one[i])]
+                    else:
+                        requests += [(i, "cols", one[i].mT), (i, "rows", side)]
+        found_sides = preconditioners.compose(requests)
+        if self._updates:
+            again = [(i, side, x) for (i, side, _), x in zip(requests[ours:], found_sides[ours:], strict=True)]
+            found_sides[ours:] = preconditioners.compose(again)
+        composed = iter(found_sides)
         parts: list[list[Part]] = [[] for _ in self.matrices]
         if features:
             for i, operator in enumerate(self.operators):
                 own = preconditioners.of_shard(i)
                 parts[i].append(Part(kept=next(composed), projected=next(composed), operator=operator, own=own))
-        if self.alignment == "one_sided":
+        for number, one in enumerate(measured):
             for i, found in enumerate(parts):
-                own = preconditioners.of_shard(i)
-                aligned = Part(kept=next(composed), projected=next(composed), aligned=True, own=own)
-                joined = _joined(found[0], aligned) if found else None
-                found[:] = [*found, aligned] if joined is None else [joined]
-        elif self.alignment == "direction":
-            assert gradients is not None
-            for i, found in enumerate(parts):
-                found.append(self._direction(i, preconditioners, gradients[i]))
+                if self.alignment == "direction":
+                    aligned = self._direction(i, preconditioners, one[i])
+                else:
+                    own = preconditioners.of_shard(i)
+                    aligned = Part(kept=next(composed), projected=next(composed), aligned=True, own=own)
+                joined = _joined(found[-1], aligned) if found else None
+                found[-1:] = [*found[-1:], replace(aligned, column=number)] if joined is None else [joined]
         return parts
 
     def _direction(self, index: int, preconditioners: Preconditioners, gradient: Tensor) -> Part:
-        multiplier = preconditioners.multiplier(index)
-        if multiplier is not None:
-            w = gradient * multiplier
-        else:
-            (left,) = preconditioners.compose([(index, "rows", gradient)])
+        multiplier, w = preconditioners.multiplier(index), gradient
+        for _ in range(2 if self._updates else 1):
+            if multiplier is not None:
+                w = w * multiplier
+                continue
+            (left,) = preconditioners.compose([(index, "rows", w)])
             assert isinstance(left, Tensor)
             (right,) = preconditioners.compose([(index, "cols", left.mT)])
             assert isinstance(right, Tensor)
@@ -150,17 +169,18 @@ class Plan:
         return Part(kept=None, projected=w, aligned=True, own=True)
 
 
-def _joined(features: Part, aligned: Part) -> Part | None:
-    """Join two parts into one; None where one of their projections is not a matrix."""
-    found = (features.kept, aligned.kept, features.projected, aligned.projected)
+def _joined(first: Part, aligned: Part) -> Part | None:
+    """Join features with an alignment, or an alignment to others; None where a projection is not a matrix."""
+    found = (first.kept, aligned.kept, first.projected, aligned.projected)
     matrices = [p for p in found if isinstance(p, Tensor) and p.dim() == 2]
     if len(matrices) < len(found):
         return None
-    return Part(
+    return replace(
+        first,
         kept=torch.cat(matrices[:2], 1),
         projected=torch.cat(matrices[2:], 1),
-        operator=features.operator,
-        widths=(matrices[0].shape[1], matrices[2].shape[1]),
+        widths=first.widths if first.aligned else (matrices[0].shape[1], matrices[2].shape[1]),
         aligned=True,
+        alignments=first.alignments + 1 if first.aligned else 1,
         own=aligned.own,
     )

@@ -6,6 +6,7 @@ Under data parallelism every rank scores its own share of the candidates and of 
                 or, when the alignment is one_sided or direct, the gradients themselves: all-reduce over dp
     candidates  phi [n, F]: one all-reduce over tp
     align [n]   from phi and psi, or one all-reduce over tp; gathered over dp
+                [n, 2] with that of half of the proxy, where selection.controller asks for it
     context     the tokens of a sequence lie on several ranks: all sums over tp run over cp as well, those over dp of
                 gradients too; the mean loss is divided by the tokens of the whole sequence
     experts     tokens of n sequences on each of `shares` data-parallel ranks meet on the ranks that hold the experts:
@@ -29,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opus.config import ConfigError, SelectionConfig
+from megatron_opus.config import SelectionConfig
 from megatron_opus.layout.coverage import Coverage
-from megatron_opus.scoring.batches import Vocabulary, checked
+from megatron_opus.scoring.batches import Vocabulary, check_proxy, checked
 from megatron_opus.scoring.capture import Capture, CaptureError
 from megatron_opus.scoring.collectives import Traffic, all_gather, all_reduce, all_reduce_many, broadcast
 from megatron_opus.scoring.fp8 import Fp8
@@ -76,8 +77,7 @@ class ScoringPass:
         `verify` lets the first call compare what the hooks see of one candidate with autograd's own gradients (see
         verify.py); None leaves that out. `coverage` is repeated in every result. `vocabulary` bounds the ids.
         """
-        self.traffic = Traffic()
-        self.layers = list(layers)
+        self.traffic, self.layers = Traffic(), list(layers)
         self._runner, self._config = runner, config
         self._groups, self._device = groups, device
         self._fp8 = Fp8(runner.chunks) if config.score_precision == "fp8" else None
@@ -85,7 +85,7 @@ class ScoringPass:
         slots: dict[tuple[int, int | None], int] = {}
         self._matrix_of = [slots.setdefault((id(x.weight), x.part), len(slots)) for x in layers]
         matrices = [layers[self._matrix_of.index(i)] for i in range(len(slots))]
-        self._plan = Plan(matrices, config.sketch, device)
+        self._plan = Plan(matrices, config.sketch, device, target=config.target)
         self.preconditioners = Preconditioners(matrices, state, config.preconditioner, groups, self.traffic, device)
         self._dims = [operator.dim for operator in self._plan.operators]
         numbers: dict[str, int] = {}  # slots: a matrix, or all experts of a layer
@@ -94,8 +94,11 @@ class ScoringPass:
         self._stages = StageSums(
             [x.name for x in matrices], self._dims, shapes, config.sketch.scope, groups, self.traffic, device
         )
-        self._psi: Tensor | None = None  # of the last proxy batch, averaged over it
-        self._gradients: list[Tensor] | None = None
+        # of the last proxy batch, averaged over it: psi alone, or the gradient of each matrix
+        self._proxy: list[Tensor] | None = None
+        self._halves = config.controller.enabled  # whether candidates are measured against half of the proxy, too
+        self._half: list[Tensor] | None = None
+        self._half_share = 0.0  # of the proxy sequences
         self._proxy_age = 0
         self._parts: tuple[bool, list[list[Part]]] | None = None
         self._average = ProxyAverage(config.proxy_momentum, groups, self._stages, self.traffic, device)
@@ -110,8 +113,7 @@ class ScoringPass:
     @property
     def proxy_due(self) -> bool:
         """Whether the next pass reads its proxy batch; it is ignored otherwise (`proxy_refresh_every`)."""
-        known = self._psi is not None or self._gradients is not None
-        return not known or self._proxy_age >= self._config.proxy_refresh_every
+        return self._proxy is None or self._proxy_age >= self._config.proxy_refresh_every
 
     def __call__(
         self,
@@ -146,7 +148,8 @@ class ScoringPass:
         self._proxy_age += 1
         features = interaction or not direct
         if refreshed or self._parts is None or self._parts[0] != features:
-            self._parts = (features, self._plan.candidates(self.preconditioners, self._gradients, features))
+            known = (self._proxy, self._half) if direct else (None, None)
+            self._parts = (features, self._plan.candidates(self.preconditioners, known[0], features, known[1]))
         probing = self._verifier is not None and not self._verifier.result
         chosen = self._verifier.choose(windows[0]) if self._verifier is not None and probing else None
         probed = chosen if self._fp8 is None else None
@@ -157,8 +160,9 @@ class ScoringPass:
         if direct:
             align = self._stages.total(self._of_all_tokens(sums, sums.align, len(candidates)))
         else:
-            assert self._psi is not None
-            align = self._stages.from_features(utility.alignment(phi, self._psi))
+            assert self._proxy is not None
+            psis = [*self._proxy, *(self._half or [])]
+            align = self._stages.from_features(torch.stack([utility.alignment(phi, psi) for psi in psis], 1))
         losses = self._stages.of_last(all_reduce(losses, groups.cp, traffic))
         over = groups.dp if self._config.scope == "global" else None
         align, losses = (all_gather(x, over, traffic) for x in (align, losses))
@@ -169,12 +173,18 @@ class ScoringPass:
         for value in (align, losses, inter):
             if value is not None:
                 broadcast(broadcast(broadcast(value, over, traffic), groups.cp, traffic), groups.tp, traffic)
+        halves = None
+        if self._halves:
+            rest = (align[:, 0] - self._half_share * align[:, 1]) / (1 - self._half_share)
+            halves = torch.stack([align[:, 1], rest], 1).cpu()
+        align = align[:, 0].contiguous()
         load = self._expert_load(sums, len(candidates), together=over is not None)
         finite = torch.isfinite(align) & torch.isfinite(losses)
         if inter is not None:
             finite &= torch.isfinite(inter.diagonal())
         return Signals(
             alignment=align.cpu(),
+            halves=halves,
             interaction=None if inter is None else inter.cpu(),
             loss=losses.double().cpu(),
             finite=finite.cpu(),
@@ -190,7 +200,7 @@ class ScoringPass:
     def invalidate(self) -> None:
         """Forget what may be older than this step. Called when a checkpoint is written: a resumed run has no cache."""
         self.preconditioners.invalidate()
-        self._psi, self._gradients, self._parts = None, None, None
+        self._proxy, self._half, self._parts = None, None, None
 
     def state_dict(self) -> dict[str, Any]:
         """The proxy average of every pipeline stage, the only thing that outlives `invalidate`. Collective."""
@@ -201,9 +211,30 @@ class ScoringPass:
         self._average.load_state_dict(state)
 
     def _read_proxy(self, proxies: Sequence[Batch], counted: int) -> None:
-        """psi, or the proxy's (half sketched) gradient of each matrix: the mean over all ranks' proxy sequences."""
-        _check_proxy(proxies)
+        """Read psi, or the proxy's (half sketched) gradient of each matrix: the mean over all ranks' proxy sequences.
+
+        Where half of the proxy is wanted on its own, the halves are read one after the other.
+        """
+        check_proxy(proxies)
         self._proxy_age = 0
+        shares, n = [(proxies, counted)], len(proxies[0])
+        if self._halves and n > 1:
+            cut = (n + 1) // 2
+            shares = [
+                ([x.rows(0, cut) for x in proxies], min(cut, counted)),
+                ([x.rows(cut, n) for x in proxies], max(0, counted - cut)),
+            ]
+        elif self._halves:  # one sequence on each rank: every second rank's is the first half
+            first = self._groups.dp_rank % 2 == 0
+            shares = [(proxies, counted if first else 0), (proxies, 0 if first else counted)]
+        sums, counts = zip(*(self._proxy_sum(part, number) for part, number in shares), strict=True)
+        total = sum(counts[1:], counts[0])
+        self._proxy = self._average([sum(x[1:], x[0]) / total for x in zip(*sums, strict=True)])
+        if self._halves:
+            self._half, self._half_share = [x / counts[0] for x in sums[0]], float(counts[0] / total)
+
+    def _proxy_sum(self, proxies: Sequence[Batch], counted: int) -> tuple[list[Tensor], Tensor]:
+        """Return the sums over the first `counted` of all ranks' proxy sequences, and how many these are."""
         groups, traffic, plan = self._groups, self.traffic, self._plan
         _, sums = self._read(proxies, plan.proxy(), not plan.direct, candidate=False, counted=counted)
         total = all_reduce(torch.tensor([float(counted)], device=self._device), groups.dp, traffic)
@@ -211,8 +242,7 @@ class ScoringPass:
             # a sum over all tokens, wherever they were read
             psi = all_reduce(all_reduce(sums.psi, groups.tp, traffic), groups.cp, traffic)
             psi = all_reduce(psi, groups.dp, traffic)
-            (self._psi,) = self._average([self._stages.features(psi / total, sums.all_columns())])
-            return
+            return [self._stages.features(psi, sums.all_columns())], total
         # None: a matrix that another tensor-parallel rank counts
         gradients = [
             torch.zeros(plan.gradient_shape(i), dtype=torch.float32, device=self._device) if found is None else found
@@ -224,7 +254,7 @@ class ScoringPass:
         own_tokens = [g for g, x in zip(gradients, matrices, strict=True) if x.own_tokens]
         all_reduce_many(own_tokens, groups.tp, traffic)
         self._stages.gradients(gradients)
-        self._gradients = self._average([x / total for x in gradients])
+        return gradients, total
 
     def _read(
         self,
@@ -279,6 +309,7 @@ class ScoringPass:
             features=features,
             width=self._stages.width,
             shares=self._groups.shares,
+            alignments=1 + self._halves,
         )
 
     def _expert_load(self, sums: Sums, count: int, *, together: bool) -> Tensor | None:
@@ -367,13 +398,3 @@ class ScoringPass:
             except CaptureError as error:
                 raise verifier.difference(f"read alone, {error}") from error
             raise verifier.explained(again, micro_batch=size)
-
-
-def _check_proxy(proxies: Sequence[Batch]) -> None:
-    counted = torch.stack([x.loss_mask.sum(1) for x in proxies]).sum(0)
-    empty = (counted == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ConfigError(
-            f"proxy sequences {empty[:8]} have no token that counts in their scoring window; raise "
-            "selection.score_length or leave such sequences out of the proxy"
-        )

@@ -14,13 +14,13 @@ from megatron_opus.scoring.projections import Part
 class Sums:
     """Add up what a pass reads on this rank. The sums are partial: those of tensor-parallel ranks are added later.
 
-    Of the n candidates, phi [n, F] float32 are the features and align [n] float64 the alignment. Of the proxy, psi [F]
-    float32 is the sum of the features over its sequences, and gradients [rows, columns] float32 is such a sum for each
-    matrix. F is the sum of the slots' sketch dimensions (scope `layer`) or their maximum (scope `model`: all share one
-    sketch). A slot is one matrix, or all experts of a layer, which share a sketch with independent hashes. Three slots
-    of 8192 give F = 24576 or 8192.
+    Of the n candidates, phi [n, F] float32 are the features, and align [n, 1] float64 is the alignment, or [n, 2] with
+    that of half of the proxy. Of the proxy, psi [F] float32 is the sum of the features over its sequences, and
+    gradients [rows, columns] float32 is such a sum for each matrix. F is the sum of the slots' sketch dimensions (scope
+    `layer`) or their maximum (scope `model`: all share one sketch). A slot is one matrix, or all experts of a layer,
+    which share a sketch with independent hashes. Three slots of 8192 give F = 24576 or 8192.
 
-    Experts see sequences of `shares` data-parallel ranks: phi is then [shares * n, F] and align [shares * n], of which
+    Experts see sequences of `shares` data-parallel ranks: phi is then [shares * n, F], align has as many rows, of which
     n rows are this rank's own.
     """
 
@@ -35,6 +35,7 @@ class Sums:
         features: bool = True,
         width: int = 0,
         shares: int = 1,
+        alignments: int = 1,
     ) -> None:
         """`slots` numbers the slot of each matrix, ascending from 0 at their first use. `width` is at least the F of
         scope `model`: other pipeline stages may have larger matrices."""
@@ -45,7 +46,7 @@ class Sums:
         total = (sum(widest) if scope == "layer" else max([width, *dims])) if features else 0
         self.phi = torch.zeros(shares * n, total, dtype=torch.float32, device=device)
         self.psi = torch.zeros(total, dtype=torch.float32, device=device)
-        self.align = torch.zeros(shares * n, dtype=torch.float64, device=device)
+        self.align = torch.zeros(shares * n, alignments, dtype=torch.float64, device=device)
         self.load: dict[int, Tensor] = {}  # of each layer of experts, [n, experts]: tokens of the candidates
         self.probes: dict[int, Tensor] = {}  # of each matrix, [k, k] float32: see verify.py
         self.epsilon = 0.0  # relative rounding error of the least precise activations that were seen

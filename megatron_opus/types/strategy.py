@@ -19,6 +19,7 @@ class Signals:
     """What the scoring pass found out about the N candidates; identical on every rank. float64, on the CPU."""
 
     alignment: Tensor | None = None  # [N]    <P G(z), g_V>
+    halves: Tensor | None = None  # [N, 2] the alignment with each half of the proxy; for selection.controller alone
     interaction: Tensor | None = None  # [N, N] <P G(z), P G(j)>
     loss: Tensor | None = None  # [N]    mean token loss
     finite: Tensor | None = None  # [N] bool; False: the candidate gave NaN/Inf factors and must not be drawn

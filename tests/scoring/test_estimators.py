@@ -14,6 +14,7 @@ from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.model.plain_layers import plain_layers
 from megatron_opus.config import (
     ConfigError,
+    ControllerConfig,
     DataConfig,
     ModelConfig,
     PreconditionerConfig,
@@ -26,7 +27,7 @@ from megatron_opus.config import (
 from megatron_opus.scoring.scoring_pass import ScoringPass
 from megatron_opus.scoring.windows import window_starts
 from megatron_opus.selection import reference
-from megatron_opus.types import Fragment, Groups, MuonHyper, ScoredLayer
+from megatron_opus.types import Groups
 
 N, K_P = 6, 3
 
@@ -274,6 +275,30 @@ def test_a_proxy_is_read_every_so_many_steps(alignment):
     assert scorer(candidates, proxy).proxy_read
 
 
+@pytest.mark.parametrize("alignment", ["features", "one_sided", "direction"])
+@pytest.mark.parametrize("target", ["gradient", "update"])
+def test_both_halves_of_the_proxy_are_measured_apart(alignment, target):
+    """Fault: a half that is divided by all sequences, sequences in both halves, or a whole that the halves change."""
+    if target == "update" and alignment == "features":
+        pytest.skip("refused: features hold one preconditioner")
+    model, opt, candidates, proxy = setup()
+    config = SelectionConfig(
+        sketch=SketchConfig(alignment=alignment),
+        redundancy=RedundancyConfig(scale="off"),
+        score_length=16,
+        target=target,
+    )
+    halving = dataclasses.replace(config, controller=ControllerConfig(enabled=True))
+    found = megatron_opus.score(model, candidates, proxy, opt, config=halving)
+    parts = [proxy.rows(0, 2), proxy.rows(2, 3)]
+    alone = [megatron_opus.score(model, candidates, part, opt, config=config).alignment for part in parts]
+    whole = megatron_opus.score(model, candidates, proxy, opt, config=config)
+    assert relative(found.halves, torch.stack(alone, 1)) < 1e-5
+    assert relative(found.alignment, whole.alignment) < 1e-6
+    assert relative(alone[0], alone[1]) > 0.1
+    assert whole.halves is None
+
+
 def test_bf16_scoring_ranks_like_float32():
     """Fault: factors of another dtype than the projections, or bf16 leaking into the model's parameters."""
     model, opt, candidates, proxy = setup()
@@ -283,62 +308,6 @@ def test_bf16_scoring_ranks_like_float32():
     assert torch.corrcoef(torch.stack([full.alignment, half.alignment]))[0, 1] > 0.999
     assert not torch.equal(full.alignment, half.alignment)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-
-
-class MuonState:
-    """Momenta and hyper-parameters as a Muon optimizer keeps them, whole, in one process."""
-
-    sharded_over_dp = False
-
-    def __init__(self, layers: list[ScoredLayer]) -> None:
-        generator = torch.Generator().manual_seed(8)
-        self.q = {x.name: 1e-3 * torch.randn(x.weight.shape, generator=generator) for x in layers}
-        self.names = {id(x.weight): x.name for x in layers}
-
-    def hypers(self, weights, geometry="auto"):
-        return [
-            MuonHyper(
-                lr=0.02,
-                momentum=0.95,
-                nesterov=True,
-                scale=max(1.0, w.shape[0] / w.shape[1]) ** 0.5,
-                coefficients=((3.4445, -4.7750, 2.0315),) * 5,
-                step=2,
-            )
-            for w in weights
-        ]
-
-    def second_moment(self, weight):
-        raise AssertionError("Muon has none")
-
-    def momentum(self, weight):
-        return [Fragment(start=0, values=self.q[self.names[id(weight)]].flatten())]
-
-
-@pytest.mark.parametrize(
-    ("alignment", "operator"),
-    [("features", "two_sided"), ("features", "materialise"), ("one_sided", "two_sided"), ("direction", "two_sided")],
-)
-def test_muon_geometry_agrees_with_the_oracle(alignment, operator):
-    """Fault: Muon's momentum read nowhere, and the layer scored with the identity and without a rate (defect 3)."""
-    model, _, candidates, proxy = setup()
-    layers = plain_layers(model)
-    state, weights = MuonState(layers), {x.name: x.weight for x in layers}
-    hypers = dict(zip(weights, state.hypers(list(weights.values())), strict=True))
-    gradients = [
-        reference.per_sequence_gradients(lambda b: token_losses(model, b), batch, weights)
-        for batch in (candidates, proxy)
-    ]
-    align, inter = reference.scores(*gradients, reference.muon_preconditioner(state.q, hypers))
-    config = select(alignment, operator=operator)
-    scorer = ScoringPass(runner_of(model), layers, state, config, groups=Groups(), device=CPU)
-    found = scorer(candidates, proxy)
-    assert found.geometry == "muon"
-    assert relative(found.alignment, align) < (2e-2 if operator == "materialise" else 1e-4)
-    assert relative(found.interaction, inter) < (2e-2 if operator == "materialise" else 1e-4)
-    one_step = dataclasses.replace(config, preconditioner=PreconditionerConfig(muon_steps=1))
-    scorer = ScoringPass(runner_of(model), layers, state, one_step, groups=Groups(), device=CPU)
-    assert relative(scorer(candidates, proxy).alignment, align) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from megatron_muon import needs_muon
 from partitions import relative
 from small_models import random_batch
 
-from megatron_opus.config import OptimizerConfig, PreconditionerConfig, RunConfig, SelectionConfig, SketchConfig
+from megatron_opus.config import (
+    ControllerConfig,
+    OptimizerConfig,
+    PreconditionerConfig,
+    RunConfig,
+    SelectionConfig,
+    SketchConfig,
+)
 from megatron_opus.layout.model_layout import recipe_layout
 
 N, K_P, STEPS = 8, 4, 2
@@ -54,6 +61,7 @@ ESTIMATORS = {
     "direction": selection("direction"),
     "materialise, exact": selection("features", operator="materialise", form="exact"),
     "two windows": selection(score_windows=2, score_length=LENGTH // 2),
+    "halves": selection(controller=ControllerConfig(enabled=True), proxy_batch_size=K_P),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 2": {},
@@ -125,6 +133,7 @@ def train_and_score(estimator: str, layout: dict[str, Any], *, score: str = "las
     if score != "never":
         signals = scored()
         found |= {"align": signals.alignment, "inter": signals.interaction, "loss": signals.loss}
+        found["halves"] = signals.halves
         found["load"] = signals.expert_load
         found["geometry"] = signals.geometry
     found["weights"] = {name: p.detach().clone() for name, p in named_parameters(engine.module)}
@@ -279,6 +288,16 @@ def test_deepspeed_muon(world1: Any, world2: Any, partition_table: Any, zero: in
 def test_every_estimator_over_expert_ranks(world2: Any, alone: Any, partition_table: Any, estimator: str) -> None:
     """Guards against an estimator whose rows of other ranks' sequences, or whose shared slot, are lost."""
     check(world2, alone, partition_table, "EP 2", estimator, "experts")
+
+
+def test_halves_of_the_proxy_over_expert_ranks(world2: Any) -> None:
+    """Guards against halves of an expert whose tokens come from both ranks, and so from both halves' sequences.
+
+    Two data-parallel ranks cut the proxy into the same halves whether they share the experts or not."""
+    whole, shared = (world2.run(train_and_score, "halves", {"model": "experts", **more}) for more in ({}, {"ep": 2}))
+    for found in shared:
+        assert relative(found["halves"], whole[0]["halves"]) < 10 * TOLERANCE
+    assert relative(whole[0]["halves"][:, 0], whole[0]["halves"][:, 1]) > 0.1
 
 
 @pytest.mark.parametrize("layout", ["EP 2", "EP 2, all to all", "TP 2 x EP 2, SP", "PP 2 x EP 2", "EP 2, grouped"])

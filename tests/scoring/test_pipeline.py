@@ -16,7 +16,14 @@ from gpt_runs import GPT2, LENGTH, QWEN3, batch_of_step, recipe, share_of_rank, 
 from partitions import relative
 from small_models import random_batch
 
-from megatron_opus.config import OptimizerConfig, PreconditionerConfig, RunConfig, SelectionConfig, SketchConfig
+from megatron_opus.config import (
+    ControllerConfig,
+    OptimizerConfig,
+    PreconditionerConfig,
+    RunConfig,
+    SelectionConfig,
+    SketchConfig,
+)
 from megatron_opus.layout.model_layout import recipe_layout
 
 N, K_P, STEPS = 8, 4, 2
@@ -45,6 +52,7 @@ ESTIMATORS = {
     "features, one scope, embeddings": selection("features", "model", score_embedding=True, score_output_layer=True),
     "last block alone": selection(scored_layers="last:1"),
     "two windows": selection(score_windows=2, score_length=LENGTH // 2),
+    "halves": selection(controller=ControllerConfig(enabled=True), proxy_batch_size=K_P),
 }
 OVERLAPS = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -100,6 +108,7 @@ def train_and_score(estimator: str, layout: dict[str, Any], *, score: str = "las
     if score != "never":
         signals = scored()
         found |= {"align": signals.alignment, "inter": signals.interaction, "loss": signals.loss}
+        found["halves"] = signals.halves
         found["geometry"] = signals.geometry
     with engine._gathered():
         found["weights"] = {name: p.detach().clone() for name, p in named_parameters(engine.module)}
@@ -165,6 +174,14 @@ def test_every_estimator_over_stages(
     """Guards against sketches of scope `model` whose products across stages are lost, a tied embedding counted on two
     stages or on none, and a stage without scored layers that the others wait for."""
     check(world2, world4, alone, partition_table, "PP 2", estimator, "gpt2")
+
+
+def test_halves_of_the_proxy_over_stages(world2: Any, alone: Any) -> None:
+    """Guards against the alignment with half of the proxy being that of one stage's layers alone."""
+    truth = alone("halves", "gpt2")
+    for found in world2.run(train_and_score, "halves", {"model": "gpt2", "pp": 2}):
+        assert relative(found["halves"], truth["halves"]) < 10 * TOLERANCE  # smaller numbers than those of the whole
+    assert relative(truth["halves"][:, 0], truth["halves"][:, 1]) > 0.1
 
 
 @pytest.mark.parametrize("layout", ["PP 2", "PP 2 x DP 2, overlaps", "TP 2 x PP 2, SP", "PP 4, interleaved, overlaps"])

@@ -11,7 +11,13 @@ from small_models import TinyGPT, random_batch, token_losses, train
 import megatron_opus
 from megatron_opus.backends.engines.optimizer_state import optimizer_state
 from megatron_opus.backends.model.plain_layers import plain_layers
-from megatron_opus.config import ConfigError, PreconditionerConfig, SelectionConfig, SketchConfig
+from megatron_opus.config import (
+    ConfigError,
+    PreconditionerConfig,
+    RedundancyConfig,
+    SelectionConfig,
+    SketchConfig,
+)
 from megatron_opus.errors import UnsupportedOptimizer
 from megatron_opus.scoring.capture import CaptureError
 from megatron_opus.selection import reference
@@ -93,6 +99,40 @@ def test_separable_adamw_ranks_like_the_exact_one(operator):
     ranks = torch.stack([signals.alignment.argsort().argsort(), align.argsort().argsort()]).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.9  # six candidates: one swap of neighbours is 0.943
     assert torch.corrcoef(torch.stack([signals.alignment, align]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("alignment", ["one_sided", "direction"])
+@pytest.mark.parametrize(("optimizer", "steps"), [("adamw", 12), ("sgd", 3)])
+def test_the_target_may_be_the_proxys_own_update(optimizer, steps, alignment):
+    """Fault: the preconditioner on one side of the sketch alone, or its kappa once where there are two updates.
+
+    With buckets for every index nothing is sketched; what is left under AdamW is the separable second moment.
+    """
+    model, opt, candidates, proxy = setup(optimizer, steps)
+    weights = {layer.name: layer.weight for layer in plain_layers(model)}
+    one, other = (
+        reference.per_sequence_gradients(lambda b: token_losses(model, b), batch, weights)
+        for batch in (candidates, proxy)
+    )
+    if optimizer == "sgd":
+        precondition = reference.sgd_preconditioner(opt.param_groups[0]["lr"])
+    else:
+        hypers = dict(zip(weights, optimizer_state(opt).hypers(list(weights.values())), strict=True))
+        exact = alignment == "direction"
+        v = {n: opt.state[w]["exp_avg_sq"] for n, w in weights.items()}
+        v = v if exact else {n: x.sum(1, keepdim=True) * x.sum(0, keepdim=True) / x.sum() for n, x in v.items()}
+        precondition = reference.adamw_preconditioner(v, hypers)
+    target = precondition({n: sum(g[n] for g in other) / K_P for n in weights})
+    truth = torch.stack([sum((precondition(g)[n] * target[n]).sum() for n in weights) for g in one])
+    config = SelectionConfig(
+        target="update",
+        sketch=SketchConfig(alignment=alignment, one_sided_dim=4096, operator="materialise"),
+        preconditioner=PreconditionerConfig(form="exact" if alignment == "direction" else "separable"),
+        redundancy=RedundancyConfig(scale="off"),
+        score_length=16,
+    )
+    found = megatron_opus.score(model, candidates, proxy, opt, config=config).alignment
+    assert relative(found, truth) < 1e-5, relative(found, truth)
 
 
 def test_sequences_of_one_pass_do_not_mix():

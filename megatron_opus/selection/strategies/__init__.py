@@ -50,19 +50,20 @@ def build_strategy(
     if floors.active and k is not None:
         check_floors(config.floors, k, tuple(domains))
     strategy = _inner(config, floors)
-    if config.controller.enabled:
-        strategy = Controller(strategy, config.controller, floors)
     bandit = config.domain_bandit.enabled
-    if config.strategy != "ado" and not config.ado.enabled and not bandit:
-        return strategy
-    if prior is None:
+    ado = config.strategy == "ado" or config.ado.enabled
+    if (ado or bandit) and prior is None:
         raise ValueError("shares that move: expected the domains' configured weights, got none")
     owed = None
     if k is not None:  # a whole number of the buffer's sequences, and what keeps its rounding from losing one
         owed = np.array([least(config.floors.minimum.get(name, 0.0), k) * config.rho / k + 1e-9 for name in domains])
-    if bandit:
-        return DomainBandit(strategy, config.domain_bandit, domains, prior, ceiling, owed)
-    return AdoStrategy(strategy, config.ado, domains, prior, ceiling, owed)
+    if bandit and prior is not None:
+        strategy = DomainBandit(strategy, config.domain_bandit, domains, prior, ceiling, owed)
+    if config.controller.enabled:
+        strategy = Controller(strategy, config.controller, floors, prior if bandit else None)
+    if ado and prior is not None:
+        strategy = AdoStrategy(strategy, config.ado, domains, prior, ceiling, owed)
+    return strategy
 
 
 def _inner(config: SelectionConfig, floors: Floors) -> SelectionStrategy:

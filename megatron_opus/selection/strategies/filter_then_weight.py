@@ -6,8 +6,9 @@ u_i = P G(i) of each candidate and the proxy gradient g_V, what is minimised ove
     || sum_i w_i u_i - s g_V ||^2 = w^T K w - 2 s c^T w + const,   K_ij = <u_i, u_j>,  c_i = <u_i, g_V>
 
 so the geometry is the optimizer's: the sum of *preconditioned* updates is matched to the direction that lowers the
-target loss fastest. The description has P g_V in place of s g_V; <P G, P g_V> is not among the signals of the scoring
-pass. The unknown scale s drops out, since w is proportional to it and the weights are normalised to mean 1.
+target loss fastest. The description has P g_V in place of s g_V: `selection.target: update` makes c_i = <u_i, P g_V>,
+which was not told from g_V in training (docs/evidence.md). The unknown scale s drops out, since w is proportional to it
+and the weights are normalised to mean 1.
 
 Stage 1, filter: matching pursuit. The next pick has the largest (c_i - (K w)_i) / |u_i|, the correlation of its update
 with what is not explained yet; its coefficient max(0, c_i - (K w)_i) / K_ii is taken off the residual. K are picked
