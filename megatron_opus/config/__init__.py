@@ -1,20 +1,19 @@
 """Run configuration: frozen keyword-only dataclasses, YAML in, precise errors out.
 
-This page re-exports what the other rooms use; `recipe` has the dataclasses, `schema` what a field may hold, `checks`
-what sections ask of each other, `text` the YAML, `load` all of it together.
+This page re-exports what the other rooms use; `recipe` and `data` have the dataclasses, `schema` what a field
+may hold, `checks` what sections ask of each other, `text` the YAML, `load` all of it together.
 """
 
 from megatron_opus.config.checks import validate, validate_world
+from megatron_opus.config.data import DataConfig
 from megatron_opus.config.load import dump, from_dict, load, to_dict, without_removed
 from megatron_opus.config.mixture import DomainScheduleConfig
 from megatron_opus.config.recipe import (
-    DataConfig,
     Geometry,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PreconditionerConfig,
-    RedundancyConfig,
     RunConfig,
     SelectionConfig,
     SketchConfig,
@@ -29,6 +28,7 @@ from megatron_opus.config.strategies import (
     FilterThenWeightConfig,
     FloorsConfig,
     PrefilterConfig,
+    RedundancyConfig,
     Strategy,
 )
 from megatron_opus.config.text import read_yaml

@@ -95,13 +95,26 @@ def check_mechanisms(s: SelectionConfig) -> None:
         f"selection.domain_bandit: {s.strategy} computes losses and no utilities; use random or one of {scoring}",
     )
     require(
-        not s.controller.enabled or s.strategy in GHOST,
-        f"selection.controller: {s.strategy} has no utilities that could pay; use one of {scoring}",
+        not s.controller.enabled or s.scores_gradients,
+        f"selection.controller: {s.strategy} has no utilities that could pay; use one of {scoring}, or set "
+        "selection.domain_bandit.enabled=true",
+    )
+    halved = s.proxy_batch_size > 1 and s.proxy_momentum == 0 and s.proxy_refresh_every == 1
+    require(
+        not s.controller.enabled or halved,
+        "selection.controller: compares what two halves of every proxy batch say; expected proxy_batch_size of at "
+        f"least 2, proxy_momentum 0 and proxy_refresh_every 1, got {s.proxy_batch_size}, {s.proxy_momentum:g} and "
+        f"{s.proxy_refresh_every}",
     )
     require(
         not prefilter or s.scores_gradients,
         f"selection.prefilter: {s.strategy} scores nothing that a model could learn from; use one of {scoring}, or "
         "set selection.domain_bandit.enabled=true",
+    )
+    require(
+        not (prefilter and s.prefilter.every_step and s.controller.enabled),
+        "selection.prefilter.every_step: would pick at steps at which selection.controller has suspended scoring, and "
+        "which are uniform draws; set one of the two to false",
     )
     for name, on in (("domain_bandit", bandit), ("controller", s.controller.enabled), ("prefilter", prefilter)):
         require(

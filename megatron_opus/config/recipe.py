@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megatron_opus.config.mixture import DomainScheduleConfig
+from megatron_opus.config.data import DataConfig, Tokens
 from megatron_opus.config.schema import Matches, Section, above, at_least, positive, require, within
 from megatron_opus.config.strategies import (
     GHOST,
@@ -23,6 +23,7 @@ from megatron_opus.config.strategies import (
     FilterThenWeightConfig,
     FloorsConfig,
     PrefilterConfig,
+    RedundancyConfig,
     Sequences,
     Steps,
     Strategy,
@@ -32,7 +33,6 @@ Geometry = Literal["auto", "adamw", "muon", "sgd"]
 
 Heads = Annotated[int, positive(10_000)]
 Width = Annotated[int, positive(10**6)]
-Tokens = Annotated[int, positive(10**7)]
 Interval = Annotated[int, at_least(0, 10**9)]
 Seed = Annotated[int, at_least(0, 2**31 - 1)]
 Minutes = Annotated[float, above(0, 10**6)]  # about two years
@@ -88,37 +88,6 @@ class ModelConfig(Section, at="model"):
     attention_backend: Literal["auto", "sdpa", "transformer_engine"] = "auto"
     # Weights to start from: a Hugging Face, converted or run directory. null: random weights.
     init_from: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Section, at="data"):
-    """Where tokens come from and how sequences are cut. `data=NAME` on the command line means `data.path=NAME`."""
-
-    path: str = "embedded"  # A directory made by tools/prepare_data.py, or `embedded` for text that comes with Python.
-    cache_dir: str = "data"  # Where the embedded corpus is prepared, once.
-    seq_length: Tokens = 1024  # Tokens per sequence of the update (L_train).
-    # Share of each candidate domain in the buffer, in any unit. null: proportional to the domains' tokens.
-    domain_weights: dict[str, Annotated[float, at_least(0, 10**15)]] | None = None
-    domain_schedule: DomainScheduleConfig = field(default_factory=DomainScheduleConfig)
-    # Candidate domain to how often its text is gone through at most; its share then falls to the others.
-    domain_max_epochs: dict[str, Annotated[float, above(0, 10**6)]] = field(default_factory=dict, hash=False)
-    # What becomes of candidates that were not chosen: lost until the next epoch, or offered again.
-    unselected: Literal["discard", "return"] = "discard"
-    reset_attention_mask: bool = False  # No attention across document boundaries.
-    reset_position_ids: bool = False  # Positions restart at each document.
-    eod_mask_loss: bool = False  # No loss on predicting the first token after an end of document.
-
-    def check_together(self) -> None:
-        weights = self.domain_weights
-        require(
-            weights is None or sum(weights.values()) > 0,
-            f"data.domain_weights: expected non-negative numbers with a positive sum, got {weights}",
-        )
-        require(
-            weights is None or not self.domain_schedule.points,
-            "data.domain_schedule.points: the schedule takes the place of data.domain_weights; expected one of the "
-            "two, got both",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,16 +192,6 @@ class TrainingConfig(Section, at="training"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RedundancyConfig(Section, at="selection.redundancy"):
-    """The term that lowers the utility of candidates like those drawn already."""
-
-    # How the term is weighed: to match the spread of the alignment, by the learning rate (paper), or not at all.
-    scale: Literal["matched", "paper", "off"] = "matched"
-    # matched: mean |redundancy| of a half-filled batch over the standard deviation of the alignment.
-    fraction: Annotated[float, at_least(0, 10**6)] = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
 class PreconditionerConfig(Section, at="selection.preconditioner"):
     """The optimizer's geometry, in which gradients are compared."""
 
@@ -285,8 +244,10 @@ class SelectionConfig(Section, at="selection"):
     floors: FloorsConfig = field(default_factory=FloorsConfig)
     preconditioner: PreconditionerConfig = field(default_factory=PreconditionerConfig)
     sketch: SketchConfig = field(default_factory=SketchConfig)
-    # Which blocks are scored: all, the last K (last:K), or every K-th (every:K).
-    scored_layers: Annotated[str, Matches("all|(last|every):[1-9][0-9]{0,5}", "all, last:K or every:K")] = "all"
+    # Which blocks are scored: all, none (the output layer or the embedding alone), the last K, or every K-th.
+    scored_layers: Annotated[str, Matches("all|none|(last|every):[1-9][0-9]{0,5}", "all, none, last:K or every:K")] = (
+        "all"
+    )
     score_output_layer: bool = False  # The output layer's weight is scored too.
     score_embedding: bool = False  # The token embedding's weight is scored too; tied: the same weight as the output's.
     score_length: Tokens = 512  # Tokens of each scoring window (L_score), at most data.seq_length.
@@ -295,6 +256,8 @@ class SelectionConfig(Section, at="selection"):
     score_windows: Tokens = 1  # Windows per sequence, averaged.
     # Of the scoring pass; model: training.precision; fp8: Transformer Engine's layers alone, with score().
     score_precision: Literal["model", "bf16", "fp8"] = "model"
+    # What candidates are aligned with: the proxy's gradient, or the update that it would make.
+    target: Literal["gradient", "update"] = "gradient"
     # Sequences per scoring forward on one rank. null: all at once.
     score_micro_batch_size: Sequences | None = None
     proxy_batch_size: Sequences = 8  # Sequences of the target per step, over all ranks (K_p).
@@ -330,6 +293,14 @@ class SelectionConfig(Section, at="selection"):
             self.proxy_momentum == 0 or sketch.alignment != "direction",
             "selection.proxy_momentum: an average needs the proxy in sketch space; expected sketch.alignment one_sided "
             f"or features, got {sketch.alignment}",
+        )
+        require(
+            self.scored_layers != "none" or self.score_output_layer or self.score_embedding,
+            "selection.scored_layers: none leaves nothing to score; set score_output_layer=true, or choose all",
+        )
+        require(
+            self.target == "gradient" or sketch.alignment != "features",
+            "selection.target: update needs sketch.alignment one_sided or direction, got features",
         )
         require(
             self.score_precision != "fp8" or self.score_length % 16 == 0,

@@ -1,4 +1,4 @@
-"""Settings of the strategies other than OPUS itself, and which domain floors K sequences can keep."""
+"""Settings of the strategies, and which domain floors K sequences can keep."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ Steps = Annotated[int, positive(10**9)]
 Sequences = Annotated[int, positive(10**6)]
 Part = Annotated[float, within("0 < share <= 1")]
 Share = Annotated[float, within("0 <= share <= 1")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedundancyConfig(Section, at="selection.redundancy"):
+    """The term that lowers the utility of candidates like those drawn already."""
+
+    # How the term is weighed: to match the spread of the alignment, by the learning rate (paper), or not at all.
+    scale: Literal["matched", "paper", "off"] = "matched"
+    # matched: mean |redundancy| of a half-filled batch over the standard deviation of the alignment.
+    fraction: Annotated[float, at_least(0, 10**6)] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +95,10 @@ class PrefilterConfig(Section, at="selection.prefilter"):
     """Candidates picked from a larger pool by what a linear model expects of their text, before any is scored."""
 
     pool_ratio: Annotated[int, positive(64)] = 1  # The pool is so many times the buffer. 1: no prefilter.
-    # Share of the buffer that is taken from the pool unseen, so that the model keeps learning and can be checked.
+    # Share of a scored buffer that is taken from the pool unseen, so that the model keeps learning and can be checked.
     unfiltered: Annotated[float, within("0 < share <= 1")] = 0.25
+    # Pick at steps that are not scored, too. false: those take what a uniform draw from the pool gives.
+    every_step: bool = False
     columns: Annotated[int, positive(2**24)] = 65536  # Hashed n-grams that the model tells apart; a power of two.
     learning_rate: Annotated[float, above(0, 100)] = 1.0  # Share of a Newton step that each fit takes.
     forgetting: Annotated[float, within("0 <= share < 1")] = 0.01  # Share of what was learnt that each fit forgets.

@@ -12,8 +12,9 @@ alone, hashed uni- and bigrams of the tokens and the domain, and that learns fro
 The step of each weight is one over how often it was met: a Newton step on the diagonal. An n-gram seen twice moves by a
 fifth of the error it was seen with, one seen in every document hardly. c moves by the same rule, counted in documents.
 
-A share of the N is taken from the pool unseen. So the model hears of text that it would not have picked, and what the
-filter is worth is measured at every step: the mean y of the picked minus that of the unseen (`prefilter_gain`).
+Where the step is scored, a share of the N is taken from the pool unseen. So the model hears of text that it would not
+have picked, and what the filter is worth is measured: the mean y of the picked minus that of the unseen
+(`prefilter_gain`).
 
 Arithmetic is float64 on the CPU and sums run in one order, so that every rank and every layout picks the same.
 Legend: M sequences of the pool, N of the buffer, L tokens, C columns, D domains.
@@ -41,33 +42,38 @@ class Prefilter:
         """domains: D."""
         self._config = config
         self._unseen = 0  # of the last pick, its first sequences
+        self._expected: np.ndarray | None = None  # f of the last pick
         self._weights, self._seen = np.zeros(config.columns), np.zeros(config.columns)
         self._domain, self._documents = np.zeros(domains), np.zeros(domains)
-        self._picked: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
 
-    def pick(self, tokens: Tensor, domains: np.ndarray) -> np.ndarray:
+    def expected(self, tokens: Tensor, domains: np.ndarray) -> np.ndarray:
+        """Return f, [M] float64, of tokens [M, L] int64 and domains [M]. No row depends on another one."""
+        mean: np.ndarray = self._weights[self._columns(tokens)].mean(1)
+        return mean + self._domain[domains]
+
+    def pick(self, expected: np.ndarray, scored: bool = True) -> np.ndarray:
         """Return [N] int64 ascending positions in the pool: the first ones unseen, of the others the best by f.
 
-        tokens [M, L] int64, domains [M]; N = M / pool_ratio. The pool comes shuffled, so that its first sequences are a
-        uniform draw.
+        expected [M] float64 is f of the pool; N = M / pool_ratio. The pool comes shuffled, so that its first sequences
+        are a uniform draw. Where the step is not scored nothing could be learnt from unseen text: then none is taken.
         """
-        size = len(domains) // self._config.pool_ratio
-        self._unseen = max(1, round(self._config.unfiltered * size))
-        columns = self._columns(tokens)
-        expected = self._expected(columns, domains)
+        size = len(expected) // self._config.pool_ratio
+        self._unseen = max(1, round(self._config.unfiltered * size)) if scored else 0
         rest = np.argsort(-expected[self._unseen :], kind="stable")[: size - self._unseen] + self._unseen
         positions = np.concatenate([np.arange(self._unseen), np.sort(rest)])
-        self._picked = (positions, columns[positions], np.asarray(domains)[positions], expected[positions])
+        self._expected = expected[positions]
         return positions
 
-    def learn(self, utility: Tensor, finite: Tensor | None = None) -> dict[str, float]:
-        """Fit to the utilities [N] float64 of the last pick; return what is said in the metrics.
+    def learn(
+        self, tokens: Tensor, domains: np.ndarray, utility: Tensor, finite: Tensor | None = None
+    ) -> dict[str, float]:
+        """Fit to the utilities [N] float64 of the last pick, of tokens [N, L] and domains [N].
 
-        `prefilter_gain`: mean y of the picked minus mean y of the unseen, in standard deviations of the buffer.
-        `prefilter_correlation`: Pearson's, of f with y among the unseen.
+        Returns what is said in the metrics. `prefilter_gain`: mean y of the picked minus mean y of the unseen, in
+        standard deviations of the buffer. `prefilter_correlation`: Pearson's, of f with y among the unseen.
         """
-        assert self._picked is not None
-        _, columns, domains, expected = self._picked
+        expected = self._expected
+        assert expected is not None
         found = utility.numpy()
         usable = np.isfinite(found)
         if finite is not None:
@@ -76,7 +82,7 @@ class Prefilter:
             return {}
         y = (found - found[usable].mean()) / spread
         said = self._quality(y, expected, usable)
-        self._fit(columns[usable], domains[usable], y[usable] - expected[usable])
+        self._fit(self._columns(tokens)[usable], domains[usable], y[usable] - expected[usable])
         return said
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,10 +101,6 @@ class Prefilter:
         """[M, 2 L - 1] int32: the column of every n-gram."""
         both = torch.cat(ngram_hashes(tokens), dim=1)
         return (both & (self._config.columns - 1)).to(torch.int32).numpy()
-
-    def _expected(self, columns: np.ndarray, domains: np.ndarray) -> np.ndarray:
-        mean: np.ndarray = self._weights[columns].mean(1)
-        return mean + self._domain[domains]
 
     def _quality(self, y: np.ndarray, expected: np.ndarray, usable: np.ndarray) -> dict[str, float]:
         first = np.arange(len(y)) < self._unseen

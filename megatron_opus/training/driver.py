@@ -152,7 +152,7 @@ class SelectionDriver:
             weights=None if selection.weights is None else selection.weights[order],
         )
         self._buffer.settle(pool, kept[chosen.numpy()])
-        selection = self._learnt(signals, selection)
+        selection = self._learnt(candidates, signals, selection)
         self._trained_domains = candidates.domains[chosen.numpy()]
         self.counters.candidate_tokens += len(candidates) * c.data.seq_length
         self.counters.update_tokens += k * c.data.seq_length
@@ -161,24 +161,31 @@ class SelectionDriver:
     def _kept(self, pool: Candidates) -> tuple[Candidates, np.ndarray]:
         """The N candidates that are left of the pool, and [N] their positions in it; all of it without a prefilter.
 
-        Where nothing is scored the first N are taken: the pool is shuffled.
+        Where the prefilter rests the first N are taken: the pool is shuffled.
         """
         if self._prefilter is None:
             return pool, np.arange(len(pool))
-        if not self._scored:
-            kept = np.arange(len(pool) // self._config.selection.prefilter.pool_ratio)
-        else:
+        settings = self._config.selection.prefilter
+        if self._scored or settings.every_step:
             started = time.perf_counter()
-            kept = self._prefilter.pick(self._corpus.tokens(pool.sample_ids), pool.domains)
+            mine = rank_local.own(pool, self._groups)  # each data-parallel rank reads its part of the pool
+            expected = self._prefilter.expected(self._corpus.tokens(mine.sample_ids), mine.domains)
+            expected = np.concatenate(rank_local.gathered(expected, self._groups))
+            kept = self._prefilter.pick(expected, self._scored)
             self._prefilter_seconds = time.perf_counter() - started
+        else:
+            kept = np.arange(len(pool) // settings.pool_ratio)
         return replace(pool, sample_ids=pool.sample_ids[kept], domains=pool.domains[kept]), kept
 
-    def _learnt(self, signals: Signals, selection: Selection) -> Selection:
+    def _learnt(self, candidates: Candidates, signals: Signals, selection: Selection) -> Selection:
         """The selection with what the prefilter says, after it has learnt from the step's utilities."""
-        if self._prefilter is None or signals.alignment is None:
+        if self._prefilter is None or not (self._scored or self._config.selection.prefilter.every_step):
             return selection
         started = time.perf_counter()
-        said = self._prefilter.learn(signals.alignment, signals.finite)
+        said = {}
+        if signals.alignment is not None:
+            tokens = self._corpus.tokens(candidates.sample_ids)
+            said = self._prefilter.learn(tokens, candidates.domains, signals.alignment, signals.finite)
         seconds = self._prefilter_seconds + time.perf_counter() - started
         return replace(selection, diagnostics={**selection.diagnostics, **said, "prefilter_seconds": seconds})
 
@@ -217,7 +224,7 @@ class SelectionDriver:
         """Everything that decides what is chosen next. The same on every rank; collective with scope `rank_local`."""
         return {
             "counters": vars(self.counters).copy(),
-            "generators": rank_local.gathered_states(self.generator, self._groups)
+            "generators": rank_local.gathered(self.generator.get_state(), self._groups)
             if self._local
             else [self.generator.get_state()],
             "buffer": self._buffer.state_dict(),

@@ -51,10 +51,7 @@ def merge(signals: Signals, selection: Selection, n: int, groups: Groups) -> tup
     Draw order runs over the draws, then over the ranks: draw d of rank r is at d DP + r. The interaction is left out:
     it exists only within ranks. A fallback of any rank is one of the step, which says the rank.
     """
-    mine = _Decision(signals=replace(signals, interaction=None), selection=selection)
-    everyone: list[_Decision] = [mine] * groups.dp_size
-    if groups.dp is not None:
-        dist.all_gather_object(everyone, mine, group=groups.dp)
+    everyone = gathered(_Decision(signals=replace(signals, interaction=None), selection=selection), groups)
     heard, drawn = [d.signals for d in everyone], [d.selection for d in everyone]
     names = dict.fromkeys(name for s in drawn for name in s.diagnostics)
     diagnostics = {}
@@ -72,6 +69,7 @@ def merge(signals: Signals, selection: Selection, n: int, groups: Groups) -> tup
     loads = [s.expert_load for s in heard if s.expert_load is not None]
     whole = replace(
         signals,
+        halves=None,
         expert_load=torch.cat(loads) if len(loads) == len(heard) else None,
         interaction=None,
         alignment=_joined([s.alignment for s in heard], n),
@@ -81,12 +79,12 @@ def merge(signals: Signals, selection: Selection, n: int, groups: Groups) -> tup
     return whole, merged
 
 
-def gathered_states(own_generator: torch.Generator, groups: Groups) -> list[Tensor]:
-    """Generator states of all data-parallel ranks, in rank order. Collective over the dp group."""
-    states: list[Any] = [own_generator.get_state()] * groups.dp_size
+def gathered(mine: Any, groups: Groups) -> list[Any]:
+    """What every data-parallel rank has, in rank order. Collective over the dp group."""
+    everyone: list[Any] = [mine] * groups.dp_size
     if groups.dp is not None:
-        dist.all_gather_object(states, own_generator.get_state(), group=groups.dp)
-    return states
+        dist.all_gather_object(everyone, mine, group=groups.dp)
+    return everyone
 
 
 def _interleaved(parts: Sequence[Any]) -> Tensor:

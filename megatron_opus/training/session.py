@@ -89,6 +89,10 @@ class Session:
             together(lambda: _check_memory(recipe, say), "comparing the model with the memory of its machine")
         whole, share = verify_data or (resume and verify), (dist.get_rank(), dist.get_world_size())
         corpus = together(lambda: open_corpus(recipe, say, whole=whole, share=share), "opening the data")
+        if recipe.selection.scores_gradients:
+            # a proxy that is too small is refused here, and not at the step that asks too much of it
+            k_p = recipe.selection.proxy_batch_size
+            together(lambda: corpus.proxy_ids(0, k_p, recipe.seed), "drawing from the proxy")
         config = together(lambda: resolve(recipe, corpus.tokenizer.vocab_size), "resolving the configuration")
         if recipe.model.vocab_size is None:
             together(lambda: _check_memory(config, say), "comparing the model with the memory of its machine")
@@ -167,9 +171,11 @@ class Session:
     def train(self) -> bool:
         """Train to the last step and say where everything is. False: stopped before it, with a checkpoint."""
         t, n, s = self.config.training, self.config.buffer_size, self.config.selection
+        ratio = s.prefilter.pool_ratio
         self._say(
             f"run: {self.run_dir}; {t.train_steps} steps, each: {s.strategy} takes {t.global_batch_size} of {n} "
             f"candidates of {self.config.data.seq_length} tokens"
+            + (f", which the prefilter picks from {n * ratio}" if ratio > 1 else "")
         )
         row = self.loop.run()
         if self.loop.stopped:

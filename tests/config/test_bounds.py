@@ -60,7 +60,10 @@ def test_every_number_is_bounded(path: tuple[str, ...], kind: type, bounds: tupl
         (lambda: SelectionConfig(rho=math.nan), "selection.rho: expected 0 < rho <= 1, got nan"),
         (lambda: SelectionConfig(strategy="opsu"), "selection.strategy: expected one of opus"),
         (lambda: SelectionConfig(sketch={"dim": 4}), "selection.sketch: expected SketchConfig"),
-        (lambda: SelectionConfig(scored_layers="last:0"), "selection.scored_layers: expected all, last:K or every:K"),
+        (
+            lambda: SelectionConfig(scored_layers="last:0"),
+            "selection.scored_layers: expected all, none, last:K or every:K",
+        ),
         (lambda: SelectionConfig(score_windows=True), "selection.score_windows: expected int, got True"),
         (lambda: SketchConfig(dim=-1), "selection.sketch.dim: expected a positive number, got -1"),
         (lambda: SketchConfig(dim=2.0), "selection.sketch.dim: expected int, got 2.0 (float)"),

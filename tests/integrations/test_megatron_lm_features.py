@@ -141,11 +141,11 @@ def test_ado_learns_from_losses_of_all_ranks(runs: LoopRuns, corpora: dict[str, 
         "selection": {
             **SELECTION,
             "strategy": "ado",
-            "ado": {"enabled": True, "skip_steps": 0, "first_fit": 9, "refit_every": 1, "block_steps": 1},
+            "ado": {"enabled": True, "skip_steps": 0, "first_fit": 9, "refit_every": 2, "block_steps": 1},
         },
     }
     data = ("--data-path", "0.5", corpora["web"], "0.5", corpora["code"], *SPLIT)
-    length = ("--train-iters", "14")
+    length = ("--train-iters", "12")
     common = runs.run("ado_common", "--ckpt-format", "torch_dist", "--exit-interval", "1", data=data, length=length)
     more = ("--load", str(common.folder), "--ckpt-format", "torch_dist")
     one = runs.run("ado_one", *more, opus=opus, data=data, length=length)
@@ -170,33 +170,48 @@ def test_other_strategies(runs: LoopRuns, strategy: str) -> None:
     assert [len(ids) for ids in outcome.drawn().values()] == [4, 4, 4, 4]
 
 
-def test_controller_prefilter_and_bandit(runs: LoopRuns, corpora: dict[str, str]) -> None:
+BANDIT = {"enabled": True, "move_every": 4}
+MOVED: dict[str, dict[str, Any]] = {
+    "controlled": {
+        "controller": {"enabled": True, "window": 2, "probe_first": 2, "cost": 99.0},  # it never pays
+        "prefilter": {"pool_ratio": 2, "columns": 1024},
+        "domain_bandit": BANDIT,
+    },
+    "picked": {
+        "strategy": "random",
+        "rho": 1.0,
+        "prefilter": {"pool_ratio": 4, "columns": 1024, "every_step": True},
+        "domain_bandit": BANDIT,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_controller_prefilter_and_bandit(runs: LoopRuns, corpora: dict[str, str], kind: str) -> None:
     """Guards against what moves buffer and scoring being given other numbers on two ranks, or after a resume."""
-    opus = {
-        "selection": {
-            **SELECTION,
-            "controller": {"enabled": True, "window": 2, "probe_first": 2, "cost": 99.0},  # it never pays
-            "prefilter": {"pool_ratio": 2, "columns": 1024},
-            "domain_bandit": {"enabled": True, "move_every": 4},
-        }
-    }
+    opus = {"selection": {**SELECTION, **MOVED[kind]}}
     data = ("--data-path", "0.5", corpora["web"], "0.5", corpora["code"], *SPLIT)
     more: dict[str, Any] = {"opus": opus, "data": data, "length": ("--train-iters", "8")}
-    one = runs.run("moved_one", "--save-interval", "3", **more)
-    two = runs.run("moved_two", world=2, **more)
-    folder = runs.root / "moved_again"
+    one = runs.run(f"{kind}_one", "--save-interval", "3", **more)
+    two = runs.run(f"{kind}_two", world=2, **more)
+    folder = runs.root / f"{kind}_again"
     shutil.copytree(one.folder, folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
-    again = runs.run("moved_again", "--load", str(folder), **more)
+    again = runs.run(f"{kind}_again", "--load", str(folder), **more)
     rows = one.metrics()
-    assert {row["controller_scoring"] for row in rows} == {0.0, 1.0}
     assert {"prefilter_gain" in row for row in rows} == {False, True}  # of steps that were scored
+    if kind == "controlled":
+        assert {row["controller_scoring"] for row in rows} == {0.0, 1.0}
+    else:
+        assert all("prefilter_seconds" in row for row in rows)
     assert rows[0]["bandit_share/code"] == 0.5 != rows[-1]["bandit_share/code"]
     assert two.drawn() == one.drawn()
     assert again.drawn() == one.drawn()
     table = read_ledger(one.folder / "opus" / "ledger")
-    assert np.bincount(table["step"].to_numpy()).tolist() == [8] * 8  # N of a pool of twice as many
+    n = {"controlled": 8, "picked": 4}[kind]  # of a pool of twice or four times as many
+    assert np.bincount(table["step"].to_numpy()).tolist() == [n] * 8
     assert max(table["sample_id"].to_pylist()) > 64  # which Megatron was asked for
+    assert "; the prefilter picks them from" in one.first_log + one.log
 
 
 def test_a_step_that_is_run_again_trains_on_the_same_sequences(runs: LoopRuns) -> None:

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_opus.config import ControllerConfig, DomainBanditConfig, SelectionConfig
+from megatron_opus.config import ConfigError, ControllerConfig, DomainBanditConfig, SelectionConfig
+from megatron_opus.config.load import from_dict
 from megatron_opus.selection.strategies import build_strategy
 from megatron_opus.types import Candidates, Signals
 
 SETTINGS = {"enabled": True, "window": 3, "probe_first": 2, "probe_most": 8, "cost": 0.5}
+PRIOR = np.array([0.2, 0.4, 0.4])
+SMALL = {"name": "x", "model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}}
 
 
-def controlled(strategy="opus", bandit=0, **settings):
+def controlled(strategy="opus", **settings):
     config = SelectionConfig(
         strategy=strategy,
         sampling="greedy",
         controller=ControllerConfig(**{**SETTINGS, **settings}),
-        domain_bandit=DomainBanditConfig(enabled=bandit > 0, move_every=max(1, bandit)),
     )
     return build_strategy(config, ("only",), np.ones(1))
 
@@ -28,7 +30,8 @@ def step(strategy, number, useful, signals=None, n=8):
     candidates = Candidates(step=number, sample_ids=np.arange(n), domains=np.zeros(n, dtype=np.int32))
     align = 1 + useful * torch.linspace(-1.5, 1.5, n, dtype=torch.float64)
     scored = strategy.scores_at(number) if signals is None else signals
-    found = Signals(alignment=align, interaction=1e-9 * torch.eye(n).double()) if scored else Signals()
+    both = torch.stack([align, align], 1)  # without any noise, the halves of the proxy say the same
+    found = Signals(alignment=align, halves=both, interaction=1e-9 * torch.eye(n).double()) if scored else Signals()
     selection = strategy.select(candidates, found, 4, torch.Generator().manual_seed(number))
     return scored, selection
 
@@ -48,14 +51,16 @@ def test_scoring_stops_when_it_does_not_pay_and_probes_ever_less():
     assert "the next probe is at step 4" in line
 
 
-def test_it_goes_on_while_it_pays_and_comes_back_when_a_probe_does():
-    """Guards against a controller that never returns, and one that judges a return by what was seen before it."""
+def test_it_goes_on_while_it_pays_and_comes_back_when_the_window_does():
+    """Guards against a controller that never returns, and one that a single probe brings back.
+
+    The probe at step 25 would pay, the window of steps 13, 17 and 25 does not. So the next one comes soon, at 27."""
     made = controlled()
     assert scored_steps(made, 2.0, range(10)) == [*range(10)]
-    assert scored_steps(made, 0.1, range(10, 20)) == [10, 11, 12, 14, 18]
+    assert scored_steps(made, 0.1, range(10, 20)) == [10, 11, 13, 17]
     made.notices()
-    assert scored_steps(made, 2.0, range(20, 36)) == [*range(26, 36)]
-    assert any("step 26: scoring is resumed" in line for line in made.notices())
+    assert scored_steps(made, 2.0, range(20, 36)) == [25, *range(27, 36)]
+    assert any("step 27: scoring is resumed" in line for line in made.notices())
 
 
 @pytest.mark.parametrize(("cost", "pays"), [(0.0, True), (0.7, True), (0.9, False)])
@@ -66,14 +71,20 @@ def test_the_gain_is_held_against_the_seconds(cost, pays):
     assert len(scored_steps(controlled(cost=cost), 1.0, range(9))) == (9 if pays else 5)
 
 
-def test_a_negative_mean_pays_only_with_less_harm():
-    """Guards against a ratio of means, whose sign turns where the buffer as a whole harms the target."""
-    made = controlled(cost=0.5)
+@pytest.mark.parametrize(("useful", "pays"), [(0.0, False), (0.3, False), (1.0, True)])
+def test_where_a_uniform_draw_harms(useful, pays):
+    """Guards against a ratio of means, whose sign turns, and against scoring for its own sake: a slower step harms less
+    per second, whatever is drawn.
+
+    The utilities have the mean -1, and the drawn half lies 0.86 useful above it. The cost is 0.5."""
+    made = controlled()
     for number in range(3):
         c = Candidates(step=number, sample_ids=np.arange(8), domains=np.zeros(8, dtype=np.int32))
-        align = -1 + 0.1 * torch.linspace(-1.5, 1.5, 8, dtype=torch.float64)
-        made.select(c, Signals(alignment=align, interaction=torch.eye(8).double()), 4, torch.Generator().manual_seed(0))
-    assert made.scores_at(3)
+        align = -1 + (useful + 1e-6) * torch.linspace(-1.5, 1.5, 8, dtype=torch.float64)
+        both = torch.stack([align, align], 1)
+        found = Signals(alignment=align, halves=both, interaction=1e-9 * torch.eye(8).double())
+        made.select(c, found, 4, torch.Generator().manual_seed(0))
+    assert made.scores_at(3) == pays
 
 
 def test_seconds_are_measured_where_no_cost_is_given():
@@ -112,10 +123,92 @@ def test_a_probe_that_says_nothing_is_not_made_again_at_once():
     assert [number for number in range(3, 12) if step(made, number, 0.0)[0]] == [4, 8]
 
 
-def test_a_step_scored_for_the_bandit_is_a_probe_that_costs_nothing():
-    """Guards against a bandit that stands still while scoring is suspended, and an interval that its steps double."""
-    made = controlled(bandit=5)
-    assert scored_steps(made, 0.1, range(16)) == [0, 1, 2, 4, 5, 8, 10, 15]
+def noisy_step(strategy, number, noise, n=512):
+    """True utilities of mean 1 and spread 0.5; each half of the proxy adds noise of its own to what it says of them."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    true = 1 + 0.5 * torch.randn(n, generator=generator, dtype=torch.float64)
+    both = true[:, None] + noise * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    found = Signals(alignment=both.mean(1), halves=both, interaction=1e-9 * torch.eye(n).double())
+    candidates = Candidates(step=number, sample_ids=np.arange(n), domains=np.zeros(n, dtype=np.int32))
+    selection = strategy.select(candidates, found, n // 2, generator)
+    drawn, unit = selection.indices, both.mean(1).abs().mean()
+    return selection.diagnostics, *((x[drawn].mean() / unit).item() for x in (true, both.mean(1)))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7, 2.0])
+def test_the_gain_is_that_of_a_fresh_proxy(noise):
+    """Guards against a proxy whose noise chooses the candidates and then values them: every choice looked good.
+
+    With noise 2 in each half the utilities have a spread of 1.5, of which 0.5 is true."""
+    made = controlled(window=40, cost=0.0)
+    rows = [noisy_step(made, number, noise) for number in range(40)]
+    true, seen = (float(np.mean([row[i] for row in rows])) for i in (1, 2))
+    assert rows[-1][0]["controller_drawn"] == pytest.approx(true, abs=0.05)
+    assert rows[-1][0]["controller_agreement"] == pytest.approx(0.25 / (0.25 + noise**2 / 2), abs=0.08)
+    assert noise == 0 or seen > true + 0.1
+
+
+def mixed_step(strategy, number, values, n=32):
+    """A buffer filled as asked for, whose candidates have the utilities of their domains; whether it was scored."""
+    shares = strategy.domain_weights(number)
+    shares = PRIOR if shares is None else shares.numpy()
+    ends = np.round(np.cumsum(shares) * n).astype(int)
+    domains = np.searchsorted(ends, np.arange(n), side="right").astype(np.int32)
+    noise = 0.1 * torch.randn(n, 2, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    both = torch.tensor(values, dtype=torch.float64)[torch.from_numpy(domains).long()][:, None] + noise
+    scored = strategy.scores_at(number)
+    found = Signals(alignment=both.mean(1), halves=both) if scored else Signals()
+    candidates = Candidates(step=number, sample_ids=np.arange(n), domains=domains)
+    strategy.select(candidates, found, 8, torch.Generator().manual_seed(number))
+    return scored
+
+
+def mixing(cost):
+    config = SelectionConfig(
+        strategy="random",
+        controller=ControllerConfig(**{**SETTINGS, "window": 4, "cost": cost}),
+        domain_bandit=DomainBanditConfig(enabled=True, move_every=2),
+    )
+    return build_strategy(config, ("a", "b", "c"), PRIOR)
+
+
+def test_a_mixture_that_gains_nothing_is_given_up():
+    """Guards against scoring that goes on for a bandit although no domain helps more, and against the mixture that its
+    noise has found being kept after that."""
+    made = mixing(cost=1.0)
+    scored = [number for number in range(60) if mixed_step(made, number, (1.0, 1.0, 1.0))]
+    assert scored == [0, 2, 4, 6, 8, 12, 20, 28, 36, 44, 52]
+    assert made.domain_weights(60) is None
+    assert "choosing adds 0.50 of an update's seconds to a step" in made.notices()[0]
+
+
+def test_a_mixture_that_gains_is_kept_and_found_again():
+    """Guards against a gain that is looked for in the draw alone, where the draw is uniform, and against a suspension
+    that is never left because its own buffers are filled by the configured weights."""
+    made = mixing(cost=1.0)
+    assert [number for number in range(20) if mixed_step(made, number, (3.0, 1.0, 1.0))] == [*range(0, 20, 2)]
+    assert made.domain_weights(20)[0] > 0.5
+    for number in range(20, 60):
+        mixed_step(made, number, (1.0, 1.0, 1.0))
+    assert made.domain_weights(60) is None
+    scored = [number for number in range(60, 100) if mixed_step(made, number, (3.0, 1.0, 1.0))]
+    assert [*np.diff(scored)][-5:] == [2] * 5
+    assert made.domain_weights(100)[0] > 0.4
+
+
+def test_halves_that_are_missing_are_an_error():
+    """Guards against a controller that takes the utilities at their word where no half of the proxy was measured."""
+    candidates = Candidates(step=0, sample_ids=np.arange(4), domains=np.zeros(4, dtype=np.int32))
+    found = Signals(alignment=torch.arange(4).double(), interaction=torch.eye(4).double())
+    with pytest.raises(ValueError, match="expected the alignment with each half of the proxy"):
+        controlled().select(candidates, found, 2, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("changed", [{"proxy_batch_size": 1}, {"proxy_momentum": 0.5}, {"proxy_refresh_every": 2}])
+def test_proxies_without_independent_halves_are_refused(changed):
+    """Guards against halves that share what they say: an average, a proxy that is kept, a batch of one."""
+    with pytest.raises(ConfigError, match=r"selection.controller: compares what two halves"):
+        from_dict({**SMALL, "selection": {"strategy": "opus", "controller": {"enabled": True}, **changed}})
 
 
 def test_its_state_is_what_a_resumed_run_needs():

@@ -23,15 +23,20 @@ def pool(seed: int, domains: int = 2) -> tuple[torch.Tensor, np.ndarray, np.ndar
     return tokens, np.arange(N * RATIO) % domains, useful.numpy()
 
 
+def pick(made: Prefilter, tokens: torch.Tensor, domains: np.ndarray) -> np.ndarray:
+    return made.pick(made.expected(tokens, domains))
+
+
 def filled(steps: int, **settings: float) -> tuple[Prefilter, list[float], list[float]]:
     """A filter after so many steps of noisy utilities; (it, share of useful picks, gains)."""
     made = Prefilter(PrefilterConfig(pool_ratio=RATIO, **settings), 2)  # type: ignore[arg-type]
     found, gains = [], []
     for step in range(steps):
         tokens, domains, useful = pool(step)
-        kept = made.pick(tokens, domains)
+        kept = pick(made, tokens, domains)
         noise = torch.randn(N, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        gains.append(made.learn(torch.from_numpy(useful[kept].astype(np.float64)) + 0.5 * noise)["prefilter_gain"])
+        utility = torch.from_numpy(useful[kept].astype(np.float64)) + 0.5 * noise
+        gains.append(made.learn(tokens[kept], domains[kept], utility)["prefilter_gain"])
         found.append(float(useful[kept][made._unseen :].mean()))
     return made, found, gains
 
@@ -56,8 +61,8 @@ def test_the_fit_is_the_formula():
     columns = made._columns(tokens)[:4]
     assert columns.shape == (4, 5)
     for utility in ([1.0, 0.0, 0.0, -1.0], [2.0, 1.0, 0.0, 0.0]):
-        made.pick(tokens, domains)
-        made.learn(torch.tensor(utility, dtype=torch.float64))
+        assert pick(made, tokens, domains).tolist() == [0, 1, 2, 3]
+        made.learn(tokens[:4], domains[:4], torch.tensor(utility, dtype=torch.float64))
         y = (np.array(utility) - np.mean(utility)) / np.std(utility)
         error = y - weights[columns].mean(1) - domain[domains[:4]]
         counts, sums = np.zeros(64), np.zeros(64)
@@ -76,14 +81,16 @@ def test_a_share_of_the_buffer_is_taken_unseen():
     """Guards against a filter that hears only of what it picked, and candidates that are taken twice."""
     made, _, _ = filled(10, unfiltered=0.25)
     tokens, domains, _ = pool(99)
-    kept = made.pick(tokens, domains)
+    kept = pick(made, tokens, domains)
     assert kept[:4].tolist() == [0, 1, 2, 3]
     assert len({*kept.tolist()}) == N
     assert (np.diff(kept) > 0).all()
-    rest = made._expected(made._columns(tokens), domains)[4:]
+    rest = made.expected(tokens, domains)[4:]
     assert {*(kept[4:] - 4).tolist()} == {*np.argsort(-rest, kind="stable")[: N - 4].tolist()}
+    unscored = made.pick(made.expected(tokens, domains), scored=False)  # from unseen text nothing would be learnt
+    assert {*unscored.tolist()} == {*np.argsort(-made.expected(tokens, domains), kind="stable")[:N].tolist()}
     everything = Prefilter(PrefilterConfig(pool_ratio=RATIO, unfiltered=1.0), 2)
-    assert everything.pick(tokens, domains).tolist() == [*range(N)]
+    assert pick(everything, tokens, domains).tolist() == [*range(N)]
 
 
 def test_broken_or_equal_utilities_teach_nothing_wrong():
@@ -91,15 +98,15 @@ def test_broken_or_equal_utilities_teach_nothing_wrong():
     made, _, _ = filled(3)
     before = made.state_dict()
     tokens, domains, _ = pool(7)
-    made.pick(tokens, domains)
-    assert made.learn(torch.ones(N).double()) == {}
+    kept = pick(made, tokens, domains)
+    assert made.learn(tokens[kept], domains[kept], torch.ones(N).double()) == {}
     np.testing.assert_array_equal(made.state_dict()["weights"], before["weights"])
-    made.pick(tokens, domains)
+    kept = pick(made, tokens, domains)
     utility = torch.linspace(-1, 1, N).double()
     utility[3] = torch.nan
     finite = torch.ones(N, dtype=torch.bool)
     finite[5] = False
-    made.learn(utility, finite)
+    made.learn(tokens[kept], domains[kept], utility, finite)
     assert np.isfinite(made.state_dict()["weights"]).all()
     assert np.isfinite(made.state_dict()["domain"]).all()
 
@@ -111,12 +118,24 @@ def test_its_state_is_what_a_resumed_run_needs():
     resumed.load_state_dict(whole.state_dict())
     for step in range(6, 9):
         tokens, domains, useful = pool(step)
-        kept = whole.pick(tokens, domains)
-        assert resumed.pick(tokens, domains).tolist() == kept.tolist()
+        kept = pick(whole, tokens, domains)
+        assert pick(resumed, tokens, domains).tolist() == kept.tolist()
         utility = torch.from_numpy(useful[kept].astype(np.float64)) + 0.1 * torch.arange(N)
-        assert whole.learn(utility) == resumed.learn(utility)
+        read = tokens[kept], domains[kept], utility
+        assert whole.learn(*read) == resumed.learn(*read)
     for name, value in whole.state_dict().items():
         np.testing.assert_array_equal(resumed.state_dict()[name], value)
+
+
+def test_parts_of_the_pool_are_read_apart():
+    """Guards against sums that depend on how many rows are read at once: then data-parallel ranks, which read a part
+    each, would pick other text than one process. Equal to the bit."""
+    made, _, _ = filled(5)
+    tokens, domains, _ = pool(11)
+    whole = made.expected(tokens, domains)
+    for parts in (2, 4, 128):
+        pieces = zip(tokens.chunk(parts), np.array_split(domains, parts), strict=True)
+        assert np.concatenate([made.expected(*piece) for piece in pieces]).tolist() == whole.tolist()
 
 
 def test_columns_are_a_power_of_two_and_take_all_of_them():
@@ -134,6 +153,7 @@ def test_a_pool_costs_a_fraction_of_a_second(ratio):
     made = Prefilter(PrefilterConfig(pool_ratio=ratio), 2)
     tokens = torch.randint(0, 4096, (32 * ratio, 512), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
-    made.pick(tokens, np.zeros(32 * ratio, dtype=np.int32))
-    made.learn(torch.linspace(0, 1, 32).double())
+    domains = np.zeros(32 * ratio, dtype=np.int32)
+    kept = pick(made, tokens, domains)
+    made.learn(tokens[kept], domains[kept], torch.linspace(0, 1, 32).double())
     assert time.process_time() - began < 1.0

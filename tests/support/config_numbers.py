@@ -10,7 +10,7 @@ from typing import Any
 from megatron_opus.config import RunConfig
 from megatron_opus.config.schema import Section, hints, without_bounds
 
-MAPPINGS = ("domain_weights", "domain_max_epochs", "minimum", "maximum")  # their values are numbers
+MAPPINGS = ("domain_weights", "domain_max_epochs", "proxy_weights", "minimum", "maximum")  # their values are numbers
 
 
 def fields(cls: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

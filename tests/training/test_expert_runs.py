@@ -46,10 +46,17 @@ def ledger_of(server: Any, cache: Path, runs: Path, name: str, world: int, *more
     return read_ledger(run.run_dir / "ledger"), read_metrics(run.run_dir)
 
 
+@pytest.fixture(scope="module")
+def one_process(server: Any, embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return ledger_of(server, embedded_cache, tmp_path_factory.mktemp("one"), "one", 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_ledger_is_that_of_one_process(server: Any, embedded_cache: Path, tmp_path: Path, layout: str) -> None:
+def test_the_ledger_is_that_of_one_process(
+    server: Any, embedded_cache: Path, one_process: Any, tmp_path: Path, layout: str
+) -> None:
     """Guards against experts whose layout or engine changes which sequences are drawn."""
-    one, rows = ledger_of(server, embedded_cache, tmp_path, "one", 1)
+    one, rows = one_process
     world, keys = LAYOUTS[layout]
     many, others = ledger_of(server, embedded_cache, tmp_path, "many", world, *keys)
     for column in ("step", "sample_id", "selected"):

@@ -33,13 +33,22 @@ def ledger_of(server: Any, cache: Path, runs: Path, name: str, world: int, *more
     return read_ledger(run.run_dir / "ledger"), read_metrics(run.run_dir)
 
 
+DEEP = ("model.num_layers=8",)
+
+
+@pytest.fixture(scope="module")
+def one_process(server: Any, embedded_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return ledger_of(server, embedded_cache, tmp_path_factory.mktemp("one"), "one", 1, *DEEP)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_ledger_is_that_of_one_process(server: Any, embedded_cache: Path, tmp_path: Path, layout: str) -> None:
+def test_the_ledger_is_that_of_one_process(
+    server: Any, embedded_cache: Path, one_process: Any, tmp_path: Path, layout: str
+) -> None:
     """Guards against a layout that draws other sequences: of all that a run leaves, the ids are what counts."""
-    deep = ("model.num_layers=8",)
-    one, rows = ledger_of(server, embedded_cache, tmp_path, "one", 1, *deep)
+    one, rows = one_process
     layout_keys = ("parallel.engine=megatron", *LAYOUTS[layout])
-    four, others = ledger_of(server, embedded_cache, tmp_path, "four", 4, *deep, *layout_keys)
+    four, others = ledger_of(server, embedded_cache, tmp_path, "four", 4, *DEEP, *layout_keys)
     for column in ("step", "sample_id", "selected"):
         assert one[column].equals(four[column]), column
     assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
@@ -93,7 +102,8 @@ def test_a_run_of_megatrons_muon(server: Any, embedded_cache: Path, tmp_path: Pa
 
 ENGINES_AGREE = 1e-5  # float32
 
-STEPS, INTERVAL, KILLS = 20, 4, 5
+STEPS, INTERVAL = 20, 4
+KILLS, FEW = 5, 3  # whole and short form
 # the distributed optimizer over two data-parallel ranks, returned candidates, proxy momentum and dropout
 ALL_STATE = (
     *("parallel.engine=megatron", "model.hidden_dropout=0.1", "data.unselected=return", "selection.proxy_momentum=0.9"),
@@ -103,13 +113,14 @@ ALL_STATE = (
 )
 
 
-def test_killed_runs_resume_exactly(server: Any, embedded_cache: Path, tmp_path: Path) -> None:
-    """Guards against state of the distributed optimizer that its checkpoint lacks. Killed with SIGKILL at five points,
-    among them before the first checkpoint."""
-    whole = server.launch(2, tiny(embedded_cache, tmp_path, "whole", *ALL_STATE), tmp_path / "logs")
-    assert whole.wait() == {0: 0, 1: 0}, whole.log(0)
+def test_killed_runs_resume_exactly(server: Any, embedded_cache: Path, tmp_path: Path, whole: bool) -> None:
+    """Guards against state of the distributed optimizer that its checkpoint lacks. Killed with SIGKILL at random
+    points, among them before the first checkpoint."""
+    kills = KILLS if whole else FEW
+    straight = server.launch(2, tiny(embedded_cache, tmp_path, "whole", *ALL_STATE), tmp_path / "logs")
+    assert straight.wait() == {0: 0, 1: 0}, straight.log(0)
     chance = random.Random(7)
-    points = [2, *sorted(chance.sample(range(INTERVAL + 1, STEPS - 1), KILLS - 1))]
+    points = [2, *sorted(chance.sample(range(INTERVAL + 1, STEPS - 1), kills - 1))]
     arguments = tiny(embedded_cache, tmp_path, "killed", *ALL_STATE)
     for attempt, steps in enumerate(points):
         run = server.launch(2, arguments, tmp_path / f"logs{attempt}")
@@ -122,10 +133,10 @@ def test_killed_runs_resume_exactly(server: Any, embedded_cache: Path, tmp_path:
     assert "resumed from" in last.log(0)
     rows = [
         [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(run.run_dir)]
-        for run in (whole, last)
+        for run in (straight, last)
     ]
     assert rows[0] == rows[1]
-    first, second = (read_ledger(run.run_dir / "ledger") for run in (whole, last))
+    first, second = (read_ledger(run.run_dir / "ledger") for run in (straight, last))
     assert first.equals(second)
 
 

@@ -21,15 +21,19 @@ ADO = {"enabled": True, "skip_steps": 0, "first_fit": 9, "refit_every": 2, "bloc
 KINDS: dict[str, dict[str, Any]] = {
     "high_ppl": {"strategy": "high_ppl", "score_micro_batch_size": 1},
     "greats": {"strategy": "greats", "redundancy": {"scale": "paper"}},
-    "filter_then_weight": {"strategy": "filter_then_weight"},
+    "filter_then_weight": {"strategy": "filter_then_weight", "proxy_momentum": 0.5},
     "opus_in_ado_with_floors": {"strategy": "opus", "ado": ADO, "floors": {"minimum": {"prose": 0.25}}},
     # everything that decides what is scored and drawn, at once: rests and probes fall into the run's twelve steps
     "composition": {
         "strategy": "filter_then_weight",
-        "proxy_momentum": 0.5,
         "domain_bandit": {"enabled": True, "move_every": 3},
         "controller": {"enabled": True, "window": 3, "probe_first": 2, "cost": 20.0},
         "prefilter": {"pool_ratio": 2, "columns": 1024},
+    },
+    "picked_every_step": {
+        "strategy": "random",
+        "domain_bandit": {"enabled": True, "move_every": 3},
+        "prefilter": {"pool_ratio": 4, "columns": 1024, "every_step": True},
     },
 }
 SCHEDULED = {
@@ -125,10 +129,23 @@ def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, e
         assert scored[:3] == [True] * 3
         assert not all(scored)
         assert any(scored[3:])
-        assert one["rows"][-1]["bandit_share/prose"] != one["rows"][0]["bandit_share/prose"]
+        shares = [row["bandit_share/prose"] for row in one["rows"] if "bandit_share/prose" in row]  # no rests
+        assert shares[-1] != shares[0]
         assert "prefilter_gain" in one["rows"][0]
         assert one["domains"][:8].count("tables") == 0
         assert "tables" in one["domains"][-8:]
+    if kind == "picked_every_step":
+        assert [("prefilter_gain" in row, "prefilter_seconds" in row) for row in one["rows"][:3]] == [
+            (True, True),
+            (False, True),
+            (False, True),
+        ]
+        rested = {**selection, "prefilter": {**selection["prefilter"], "every_step": False}}
+        first = alone.run(run, recipe(embedded_cache, tmp_path, "rested", rested, training={"train_steps": 2}))[0]
+        assert first["ids"][:8] == one["ids"][:8]  # nothing was learnt before
+        assert first["ids"][8:] != one["ids"][8:16]
+        assert first["ids"][8:10] != one["ids"][8:10]  # of the pool, the first two: unseen where nothing is scored
+        assert "prefilter_seconds" not in first["rows"][1]
     if kind == "filter_then_weight":
         assert any(row["effective_sequences"] < 3.99 for row in one["rows"])
     if kind == "opus_in_ado_with_floors":
@@ -139,7 +156,7 @@ def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, e
         assert all(row["floors_breached"] == row["floors_unsupplied"] == 0 for row in one["rows"])
 
 
-@pytest.mark.parametrize("kind", ["opus_in_ado_with_floors", "composition"])
+@pytest.mark.parametrize("kind", ["opus_in_ado_with_floors", "composition", "picked_every_step"])
 def test_a_resumed_mixture_ends_as_an_undisturbed_one(alone, embedded_cache, tmp_path, kind):
     """Fault: a curve, a policy, a fit, a window or an n-gram missing from the checkpoint. Stopped between two fits, or
     between a suspension and the next probe; equal to the bit."""
@@ -147,14 +164,14 @@ def test_a_resumed_mixture_ends_as_an_undisturbed_one(alone, embedded_cache, tmp
     ado = ("ado_share/prose", "ado_share/tables", "ado_failed_fits")
     mixture = ado if kind == "opus_in_ado_with_floors" else ("bandit_share/prose", "controller_scoring")
     for key in ("loss", "selected_share", "domain_tokens", "domain_epochs", *mixture):
-        assert [row[key] for row in resumed["rows"]] == [row[key] for row in whole["rows"]]
+        assert [row.get(key) for row in resumed["rows"]] == [row.get(key) for row in whole["rows"]]
     assert resumed["ids"] == whole["ids"]
     assert torch.equal(resumed["weights"], whole["weights"])
 
 
 def test_the_proxy_average_of_each_tensor_parallel_rank_is_resumed(world2, embedded_cache, tmp_path):
     """Fault: the side of the proxy gradient that rank 0 holds, given to every rank."""
-    whole, resumed = resumed_run(world2, embedded_cache, tmp_path, "composition", tensor_model_parallel_size=2)
+    whole, resumed = resumed_run(world2, embedded_cache, tmp_path, "filter_then_weight", tensor_model_parallel_size=2)
     assert resumed["ids"] == whole["ids"]
     np.testing.assert_array_equal(resumed["utility"], whole["utility"])
 

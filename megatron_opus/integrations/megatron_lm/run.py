@@ -86,6 +86,7 @@ class SelectionRun:
         self.say(
             f"{selection.strategy} takes K of N = K / {selection.rho:g} candidates from {len(samples):,} samples of "
             f"{len(samples.names)} dataset(s): {', '.join(samples.names[:8])}"
+            + (f"; the prefilter picks them from {self._ratio} N" if prefilter else "")
         )
         self._record: Record | None = None
         folder = config.output_dir or (str(Path(arguments.save) / FOLDER) if arguments.save else None)

@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_opus.config import ConfigError, RunConfig, SelectionConfig
 from megatron_opus.config.checks import check_mechanisms
+from megatron_opus.config.data import DataConfig
 from megatron_opus.config.load import without_removed
-from megatron_opus.config.recipe import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_opus.config.recipe import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_opus.config.schema import Section, build
 from megatron_opus.config.text import read_yaml
 

@@ -1,21 +1,36 @@
 """Score only while it pays: what the choice gains against the seconds that it takes.
 
 Let U be the utilities of the buffer, first-order gains of the target by training on each candidate. Training on what
-was drawn gains mean U(drawn) per place, a uniform draw mean U(all). With `cost` = seconds of choosing / seconds of the
-update, the gain per second of a scored step is mean U(drawn) / (1 + cost), that of an unscored one mean U(all). So
+was drawn gains `drawn` per place, and a uniform draw from the configured mixture gains `all`. With `cost` = seconds of
+choosing / seconds of the update, and a share `often` of the steps that is scored,
 
-    scoring pays  if and only if  mean U(drawn) > (1 + cost) * mean U(all)
+    scoring pays  if and only if  drawn - all > often * cost * |all|
 
 Example: where the drawn half has 1.3 times the buffer's mean utility, scoring pays as long as it adds less than 30% to
-a step. Both means are averaged over a window of scored steps, in the utilities' own unit, so that a step counts as much
-as it gains.
+a step.
 
-    scoring     every step is scored. A full window that does not pay: suspended
-    suspended   steps are drawn uniformly from the buffer. A probe is scored after probe_first steps, and chosen by; one
-                that pays ends the suspension, one that does not doubles the steps to the next one, to probe_most
+The mean utility of the drawn candidates says too much. They were chosen by the same proxy batch, so its noise speaks
+for them. Therefore the pass also measures the candidates against each half of the batch, U_1 and U_2. The noise of the
+halves is independent, so cov(U_1, U_2) is the variance of the true utilities, and
 
-The proxy that ranks the candidates also values those that were drawn. Its noise is in both, so the gain is estimated
-too high, most where the candidates hardly differ.
+    r     = cov(U_1, U_2) / var U         the share of what is seen that a fresh proxy would see again
+    drawn = mean U + r (mean U(drawn) - mean U)
+
+which is what a linear regression expects of a fresh proxy. Example: half of the variance is noise, the buffer has the
+mean 1 and the drawn have 1.8; a fresh proxy would give them 1.4.
+
+Where the bandit moves the mixture, mean U is that of its shares, and `all` is that of the configured ones, both from
+the mean utilities of the domains in the same buffer. A domain that the buffer does not hold, since the bandit hardly
+asks for it, is taken for as good as the worst that it holds. The shares follow from earlier proxy batches, so that
+their gain needs no correction.
+
+All means run over a window of scored steps, probes included. Utilities are in units of their step's mean |U|: from step
+to step they differ by a factor of ten and more, and one step would stand for the window.
+
+    scoring     every step is scored that the strategy wants. A full window that does not pay: suspended
+    suspended   steps are drawn uniformly, from the configured mixture. A probe is scored after probe_first steps. One
+                that does not pay by itself doubles the steps to the next one, to probe_most; after one that does, the
+                next comes after probe_first steps again. When the window pays, the suspension ends
 """
 
 from __future__ import annotations
@@ -23,11 +38,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_opus.config import ControllerConfig
 from megatron_opus.selection.limits import Floors
@@ -35,36 +51,63 @@ from megatron_opus.selection.strategies.base import Around, draw_uniformly
 from megatron_opus.types import Candidates, Selection, SelectionStrategy, Signals
 
 
+class Seen(NamedTuple):
+    """What one scored step says, in units of the mean |U| of its buffer."""
+
+    step: int
+    mixture: float  # mean utility of the buffer, or under the shares that the bandit asked for
+    everyone: float  # the same under the configured shares
+    excess: float  # of the drawn, over the mean of the buffer
+    agreement: float  # r of this step
+
+
 class Controller(Around):
     """`inner` chooses at scored steps. With a `cost` in the settings every decision follows from the signals alone."""
 
-    def __init__(self, inner: SelectionStrategy, config: ControllerConfig, floors: Floors | None = None) -> None:
+    def __init__(
+        self,
+        inner: SelectionStrategy,
+        config: ControllerConfig,
+        floors: Floors | None = None,
+        prior: np.ndarray | None = None,
+    ) -> None:
+        """prior [D]: the configured domain weights, where the scores move the buffer's mixture; None: they do not."""
         super().__init__(inner)
-        self._config, self._floors = config, floors
+        self._config, self._floors, self._prior = config, floors, prior
         self.wants_seconds = inner.wants_seconds or config.cost is None
         self._scoring = True
+        self._often = 1.0  # share of the steps that are scored while scoring is not suspended
         self._interval, self._next_probe = config.probe_first, 0
-        self._seen: deque[tuple[float, float]] = deque(maxlen=config.window)  # mean U(drawn), mean U(all)
+        self._seen: deque[Seen] = deque(maxlen=config.window)
         self._costs: deque[float] = deque(maxlen=config.window)
         self._notices: list[str] = []
+
+    def domain_weights(self, step: int) -> Tensor | None:
+        moved = self._prior is not None and not self._scoring
+        return None if moved else self._inner.domain_weights(step)
 
     def scores_at(self, step: int) -> bool:
         return self._inner.scores_at(step) and (self._scoring or step >= self._next_probe)
 
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection:
-        if signals.alignment is None:
-            return draw_uniformly(
-                candidates, k, generator, self._floors, diagnostics={"controller_scoring": 0.0, **self._cost_said()}
-            )
-        selection = self._inner.select(candidates, signals, k, generator)
-        gains = None if selection.fallback else _gains(signals, selection)
         said = {"controller_scoring": float(self._scoring), **self._cost_said()}
-        if gains is None:
-            self._put_off(candidates.step)
-        else:
-            self._seen.append(gains)
-            self._decide(candidates.step, gains)
-            said |= {"controller_drawn": gains[0], "controller_all": gains[1]}
+        if signals.alignment is None and not self._scoring:
+            return draw_uniformly(candidates, k, generator, self._floors, diagnostics=said)
+        shares = None if self._prior is None else self._inner.domain_weights(candidates.step)
+        selection = self._inner.select(candidates, signals, k, generator)
+        if signals.alignment is not None:
+            seen = None if selection.fallback else _seen(candidates, signals, selection, shares, self._prior)
+            if seen is None:
+                self._put_off(candidates.step)
+            else:
+                self._seen.append(seen)
+                gains = self._gains(self._seen)
+                said |= {
+                    "controller_drawn": gains[0],
+                    "controller_all": gains[1],
+                    "controller_agreement": self._agreement,
+                }
+                self._decide(candidates.step, gains)
         return dataclasses.replace(selection, diagnostics={**selection.diagnostics, **said})
 
     def observe_seconds(self, choosing: float, updating: float) -> None:
@@ -80,9 +123,10 @@ class Controller(Around):
         return {
             "inner": self._inner.state_dict(),
             "scoring": self._scoring,
+            "often": self._often,
             "interval": self._interval,
             "next_probe": self._next_probe,
-            "seen": [list(pair) for pair in self._seen],
+            "window": [list(one) for one in self._seen],
             "costs": list(self._costs),
         }
 
@@ -90,7 +134,9 @@ class Controller(Around):
         self._inner.load_state_dict(state["inner"])
         self._scoring, self._interval = bool(state["scoring"]), int(state["interval"])
         self._next_probe = int(state["next_probe"])
-        self._seen = deque(((a, b) for a, b in state["seen"]), maxlen=self._config.window)
+        # of an earlier release there is a "seen" instead, without the halves: the window is filled anew
+        self._seen = deque((Seen(*one) for one in state.get("window", ())), maxlen=self._config.window)
+        self._often = state.get("often", 1.0)
         self._costs = deque(state["costs"], maxlen=self._config.window)
 
     @property
@@ -103,29 +149,44 @@ class Controller(Around):
     def _cost_said(self) -> dict[str, float]:
         return {} if self._cost is None else {"controller_cost": self._cost}
 
+    @property
+    def _agreement(self) -> float:
+        """Return r of the module's text: its mean over the window, within 0 and 1."""
+        return min(1.0, max(0.0, float(np.mean([one.agreement for one in self._seen]))))
+
+    def _gains(self, rows: Sequence[Seen]) -> tuple[float, float]:
+        """Return (drawn, all) of the module's text over some scored steps."""
+        mixture, everyone, excess = (float(np.mean([row[i] for row in rows])) for i in (1, 2, 3))
+        return mixture + self._agreement * excess, everyone
+
     def _decide(self, step: int, gains: tuple[float, float]) -> None:
-        """Suspend, probe later, or go on, after one more scored step."""
-        c, cost = self._config, self._cost
-        if cost is None or (self._scoring and len(self._seen) < c.window):
+        """Suspend, go on, resume, or say when the next probe comes, after one more scored step."""
+        c, cost, seen = self._config, self._cost, self._seen
+        if cost is None or len(seen) < c.window:
             return
-        if self._scoring:
-            drawn, everyone = np.mean(self._seen, axis=0).tolist()
-            if drawn > (1 + cost) * everyone:
-                return
+        if self._scoring and len(seen) > 1:
+            self._often = (len(seen) - 1) / (seen[-1].step - seen[0].step)
+        added = self._often * cost
+
+        def pays(drawn: float, everyone: float) -> bool:
+            return drawn - everyone > added * abs(everyone)
+
+        numbers = (
+            f"over {c.window} scored steps the drawn had a mean utility of {gains[0]:.2f} and a uniform draw of "
+            f"{gains[1]:.2f} (mean |utility| is 1), and choosing adds {added:.2f} of an update's seconds to a step"
+        )
+        if self._scoring and not pays(*gains):
             self._scoring, self._interval = False, c.probe_first
             self._next_probe = step + self._interval
             self._notices.append(
-                f"step {step}: scoring is suspended: over {c.window} scored steps the drawn had a mean utility of "
-                f"{drawn:.3g}, the buffer {everyone:.3g}, and choosing takes {cost:.2f} of an update's seconds; the "
-                f"next probe is at step {self._next_probe}"
+                f"step {step}: scoring is suspended: {numbers}; the next probe is at step {self._next_probe}"
             )
-        elif gains[0] > (1 + cost) * gains[1]:
+        elif not self._scoring and pays(*gains):
             self._scoring = True
-            self._seen.clear()
-            self._notices.append(
-                f"step {step}: scoring is resumed: in a probe the drawn had a mean utility of {gains[0]:.3g}, the "
-                f"buffer {gains[1]:.3g}, and choosing takes {cost:.2f} of an update's seconds"
-            )
+            self._notices.append(f"step {step}: scoring is resumed: {numbers}")
+        elif not self._scoring and pays(*self._gains([seen[-1]])):
+            self._interval = c.probe_first
+            self._next_probe = step + self._interval
         else:
             self._put_off(step)
 
@@ -136,15 +197,36 @@ class Controller(Around):
             self._next_probe = step + self._interval
 
 
-def _gains(signals: Signals, selection: Selection) -> tuple[float, float] | None:
-    """(mean utility of the drawn, weighted as they are trained on; of the buffer); None where there is no spread."""
-    assert signals.alignment is not None
-    utility = signals.alignment.numpy()
-    usable = np.isfinite(utility)
+def _seen(
+    candidates: Candidates, signals: Signals, selection: Selection, shares: Tensor | None, prior: np.ndarray | None
+) -> Seen | None:
+    """Return what one scored step says; None where its utilities have no spread.
+
+    `shares` [D] are those that the bandit asked for, `prior` [D] the configured ones.
+    """
+    if signals.alignment is None or signals.halves is None:
+        raise ValueError(
+            "controller: expected the alignment with each half of the proxy, got none; build the scoring "
+            "pass with selection.controller.enabled"
+        )
+    utility, halves = signals.alignment.numpy(), signals.halves.numpy()
+    usable = np.isfinite(utility) & np.isfinite(halves).all(1)
     if signals.finite is not None:
         usable &= signals.finite.numpy()
     if usable.sum() < 2 or utility[usable].std() == 0:
         return None
-    drawn = utility[selection.indices.numpy()]
+    agreement = float(np.cov(halves[usable].T)[0, 1] / utility[usable].var(ddof=1))
+    utility = utility / np.abs(utility[usable]).mean()
     weights = None if selection.weights is None else selection.weights.double().numpy()
-    return float(np.average(drawn, weights=weights)), float(utility[usable].mean())
+    mean = float(utility[usable].mean())
+    excess = float(np.average(utility[selection.indices.numpy()], weights=weights)) - mean
+    if shares is None or prior is None:
+        return Seen(candidates.step, mean, mean, excess, agreement)
+    domains = candidates.domains[usable]
+    count = np.bincount(domains, minlength=len(prior))
+    total = np.bincount(domains, weights=utility[usable], minlength=len(prior))
+    present = count > 0
+    values = np.full(len(prior), (total[present] / count[present]).min())
+    values[present] = total[present] / count[present]
+    mixture, everyone = (float(np.average(values, weights=weights)) for weights in (shares.numpy(), prior))
+    return Seen(candidates.step, mixture, everyone, excess, agreement)
