@@ -5,11 +5,12 @@
     megatron-opus bench-scoring tax --hidden-size 1024 --estimators one_sided:64,two_sided:8192
     megatron-opus bench-scoring fidelity --hidden-size 512 --num-layers 4
     megatron-opus bench-scoring frontier --hidden-size 512 --json 512.json
+    megatron-opus bench-scoring proxy --hidden-size 128 --num-layers 3  # batches of the proxy against many sequences
     megatron-opus bench-scoring picture 512.json 1024.json --output frontier.png
 
-`tax` and `overhead` need no training: the time of a pass does not depend on the weights. `fidelity` and `frontier`
-train a GPT first, on the embedded corpus unless --corpus names a directory of `megatron-opus prepare-data`. An
-estimator's name may be followed by settings that save scored tokens, as in
+`tax` and `overhead` need no training: the time of a pass does not depend on the weights. `fidelity`, `frontier`
+and `proxy` train a GPT first, on the embedded corpus unless --corpus names a directory of `megatron-opus prepare-data`.
+An estimator's name may be followed by settings that save scored tokens, as in
 one_sided:64+score_length=128+score_windows=2.
 """
 
@@ -64,7 +65,7 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     model.add_argument("--hidden-size", type=positive, default=512)
     model.add_argument("--num-layers", type=positive, default=2)
     model.add_argument("--num-attention-heads", type=positive, help="default: hidden size / 64")
-    model.add_argument("--proxy", type=positive, default=2, help="proxy sequences")
+    model.add_argument("--untie-embeddings-and-output-weights", action="store_true")
     model.add_argument("--dim", type=positive, default=8192, help="m of the sketch")
     model.add_argument("--intermediate-dim", type=positive, default=65536)
     model.add_argument("--scope", choices=["layer", "model"], help="default: model where the alignment is elsewhere")
@@ -77,7 +78,6 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     model.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a busy machine, --threads 1")
     model.add_argument("--seed", type=int, default=42)
     trained = argparse.ArgumentParser(add_help=False)
-    trained.add_argument("--homogeneous", help="domain of a second pool of nothing else; embedded corpus: source")
     trained.add_argument("--train-steps", type=positive, default=500)
     trained.add_argument("--batch-size", type=positive, default=2, help="sequences of a training step")
 
@@ -92,7 +92,9 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     option = add("tax", "scoring pass / its forward and backward", model)
     sizes(option, candidates=8, length=512, repeats=7, estimators="one_sided:64,two_sided:8192")
 
-    option = add("fidelity", "the estimate against the float64 oracle", model, trained)
+    pools = argparse.ArgumentParser(add_help=False)
+    pools.add_argument("--homogeneous", help="domain of a second pool of nothing else; embedded corpus: source")
+    option = add("fidelity", "the estimate against the float64 oracle", model, trained, pools)
     sizes(option, candidates=32, length=512, repeats=None, estimators="one_sided:64,two_sided:8192")
 
     option = add("overhead", "a step with selection against one without", model)
@@ -101,10 +103,18 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     option("--score-length", type=positive, default=512)
     option("--micro-batch-size", type=positive, default=1, help="of the update")
 
-    option = add("frontier", "tax and fidelity of every estimator and size", model, trained)
+    option = add("frontier", "tax and fidelity of every estimator and size", model, trained, pools)
     sizes(option, candidates=32, length=512, repeats=2, estimators="all")
     option("--tax-candidates", type=positive, default=8, help="with --proxy, the sequences of the timed pass")
     option("--fidelity-proxy", type=positive, default=8)
+
+    option = add("proxy", "sizes, momentum and refreshing of the proxy, against many sequences", model, trained)
+    sizes(option, candidates=64, length=128, repeats=7, estimators=None, proxy=256)
+    option("--domain-candidates", type=positive, default=48, help="of each domain's own pool")
+    option("--tax-candidates", type=positive, default=32, help="the candidates of the timed passes")
+    option("--score-length", type=positive, default=16)
+    option("--further-steps", type=positive, default=26, help="steps with scores, after those of the training")
+    option("--warm-up-steps", type=positive, default=10, help="of these, the first that are not counted")
 
     sub = commands.add_parser("picture", help="tax against fidelity, from the JSON files of `frontier`")
     sub.add_argument("results", nargs="+", type=Path, metavar="FRONTIER.json")
@@ -119,12 +129,22 @@ def parse(argv: Sequence[str], program: str) -> argparse.Namespace:
     return args
 
 
-def sizes(option: Callable[..., object], *, candidates: int, length: int, repeats: int | None, estimators: str) -> None:
+def sizes(
+    option: Callable[..., object],
+    *,
+    candidates: int,
+    length: int,
+    repeats: int | None,
+    estimators: str | None,
+    proxy: int = 2,
+) -> None:
     option("--candidates", type=positive, default=candidates)
+    option("--proxy", type=positive, default=proxy, help="proxy sequences; of the truth, if the proxy is measured")
     option("--length", type=positive, default=length, help="tokens of each sequence")
     if repeats is not None:
         option("--repeats", type=positive, default=repeats)
-    option("--estimators", default=estimators, help="kind:size[+key=value...],...; all: the frontier's list")
+    if estimators is not None:
+        option("--estimators", default=estimators, help="kind:size[+key=value...],...; all: the frontier's list")
 
 
 def positive(text: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from megatron_opus.config import ConfigError
+from megatron_opus.nested import flatten
 from megatron_opus.studies.lab import experiment, pictures, report, runner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,16 @@ def test_the_ratio_to_target_is_interpolated_on_the_better_curve(arm, baseline, 
     """Fault: extrapolation beyond a curve, or a ratio that says `never` for every arm worse than random."""
     assert report.ratio_to_target(arm, baseline) == pytest.approx(ratio)
     assert math.isnan(report.ratio_to_target([(100, math.nan)], baseline))
+
+
+def test_the_fragment_is_the_composition_that_was_measured():
+    """Fault: settings offered to users that are not those of the experiment that speaks for them. How much of a
+    sequence is scored is left to the recipe, whose sequences have another length."""
+    fragment = flatten(yaml.safe_load((ROOT / "configs/base/picked.yaml").read_text(encoding="utf-8")))
+    for path in EXPERIMENTS:
+        if path.stem in ("explored", "explored_hidden", "explored_clean"):
+            arms = yaml.safe_load(path.read_text(encoding="utf-8"))["arms"]
+            assert {**fragment, "selection.score_length": 64} == arms["explored"], path
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
@@ -101,9 +112,11 @@ def test_every_protocol_is_complete_and_runs_random_as_its_baseline(path):
         assert {run.config.selection.strategy for run in runs if run.arm == found.baseline} == {"random"}
         # an arm of another size says so by its name
         sized = ("rho_", "random_longer", "random_matched", "composition", experiment.START)
+        sized += ("opus_025", "weight_025", "uncontrolled", "prefilter_matched", "picked", "explored_1")
         same = [run.config for run in runs if not run.arm.startswith(sized)]
         assert len({(config.buffer_size, config.training.train_steps) for config in same}) == 1
-        assert len({str(run.config.data.domain_weights) for run in runs}) == 1
+        if path.stem != "schedule":  # its arms are mixtures, with one mean over the run
+            assert len({str(run.config.data.domain_weights) for run in runs}) == 1
 
 
 def test_what_was_announced_stands(tmp_path):

@@ -153,6 +153,7 @@ def test_tax_and_fidelity(world1: DistributedPool, embedded_cache: Path, tmp_pat
         (["tax", "--estimators=one_sided:x"], "estimator 'one_sided:x'"),
         (["tax", "--estimators=fourier"], "expected one of materialise"),
         (["tax", "--estimators=one_sided:8+rho=0.5"], "expected + and key=value with one of score_length"),
+        (["proxy", "--warm-up-steps=3", "--further-steps=3"], "--warm-up-steps: expected fewer than"),
         (["fidelity", "--mixture=prose"], "expected domain=weight"),
         (["fidelity", "--mixture=prose=1", "--candidates=6", "--train-steps=62", "--length=512"], "not used"),
         (["tax", "--json=/nowhere/at/all.json"], "expected a file in an existing folder"),
@@ -201,3 +202,56 @@ def unseen(cache: Path) -> dict[str, Any]:
 def test_pools_are_unseen(world1: DistributedPool, embedded_cache: Path) -> None:
     """Guards against candidates that the model was trained on, whose gradients are those of memory."""
     assert world1.run(unseen, embedded_cache) == [{"repeated": False, "used": 160}]
+
+
+def measured_proxies(cache: Path) -> dict[str, Any]:
+    import torch
+
+    from megatron_opus.backends.engines.processes import init_distributed
+    from megatron_opus.backends.formats import indexed
+    from megatron_opus.backends.model.parallel import init_parallel
+    from megatron_opus.config import ModelConfig, ParallelConfig
+    from megatron_opus.data.prepare.embedded import prepare_embedded
+    from megatron_opus.studies.bench import proxies
+    from megatron_opus.studies.bench.estimators import Sizes
+    from megatron_opus.studies.bench.workbench import Pool, Workbench
+
+    device = init_distributed(ParallelConfig())
+    init_parallel(ParallelConfig())
+    model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=1)
+    work = Workbench(model, prepare_embedded(cache, indexed, progress=False), length=32, device=device, seed=3)
+    batches = work.train(3, 2, mixture={"prose": 1.0}, further=3)
+    pools = [work.pool(name, 6, 1, {name: 1.0}) for name in ("source", "prose")]
+    target, text = proxies.parts_of_proxy(work, 20)
+    sequences = [{tuple(x) for x in part.tokens.tolist()} for part in (target, text)]
+    steps = [proxies.drawn(text, step, len(text) // 2, seed=1).tokens for step in range(2)]
+    exact = proxies.truth(work, pools[0].candidates, target, Sizes(length=32))
+    oracle = work.oracle(Pool(name="", candidates=pools[0].candidates, proxy=target))
+    settings = [{"proxy_batch_size": 1, **more} for more in ({}, {"proxy_momentum": 0.9}, {"proxy_refresh_every": 3})]
+    return {
+        "parts": [len(part) for part in sequences],
+        "all": len(sequences[0] | sequences[1]),
+        "sequences": int(work.corpus.sequences("proxy").sum()),
+        "twice": len(text) // 2 * 2 - len(torch.cat(steps).unique(dim=0)),
+        "positions": proxies.windows(target, 16).position_ids.unique(dim=0).tolist(),
+        "off": float((exact - oracle).abs().max() / oracle.abs().max()),
+        "rows": proxies.fidelity(work, pools, batches, Sizes(length=16), proxy=20, warm_up=1, settings=settings),
+    }
+
+
+def test_a_proxy_is_measured_against_others_and_keeps_its_state(world1: DistributedPool, embedded_cache: Path) -> None:
+    """Guards against a truth that shares sequences with the batches, and against scorers made anew at every step.
+
+    An average or a batch that is not carried on from step to step would rank as no momentum and no keeping do.
+    """
+    (found,) = world1.run(measured_proxies, embedded_cache)
+    assert found["parts"] == [20, found["sequences"] - 20]
+    assert found["all"] == found["sequences"]  # none is in both
+    assert found["twice"] == 0  # a batch is fresh until the text has been walked
+    assert found["positions"] == [list(range(16))]
+    assert found["off"] < 1e-4  # float32 against float64
+    none, momentum, kept = found["rows"]
+    for row in (none, momentum, kept):
+        assert row["low"] == row["high"] == row["within"]  # of one domain
+        assert row["mixed"] != row["whole mixed"]  # 16 tokens of 32
+    assert len({none["mixed"], momentum["mixed"], kept["mixed"]}) == 3

@@ -12,9 +12,10 @@ from megatron_opus.backends.formats import indexed
 from megatron_opus.backends.model.parallel import init_parallel
 from megatron_opus.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_opus.data.prepare.embedded import prepare_embedded
-from megatron_opus.studies.bench import estimators, overhead
+from megatron_opus.studies.bench import estimators, overhead, proxies
 from megatron_opus.studies.bench.estimators import FRONTIER, Rows, Say, Sizes, weights_of
 from megatron_opus.studies.bench.workbench import Clock, Pool, Workbench
+from megatron_opus.types import Batch
 
 # the mixture of training and of the mixed pool, and the domain of the other pool, where the corpus is the embedded one
 EMBEDDED_MIXTURE = "prose=0.1,docstrings=0.2,source=0.4,tables=0.3"
@@ -29,12 +30,15 @@ def run(args: Namespace, say: Say) -> Rows:
     if args.command == "flops":
         return overhead.of_recipes(args.recipe, args.overrides)
     sizes = _sizes(args)
-    names = list(FRONTIER) if args.estimators == "all" else args.estimators.split(",")
+    asked = getattr(args, "estimators", proxies.ESTIMATOR)
+    names = list(FRONTIER) if asked == "all" else asked.split(",")
     for name in names:
         sizes.selection(name)  # a wrong name is refused before anything is trained
     mixture = weights_of(args.mixture)
     if args.command == "overhead" and args.chosen > args.candidates:
         raise ConfigError(f"--chosen: expected at most the {args.candidates} candidates, got {args.chosen}")
+    if args.command == "proxy" and args.warm_up_steps >= args.further_steps:
+        raise ConfigError(f"--warm-up-steps: expected fewer than --further-steps, {args.further_steps}")
     device = init_distributed(ParallelConfig())
     init_parallel(ParallelConfig(), seed=args.seed)
     corpus = args.corpus
@@ -45,6 +49,7 @@ def run(args: Namespace, say: Say) -> Rows:
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         num_attention_heads=args.num_attention_heads or max(1, args.hidden_size // 64),
+        untie_embeddings_and_output_weights=args.untie_embeddings_and_output_weights,
     )
     work = Workbench(model, corpus, length=args.length, device=device, seed=args.seed)
     clock: Clock = time.process_time if args.clock == "cpu" else time.perf_counter
@@ -53,9 +58,12 @@ def run(args: Namespace, say: Say) -> Rows:
         work.train(1, 1, mixture=None)
     else:
         say(f"training {args.train_steps} steps of {args.batch_size} x {args.length} tokens")
-        work.train(args.train_steps, args.batch_size, mixture=mixture)
-    pool = work.pool("mixed", args.candidates, args.proxy, mixture)
-    if args.command == "tax":
+        further = args.further_steps if args.command == "proxy" else 0
+        batches = work.train(args.train_steps, args.batch_size, mixture=mixture, further=further)
+    pool = work.pool("mixed", args.candidates, 1 if args.command == "proxy" else args.proxy, mixture)
+    if args.command == "proxy":
+        rows = _proxies(work, pool, batches, args, mixture, clock, say)
+    elif args.command == "tax":
         rows = estimators.tax(work, pool, names, sizes, args.repeats, clock=clock, say=say)
     elif args.command == "overhead":
         sizes = dataclasses.replace(sizes, length=min(args.score_length, args.length))
@@ -76,6 +84,19 @@ def run(args: Namespace, say: Say) -> Rows:
         rows = estimators.frontier(work, timed, pools, names, sizes, args.repeats, clock=clock, say=say)
     shape = {"d": args.hidden_size, "layers": args.num_layers, "T": args.length}
     return [{**shape, **row} for row in rows]
+
+
+def _proxies(
+    work: Workbench, mixed: Pool, batches: list[Batch], args: Namespace, mixture: Any, clock: Clock, say: Say
+) -> Rows:
+    """A row for each setting of the proxy, in the mixed pool and in one of each of its domains."""
+    sizes = dataclasses.replace(_sizes(args), length=min(args.score_length, args.length))
+    shares = work.corpus.candidate_weights(mixture)
+    domains = [name for name, share in zip(work.corpus.domains["candidates"], shares, strict=True) if share]
+    pools = [mixed, *(work.pool(name, args.domain_candidates, 1, {name: 1.0}) for name in domains)]
+    times = proxies.cost(work, mixed.candidates.rows(0, args.tax_candidates), sizes, args.repeats, clock=clock)
+    rows = proxies.fidelity(work, pools, batches, sizes, proxy=args.proxy, warm_up=args.warm_up_steps, say=say)
+    return [{**row, **found} for row, found in zip(rows, times, strict=True)]
 
 
 def _sizes(args: Namespace) -> Sizes:

@@ -44,7 +44,8 @@ FRONTIER = (
 )
 # what may stand behind a name: settings of `selection` that make a pass read less, or read it more cheaply
 SAVINGS = (
-    "score_length", "score_windows", "score_window", "scored_layers", "score_precision", "score_micro_batch_size",
+    "score_length", "score_windows", "score_window", "scored_layers", "score_output_layer", "score_precision",
+    "score_micro_batch_size",
 )  # fmt: skip
 FIDELITY_MICRO_BATCH = 16  # sequences; the pools need not fit in memory at once
 GROUP = 3  # estimators between two plain passes: further apart, the machine is another one

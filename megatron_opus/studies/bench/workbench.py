@@ -63,10 +63,16 @@ class Workbench:
         self.layers = megatron_layers(self.model)
         self._seen: set[int] = set()  # sequences that training has used
 
-    def train(self, steps: int, batch_size: int, *, mixture: Mapping[str, float] | None) -> None:
-        """Take optimizer steps: a linear warm-up over a tenth of them, then a constant learning rate of 1e-3."""
+    def train(
+        self, steps: int, batch_size: int, *, mixture: Mapping[str, float] | None, further: int = 0
+    ) -> list[Batch]:
+        """Take optimizer steps: a linear warm-up over a tenth of them, then a constant learning rate of 1e-3.
+
+        Return the batches of `further` steps, which are drawn and not taken: pools leave out their sequences too.
+        """
         buffer = CandidateBuffer(self.corpus, batch_size, self.seed, dict(mixture) if mixture else None)
-        for step in range(steps):
+        left = []
+        for step in range(steps + further):
             rate = min(1.0, (step + 1) / max(1, steps // 10))
             for group in self.optimizer.param_groups:
                 group["lr"] = 1e-3 * rate
@@ -74,7 +80,11 @@ class Workbench:
             buffer.settle(candidates, range(buffer.size))
             self._seen.update(candidates.sample_ids.tolist())
             batch = self.corpus.batch(candidates.sample_ids).to(self.device)
-            self.update(batch, len(batch))
+            if step < steps:
+                self.update(batch, len(batch))
+            else:
+                left.append(batch)
+        return left
 
     def update(self, batch: Batch, micro_batch_size: int) -> float:
         """One optimizer step on the mean over sequences of their mean token losses; that mean. Clips at norm 1."""
