@@ -31,7 +31,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
         "selection/test_precondition.py::test_fragments_that_cut_rows_add_up",
     ),
     "3 Muon's momentum exists on one rank only: the others score that layer with the identity and without its rate": (
-        "scoring/test_estimators.py::test_muon_geometry_agrees_with_the_oracle",
+        "scoring/test_muon_geometry.py::test_muon_geometry_agrees_with_the_oracle",
         "scoring/test_zero.py::test_every_geometry_agrees_with_the_oracle",
         "scoring/test_zero.py::test_every_zero_stage_gives_the_unpartitioned_scores",
         "selection/test_precondition.py::test_the_muon_multiplier_is_the_polynomial_of_the_momentum",

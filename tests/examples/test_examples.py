@@ -19,7 +19,8 @@ def output_of(name: str) -> str:
     for launcher in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(launcher, None)
     command = [sys.executable, str(ROOT / "examples" / name)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    # bounded: DeepSpeed waits for ever for the lock of a build that was killed, in ~/.cache/torch_extensions
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
