@@ -16,6 +16,14 @@ Where the step is scored, a share of the N is taken from the pool unseen. So the
 have picked, and what the filter is worth is measured: the mean y of the picked minus that of the unseen
 (`prefilter_gain`).
 
+With `every_step` it also picks where nothing is scored, but only while that is worth it: a model that has just been
+trained on what was picked may gain less from more of it than from any other text. The running mean of the gain decides,
+
+    worth <- MEMORY * worth + (1 - MEMORY) * gain            picks at unscored steps if and only if worth > 0
+
+It starts at 0, so that nothing is picked before a gain was seen. Example: gains of -0.5, 0.3 and 0.4 make it -0.1, -0.02
+and 0.06, and the third one resumes the picking.
+
 Arithmetic is float64 on the CPU and sums run in one order, so that every rank and every layout picks the same.
 Legend: M sequences of the pool, N of the buffer, L tokens, C columns, D domains.
 """
@@ -32,6 +40,7 @@ from torch import Tensor
 from megatron_opus.config import PrefilterConfig
 from megatron_opus.selection.ngrams import ngram_hashes
 
+MEMORY = 0.8  # of the running mean of the gain: about the last nine scored steps decide
 PRIOR = 8.0  # sightings by which an n-gram's, or a domain's, weight is drawn toward 0
 
 
@@ -43,8 +52,14 @@ class Prefilter:
         self._config = config
         self._unseen = 0  # of the last pick, its first sequences
         self._expected: np.ndarray | None = None  # f of the last pick
+        self._worth = 0.0
         self._weights, self._seen = np.zeros(config.columns), np.zeros(config.columns)
         self._domain, self._documents = np.zeros(domains), np.zeros(domains)
+
+    @property
+    def pays(self) -> bool:
+        """Whether what was picked has lately been better than what was taken unseen."""
+        return self._worth > 0
 
     def expected(self, tokens: Tensor, domains: np.ndarray) -> np.ndarray:
         """Return f, [M] float64, of tokens [M, L] int64 and domains [M]. No row depends on another one."""
@@ -82,6 +97,8 @@ class Prefilter:
             return {}
         y = (found - found[usable].mean()) / spread
         said = self._quality(y, expected, usable)
+        if "prefilter_gain" in said and self._documents.any():
+            self._worth = MEMORY * self._worth + (1 - MEMORY) * said["prefilter_gain"]
         self._fit(self._columns(tokens)[usable], domains[usable], y[usable] - expected[usable])
         return said
 
@@ -91,11 +108,13 @@ class Prefilter:
             "seen": self._seen.copy(),
             "domain": self._domain.copy(),
             "documents": self._documents.copy(),
+            "worth": self._worth,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._weights, self._seen = state["weights"].copy(), state["seen"].copy()
         self._domain, self._documents = state["domain"].copy(), state["documents"].copy()
+        self._worth = float(state.get("worth", 0.0))
 
     def _columns(self, tokens: Tensor) -> np.ndarray:
         """[M, 2 L - 1] int32: the column of every n-gram."""

@@ -166,7 +166,7 @@ class SelectionDriver:
         if self._prefilter is None:
             return pool, np.arange(len(pool))
         settings = self._config.selection.prefilter
-        if self._scored or settings.every_step:
+        if self._scored or (settings.every_step and self._prefilter.pays):
             started = time.perf_counter()
             mine = rank_local.own(pool, self._groups)  # each data-parallel rank reads its part of the pool
             expected = self._prefilter.expected(self._corpus.tokens(mine.sample_ids), mine.domains)
@@ -175,6 +175,7 @@ class SelectionDriver:
             self._prefilter_seconds = time.perf_counter() - started
         else:
             kept = np.arange(len(pool) // settings.pool_ratio)
+            self._prefilter_seconds = 0.0
         return replace(pool, sample_ids=pool.sample_ids[kept], domains=pool.domains[kept]), kept
 
     def _learnt(self, candidates: Candidates, signals: Signals, selection: Selection) -> Selection:
