@@ -46,6 +46,6 @@ for kind in ("noisy", "hidden"):
     megatron("keep", *of, "--scores", out / "scores", "--rule", "top", "--share", "0.2", "--output", out / "dsir")
     (out / "before.json").write_text(json.dumps({"dsir": round(seconds() - begin, 2)}) + "\n")
 PYTHON
-for name in headline headline_hidden headline_clean explored explored_hidden explored_clean; do
+for name in headline headline_hidden headline_clean explored explored_hidden explored_clean gated gated_hidden gated_clean; do
   "$python" -m megatron_opus experiment "configs/lab/$name.yaml" --jobs "${JOBS:-1}"
 done

@@ -111,11 +111,6 @@ def check_mechanisms(s: SelectionConfig) -> None:
         f"selection.prefilter: {s.strategy} scores nothing that a model could learn from; use one of {scoring}, or "
         "set selection.domain_bandit.enabled=true",
     )
-    require(
-        not (prefilter and s.prefilter.every_step and s.controller.enabled),
-        "selection.prefilter.every_step: would pick at steps at which selection.controller has suspended scoring, and "
-        "which are uniform draws; set one of the two to false",
-    )
     for name, on in (("domain_bandit", bandit), ("controller", s.controller.enabled), ("prefilter", prefilter)):
         require(
             not on or s.scope == "global",

@@ -113,6 +113,7 @@ class SelectionDriver:
         self._buffer, self._strategy, self._scorer, self._iterator = buffer, strategy, scorer, iterator
         self._loss_pass, self._trained_domains = loss_pass, np.empty(0, dtype=np.int32)
         self._prefilter, self._prefilter_seconds = prefilter, 0.0
+        self._picked = False  # the last step's candidates were picked from the pool
         self._entropy_warned = False
         self._geometry = ""
         self._scored = False  # the last step had a scoring pass
@@ -166,27 +167,30 @@ class SelectionDriver:
         if self._prefilter is None:
             return pool, np.arange(len(pool))
         settings = self._config.selection.prefilter
-        if self._scored or (settings.every_step and self._prefilter.pays):
+        between = settings.every_step and self._prefilter.pays and self._strategy.picks_at(pool.step)
+        self._picked = self._scored or between
+        if self._picked:
             started = time.perf_counter()
             mine = rank_local.own(pool, self._groups)  # each data-parallel rank reads its part of the pool
             expected = self._prefilter.expected(self._corpus.tokens(mine.sample_ids), mine.domains)
             expected = np.concatenate(rank_local.gathered(expected, self._groups))
             kept = self._prefilter.pick(expected, self._scored)
+            unseen = self._prefilter.unseen
             self._prefilter_seconds = time.perf_counter() - started
         else:
-            kept = np.arange(len(pool) // settings.pool_ratio)
+            kept, unseen = np.arange(len(pool) // settings.pool_ratio), 0
             self._prefilter_seconds = 0.0
-        return replace(pool, sample_ids=pool.sample_ids[kept], domains=pool.domains[kept]), kept
+        return replace(pool, sample_ids=pool.sample_ids[kept], domains=pool.domains[kept], unseen=unseen), kept
 
     def _learnt(self, candidates: Candidates, signals: Signals, selection: Selection) -> Selection:
         """The selection with what the prefilter says, after it has learnt from the step's utilities."""
         if self._prefilter is None or not (self._scored or self._config.selection.prefilter.every_step):
             return selection
         started = time.perf_counter()
-        said = {}
+        said = {"prefilter_picks": float(self._picked)}
         if signals.alignment is not None:
             tokens = self._corpus.tokens(candidates.sample_ids)
-            said = self._prefilter.learn(tokens, candidates.domains, signals.alignment, signals.finite)
+            said |= self._prefilter.learn(tokens, candidates.domains, signals.alignment, signals.finite)
         seconds = self._prefilter_seconds + time.perf_counter() - started
         return replace(selection, diagnostics={**selection.diagnostics, **said, "prefilter_seconds": seconds})
 

@@ -59,6 +59,10 @@ class SelectionStrategy(Protocol):
         """Whether this step has a scoring pass; without one, `select` gets empty signals. Only asked with `needs`."""
         ...
 
+    def picks_at(self, step: int) -> bool:
+        """Whether `selection.prefilter.every_step` may pick at this step, if nothing is scored at it."""
+        ...
+
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection: ...
 
     def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:

@@ -76,6 +76,7 @@ class Candidates:
     step: int
     sample_ids: np.ndarray  # [N] int64, global ids: any rank can look any of them up
     domains: np.ndarray  # [N] int32, index into the buffer's domain names
+    unseen: int = 0  # So many of them, the first ones, a prefilter has taken without a look. 0: nothing was picked
 
     def __len__(self) -> int:
         return len(self.sample_ids)

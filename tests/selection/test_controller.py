@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_opus.config import ConfigError, ControllerConfig, DomainBanditConfig, SelectionConfig
+from megatron_opus.config import ConfigError, ControllerConfig, DomainBanditConfig, PrefilterConfig, SelectionConfig
 from megatron_opus.config.load import from_dict
 from megatron_opus.selection.strategies import build_strategy
 from megatron_opus.types import Candidates, Signals
@@ -194,6 +194,60 @@ def test_a_mixture_that_gains_is_kept_and_found_again():
     scored = [number for number in range(60, 100) if mixed_step(made, number, (3.0, 1.0, 1.0))]
     assert [*np.diff(scored)][-5:] == [2] * 5
     assert made.domain_weights(100)[0] > 0.4
+
+
+def picked_step(strategy, number, unseen, picked, n=32):
+    """A buffer whose first half a prefilter took unseen, with these mean utilities; what is said of it."""
+    true = torch.cat([torch.full((n // 2,), unseen), torch.full((n // 2,), picked)]).double()
+    both = true[:, None] + 0.01 * torch.randn(
+        n, 2, generator=torch.Generator().manual_seed(number), dtype=torch.float64
+    )
+    scored = strategy.scores_at(number)
+    found = Signals(alignment=both.mean(1), halves=both) if scored else Signals()
+    candidates = Candidates(
+        step=number,
+        sample_ids=np.arange(n),
+        domains=(np.arange(n) % 3).astype(np.int32),
+        unseen=n // 2 if scored else 0,
+    )
+    return strategy.select(candidates, found, 8, torch.Generator().manual_seed(number)).diagnostics
+
+
+@pytest.mark.parametrize(("picked", "every_step", "drawn"), [(1.6, True, 1.45), (1.6, False, 1.15), (0.4, True, 0.85)])
+def test_what_a_prefilter_picks_is_held_against_what_it_takes_unseen(picked, every_step, drawn):
+    """Guards against picks that count on both sides, which hides what they gain, and against picks between the scored
+    steps that are counted although nothing picks there: every second step is scored, half of a scored buffer picked.
+
+    A lead of 0.6 over the unseen is worth 0.6 / 2 at each scored step and 0.6 at each of the others, 0.45 on average; a
+    lead of -0.6 costs 0.15, since the prefilter picks nothing at the others."""
+    config = SelectionConfig(
+        strategy="random",
+        controller=ControllerConfig(**{**SETTINGS, "window": 4, "cost": 0.0}),
+        domain_bandit=DomainBanditConfig(enabled=True, move_every=2, step_size=1e-6),
+        prefilter=PrefilterConfig(pool_ratio=4, every_step=every_step),
+    )
+    made = build_strategy(config, ("a", "b", "c"), PRIOR)
+    steps = [picked_step(made, number, 1.0, picked) for number in range(0, 24, 2)]
+    said = [found for found in steps if "controller_all" in found][-1]
+    unit = (1.0 + picked) / 2
+    assert said["controller_all"] == pytest.approx(1.0 / unit, abs=0.02)
+    assert said["controller_drawn"] == pytest.approx(drawn / unit, abs=0.1)
+
+
+def test_nothing_is_picked_while_scoring_is_suspended():
+    """Guards against a suspension whose steps are no uniform draws: what was learnt long ago would go on choosing."""
+    config = SelectionConfig(
+        strategy="random",
+        controller=ControllerConfig(**{**SETTINGS, "cost": 2.0}),
+        domain_bandit=DomainBanditConfig(enabled=True, move_every=2),
+        prefilter=PrefilterConfig(pool_ratio=4, every_step=True),
+    )
+    made = build_strategy(config, ("a", "b", "c"), PRIOR)
+    picks = []
+    for number in range(12):
+        picks.append(made.picks_at(number))
+        picked_step(made, number, 1.0, 1.0)
+    assert picks == [True] * 5 + [False] * 7
 
 
 def test_halves_that_are_missing_are_an_error():

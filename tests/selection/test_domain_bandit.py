@@ -122,10 +122,6 @@ def test_its_state_is_what_a_resumed_run_needs():
         ({"controller": {"enabled": True}, "scope": "rank_local"}, "controller: needs the utilities of all"),
         ({"prefilter": {"pool_ratio": 2}, "strategy": "random"}, "random scores nothing that a model could learn"),
         ({"prefilter": {"pool_ratio": 2, "columns": 1000}}, "columns: expected a power of two"),
-        (
-            {"prefilter": {"pool_ratio": 2, "every_step": True}, "controller": {"enabled": True}},
-            "prefilter.every_step: would pick at steps at which selection.controller has suspended",
-        ),
     ],
 )
 def test_what_cannot_go_together_is_refused(selection, said):

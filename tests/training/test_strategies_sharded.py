@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "strategy": "random",
         "domain_bandit": {"enabled": True, "move_every": 3},
         "prefilter": {"pool_ratio": 4, "columns": 1024, "every_step": True},
+        "controller": {"enabled": True, "window": 3, "probe_first": 2, "cost": 20.0},
     },
 }
 SCHEDULED = {
@@ -140,6 +141,11 @@ def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, e
             (False, True),
             (False, True),
         ]
+        rows = one["rows"]
+        suspended = [row["step"] for row in rows if row["geometry"] == "" and row["controller_scoring"] == 0]
+        assert len(suspended) >= 3
+        assert [row["prefilter_picks"] for row in rows if row["step"] in suspended] == [0.0] * len(suspended)
+        assert [row["prefilter_picks"] for row in rows[:3]] == [1.0] * 3
         rested = {**selection, "prefilter": {**selection["prefilter"], "every_step": False}}
         first = alone.run(run, recipe(embedded_cache, tmp_path, "rested", rested, training={"train_steps": 2}))[0]
         assert first["ids"][:8] == one["ids"][:8]  # nothing was learnt before

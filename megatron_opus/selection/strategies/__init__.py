@@ -60,7 +60,8 @@ def build_strategy(
     if bandit and prior is not None:
         strategy = DomainBandit(strategy, config.domain_bandit, domains, prior, ceiling, owed)
     if config.controller.enabled:
-        strategy = Controller(strategy, config.controller, floors, prior if bandit else None)
+        picks_between = config.prefilter.pool_ratio > 1 and config.prefilter.every_step
+        strategy = Controller(strategy, config.controller, floors, prior if bandit else None, picks_between)
     if ado and prior is not None:
         strategy = AdoStrategy(strategy, config.ado, domains, prior, ceiling, owed)
     return strategy

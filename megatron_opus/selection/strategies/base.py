@@ -27,6 +27,9 @@ class Stateless:
     def scores_at(self, step: int) -> bool:
         return True
 
+    def picks_at(self, step: int) -> bool:
+        return True
+
     def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
         pass
 
@@ -57,6 +60,9 @@ class Around:
 
     def scores_at(self, step: int) -> bool:
         return self._inner.scores_at(step)
+
+    def picks_at(self, step: int) -> bool:
+        return self._inner.picks_at(step)
 
     def observe(self, step: int, domain_loss: Mapping[str, float]) -> None:
         self._inner.observe(step, domain_loss)

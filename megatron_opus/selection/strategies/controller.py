@@ -24,13 +24,21 @@ the mean utilities of the domains in the same buffer. A domain that the buffer d
 asks for it, is taken for as good as the worst that it holds. The shares follow from earlier proxy batches, so that
 their gain needs no correction.
 
+Where a prefilter picks, `all` and the domains' means are those of the candidates that it took unseen, and `drawn` has
+the lead of the picked ones as well: they, too, follow from earlier proxy batches.
+
+    lead   = mean U(picked) - mean U(unseen)
+    drawn += often * (share of the buffer that is picked) * lead
+    drawn += (1 - often) * max(0, lead)            with prefilter.every_step, which picks while it leads
+
 All means run over a window of scored steps, probes included. Utilities are in units of their step's mean |U|: from step
 to step they differ by a factor of ten and more, and one step would stand for the window.
 
     scoring     every step is scored that the strategy wants. A full window that does not pay: suspended
-    suspended   steps are drawn uniformly, from the configured mixture. A probe is scored after probe_first steps. One
-                that does not pay by itself doubles the steps to the next one, to probe_most; after one that does, the
-                next comes after probe_first steps again. When the window pays, the suspension ends
+    suspended   steps are drawn uniformly, from the configured mixture, and no prefilter picks. A probe is scored after
+                probe_first steps. One that does not pay by itself doubles the steps to the next one, to probe_most;
+                after one that does, the next comes after probe_first steps again. When the window pays, the
+                suspension ends
 """
 
 from __future__ import annotations
@@ -59,6 +67,8 @@ class Seen(NamedTuple):
     everyone: float  # the same under the configured shares
     excess: float  # of the drawn, over the mean of the buffer
     agreement: float  # r of this step
+    lead: float = 0.0  # of what a prefilter picked, over what it took unseen
+    picked: float = 0.0  # share of the buffer that it picked
 
 
 class Controller(Around):
@@ -70,10 +80,14 @@ class Controller(Around):
         config: ControllerConfig,
         floors: Floors | None = None,
         prior: np.ndarray | None = None,
+        picks_between: bool = False,
     ) -> None:
-        """prior [D]: the configured domain weights, where the scores move the buffer's mixture; None: they do not."""
+        """prior [D]: the configured domain weights, where the scores move the buffer's mixture; None: they do not.
+
+        picks_between: a prefilter picks at unscored steps as well.
+        """
         super().__init__(inner)
-        self._config, self._floors, self._prior = config, floors, prior
+        self._config, self._floors, self._prior, self._picks_between = config, floors, prior, picks_between
         self.wants_seconds = inner.wants_seconds or config.cost is None
         self._scoring = True
         self._often = 1.0  # share of the steps that are scored while scoring is not suspended
@@ -88,6 +102,9 @@ class Controller(Around):
 
     def scores_at(self, step: int) -> bool:
         return self._inner.scores_at(step) and (self._scoring or step >= self._next_probe)
+
+    def picks_at(self, step: int) -> bool:
+        return self._scoring and self._inner.picks_at(step)
 
     def select(self, candidates: Candidates, signals: Signals, k: int, generator: torch.Generator) -> Selection:
         said = {"controller_scoring": float(self._scoring), **self._cost_said()}
@@ -157,7 +174,11 @@ class Controller(Around):
     def _gains(self, rows: Sequence[Seen]) -> tuple[float, float]:
         """Return (drawn, all) of the module's text over some scored steps."""
         mixture, everyone, excess = (float(np.mean([row[i] for row in rows])) for i in (1, 2, 3))
-        return mixture + self._agreement * excess, everyone
+        lead, picked = (float(np.mean([row[i] for row in rows])) for i in (5, 6))
+        led = self._often * picked * lead
+        if self._picks_between:
+            led += (1 - self._often) * max(0.0, lead)
+        return mixture + self._agreement * excess + led, everyone
 
     def _decide(self, step: int, gains: tuple[float, float]) -> None:
         """Suspend, go on, resume, or say when the next probe comes, after one more scored step."""
@@ -218,15 +239,23 @@ def _seen(
     agreement = float(np.cov(halves[usable].T)[0, 1] / utility[usable].var(ddof=1))
     utility = utility / np.abs(utility[usable]).mean()
     weights = None if selection.weights is None else selection.weights.double().numpy()
-    mean = float(utility[usable].mean())
-    excess = float(np.average(utility[selection.indices.numpy()], weights=weights)) - mean
+    excess = float(np.average(utility[selection.indices.numpy()], weights=weights) - utility[usable].mean())
+    unseen, lead, share = usable, 0.0, 0.0
+    if candidates.unseen:
+        first = np.arange(len(utility)) < candidates.unseen
+        unseen, picked = usable & first, usable & ~first
+        if not unseen.any():
+            return None
+        if picked.any():
+            lead, share = float(utility[picked].mean() - utility[unseen].mean()), float(picked.sum() / usable.sum())
+    mean = float(utility[unseen].mean())
     if shares is None or prior is None:
-        return Seen(candidates.step, mean, mean, excess, agreement)
-    domains = candidates.domains[usable]
+        return Seen(candidates.step, mean, mean, excess, agreement, lead, share)
+    domains = candidates.domains[unseen]
     count = np.bincount(domains, minlength=len(prior))
-    total = np.bincount(domains, weights=utility[usable], minlength=len(prior))
+    total = np.bincount(domains, weights=utility[unseen], minlength=len(prior))
     present = count > 0
     values = np.full(len(prior), (total[present] / count[present]).min())
     values[present] = total[present] / count[present]
     mixture, everyone = (float(np.average(values, weights=weights)) for weights in (shares.numpy(), prior))
-    return Seen(candidates.step, mixture, everyone, excess, agreement)
+    return Seen(candidates.step, mixture, everyone, excess, agreement, lead, share)
