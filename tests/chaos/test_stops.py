@@ -33,7 +33,8 @@ def test_a_rank_that_is_stopped_for_some_seconds(arena: Arena, tmp_path: Path) -
 
 def test_a_rank_that_is_stopped_for_ever(arena: Arena, tmp_path: Path) -> None:
     """Guards against a run that waits for a hanging rank without end, and against one that has lost something by it."""
-    run = arena.start("hanging", resume=False, runs=tmp_path)
+    soon = ("parallel.distributed_timeout_minutes=0.5",)
+    run = arena.start("hanging", resume=False, runs=tmp_path, more=soon)
     run.reach(lambda: run.steps() >= 3)
     run.signal(1, signal.SIGSTOP)
     assert run.wait([0]) == {0: 1}

@@ -24,7 +24,7 @@ ALL_STATE = (
     *("model.hidden_dropout=0.1", "data.unselected=return", "selection.proxy_momentum=0.9"),
     *("selection.sketch.alignment=features", "selection.preconditioner.refresh_every=3"),
     *(f"training.train_steps={STEPS}", f"training.checkpoint_interval={INTERVAL}", "training.eval_interval=6"),
-    "parallel.distributed_timeout_minutes=0.15",
+    "parallel.distributed_timeout_minutes=3",  # a rank that gets no processor for a while is not a lost one
 )
 
 
