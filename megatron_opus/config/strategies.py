@@ -97,7 +97,7 @@ class PrefilterConfig(Section, at="selection.prefilter"):
     pool_ratio: Annotated[int, positive(64)] = 1  # The pool is so many times the buffer. 1: no prefilter.
     # Share of a scored buffer that is taken from the pool unseen, so that the model keeps learning and can be checked.
     unfiltered: Annotated[float, within("0 < share <= 1")] = 0.25
-    # Pick at steps that are not scored, too, unless what was picked has lately been worse than what was not.
+    # Pick at steps that are not scored, too, while what was picked has lately been better than what was not.
     # false: those steps take what a uniform draw from the pool gives.
     every_step: bool = False
     columns: Annotated[int, positive(2**24)] = 65536  # Hashed n-grams that the model tells apart; a power of two.

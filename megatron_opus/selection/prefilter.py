@@ -16,13 +16,13 @@ Where the step is scored, a share of the N is taken from the pool unseen. So the
 have picked, and what the filter is worth is measured: the mean y of the picked minus that of the unseen
 (`prefilter_gain`).
 
-With `every_step` it also picks where nothing is scored, unless that has harmed: a model that has just been trained on
+With `every_step` it also picks where nothing is scored, but only while that pays: a model that has just been trained on
 what was picked may gain less from more of it than from any other text. The running mean of the gain decides:
 
-    worth <- MEMORY * worth + (1 - MEMORY) * gain            picks at unscored steps if and only if worth > HARM
+    worth <- MEMORY * worth + (1 - MEMORY) * gain            picks at unscored steps if and only if worth > 0
 
-It starts at 0. Example: gains of -0.4, -0.3 and 0.4 make it -0.08, -0.124 and -0.0192. After the second one nothing is
-picked at unscored steps, after the third one it is again.
+It starts at 0, so that nothing is picked before a gain was seen. Example: gains of -0.5, 0.3 and 0.4 make it -0.1,
+-0.02 and 0.064, and after the third one it picks.
 
 Arithmetic is float64 on the CPU and sums run in one order, so that every rank and every layout picks the same.
 Legend: M sequences of the pool, N of the buffer, L tokens, C columns, D domains.
@@ -41,8 +41,6 @@ from megatron_opus.config import PrefilterConfig
 from megatron_opus.selection.ngrams import ngram_hashes
 
 MEMORY = 0.8  # of the running mean of the gain: about the last nine scored steps decide
-# Between what was seen where picks helped, 0.2 to 0.4, and where they harmed, -0.3: six runs of docs/evidence.md
-HARM = -0.1
 PRIOR = 8.0  # sightings by which an n-gram's, or a domain's, weight is drawn toward 0
 
 
@@ -60,8 +58,8 @@ class Prefilter:
 
     @property
     def pays(self) -> bool:
-        """Whether what was picked has lately not been worse than what was taken unseen."""
-        return self._worth > HARM
+        """Whether what was picked has lately been better than what was taken unseen."""
+        return self._worth > 0
 
     def expected(self, tokens: Tensor, domains: np.ndarray) -> np.ndarray:
         """Return f, [M] float64, of tokens [M, L] int64 and domains [M]. No row depends on another one."""

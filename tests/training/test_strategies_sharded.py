@@ -145,7 +145,6 @@ def test_tensor_times_data_parallel_selects_as_one_process_does(alone, world4, e
         suspended = [row["step"] for row in rows if row["geometry"] == "" and row["controller_scoring"] == 0]
         assert len(suspended) >= 3
         assert [row["prefilter_picks"] for row in rows if row["step"] in suspended] == [0.0] * len(suspended)
-        assert [row["prefilter_picks"] for row in rows[:3]] == [1.0] * 3
         rested = {**selection, "prefilter": {**selection["prefilter"], "every_step": False}}
         first = alone.run(run, recipe(embedded_cache, tmp_path, "rested", rested, training={"train_steps": 2}))[0]
         assert first["ids"][:8] == one["ids"][:8]  # nothing was learnt before
