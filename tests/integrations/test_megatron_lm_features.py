@@ -204,6 +204,7 @@ def test_controller_prefilter_and_bandit(runs: LoopRuns, corpora: dict[str, str]
         assert {row["controller_scoring"] for row in rows} == {0.0, 1.0}
     else:
         assert all("prefilter_seconds" in row for row in rows)
+        assert {row["prefilter_picks"] for row in rows if "prefilter_gain" not in row} == {0.0, 1.0}
     assert rows[0]["bandit_share/code"] == 0.5 != rows[-1]["bandit_share/code"]
     assert two.drawn() == one.drawn()
     assert again.drawn() == one.drawn()
