@@ -181,7 +181,7 @@ MOVED: dict[str, dict[str, Any]] = {
         "strategy": "random",
         "rho": 1.0,
         "prefilter": {"pool_ratio": 4, "columns": 1024, "every_step": True},
-        "domain_bandit": BANDIT,
+        "domain_bandit": {**BANDIT, "move_every": 2},
     },
 }
 
