@@ -17,7 +17,7 @@ from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.training import checkpoint
 
 LONG = ("training.train_steps=100000", "optimizer.lr_decay_steps=40", "optimizer.min_lr=1e-4")
-SHORT_WAIT = "parallel.distributed_timeout_minutes=0.2"
+SHORT_WAIT = "parallel.distributed_timeout_minutes=0.5"
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
@@ -74,7 +74,7 @@ def test_a_second_signal_ends_even_a_rank_that_hangs(server, embedded_cache, tmp
     run._poll()
     assert not run.statuses
     run.signal(0, signal.SIGTERM)
-    assert run.wait([0], seconds=5) == {0: 128 + signal.SIGTERM}
+    assert run.wait([0], seconds=30) == {0: 128 + signal.SIGTERM}
     assert "ending at once" in run.log(0)
     run.kill()
 
@@ -92,13 +92,13 @@ def test_ranks_left_waiting_end_and_say_for_what(server, embedded_cache, tmp_pat
         runs.append((hanging, run, time.monotonic()))
     for hanging, run, since in runs:
         left = 1 - hanging
-        assert run.wait([left], seconds=60) == {left: 1}
-        assert time.monotonic() - since < 45
+        assert run.wait([left], seconds=120) == {left: 1}
+        assert time.monotonic() - since < 90
         said = run.log(left)
         assert f"error: rank {left}: waited for other ranks while " in said
-        assert "parallel.distributed_timeout_minutes is 0.2" in said
+        assert "parallel.distributed_timeout_minutes is 0.5" in said
         assert ("store" in said and "does not answer" in said) if hanging == 0 else "no sign of ranks: 1" in said
-        assert "if it waits for another rank, it will be ended after 12 s" in said
+        assert "if it waits for another rank, it will be ended after 30 s" in said
         run.kill()
         assert int(intact(run.run_dir).name.removeprefix("step_")) >= 4
 
@@ -139,7 +139,7 @@ def test_a_rank_that_skips_a_collective_ends_the_run(server, embedded_cache, tmp
     """Fault: ranks whose control flow differs exchange each other's numbers or wait for ever."""
     arguments = tiny(embedded_cache, tmp_path, "skips", *LONG, SHORT_WAIT, "training.checkpoint_interval=2")
     run = server.launch(2, arguments, tmp_path / "logs", skip_scoring)
-    statuses = run.wait(seconds=60)
+    statuses = run.wait()
     assert all(status != 0 for status in statuses.values()), statuses
     assert "waited for other ranks while" in run.log(0) + run.log(1)
     assert intact(run.run_dir).name == "step_00000004"

@@ -83,7 +83,7 @@ def _start_server(context: Any) -> None:
 class DistributedPool:
     """`world_size` spawned gloo processes that stay alive between calls."""
 
-    def __init__(self, world_size: int, timeout: float = 120.0) -> None:
+    def __init__(self, world_size: int, timeout: float = 300.0) -> None:
         self.world_size = world_size
         self.timeout = timeout
         self._processes: list[Any] = []
