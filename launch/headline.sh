@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The headline experiments: what DSIR keeps of two corpora beforehand, then the runs of configs/lab/headline*.yaml and of
-# configs/lab/explored*.yaml.
+# The headline experiments: what DSIR keeps of two corpora beforehand, then the runs of configs/lab/headline*.yaml,
+# configs/lab/explored*.yaml and configs/lab/gated*.yaml.
 #   JOBS=2 launch/headline.sh    makes data/lab/headline/ and the runs, two at a time; the same command
 #                                goes on where it stopped
 # What DSIR has cost in processor seconds stands in data/lab/headline/KIND/before.json, and the report adds it to the

@@ -176,17 +176,18 @@ def test_the_picture_of_the_front_pages_is_drawn_from_the_reports():
 def test_the_front_page_is_the_headline():
     """Fault: a number of the README's table that no report has, or a sentence beside it that tells another one."""
     readme, found = prose_of("README.md"), {}
-    for name in ("explored", "explored_hidden", "explored_clean"):
+    reference = ("dsir", "random_matched_explored")  # of the experiment before
+    for name in ("gated", "gated_hidden", "gated_clean", "explored", "explored_hidden"):
         for arm in json.loads((EVIDENCE / name / "report.json").read_text(encoding="utf-8"))["arms"]:
-            if arm["arm"] in ("random", "random_longer"):  # what others are measured by
+            if arm["arm"] not in (reference if name.startswith("explored") else ("picked", "controlled")):
                 continue
             difference, *ratios = (arm[key] for key in ("difference", "token_ratio", "second_ratio"))
             cells = [f"{difference['mean']:+.3f} ± {difference['half']:.3f}"]
             cells += [f"{x['mean']:.2f} ± {x['half']:.2f}" for x in ratios]
             assert " | ".join(cells) in readme, (name, arm["arm"])
             found[name, arm["arm"]] = [f"{x['mean']:.2f}" for x in ratios]
-    for name, said in (("explored", "a mixture"), ("explored_hidden", "one domain")):
-        tokens, seconds = found[name, "explored"]
+    for name, said in (("gated", "a mixture"), ("gated_hidden", "one domain")):
+        tokens, seconds = found[name, "picked"]
         for page in ("README.md", "docs/strategies.md"):
             assert f"{tokens} of random's tokens and {seconds} of its seconds on {said}" in prose_of(page), (page, name)
 
@@ -285,6 +286,20 @@ def test_the_primary_comparisons_of_picked_text_are_the_runs():
     ):
         shares = [run["source_share"][source] for run in runs_of(name) if run["arm"] == arm]
         assert said.format(f"{np.mean(shares):.2f}") in page, (name, arm, source, f"{np.mean(shares):.2f}")
+
+
+def test_the_primary_comparisons_of_what_is_picked_while_it_pays_are_the_runs():
+    """Fault: an interval of another level or of other runs, beside the tables."""
+    page, level = prose_of("docs/evidence.md"), 1 - 0.05 / 4
+    for name, arm in (
+        ("gated", "picked"),
+        ("gated_hidden", "picked"),
+        *(("gated_clean", a) for a in ("picked", "controlled")),
+    ):
+        losses = {(run["arm"], run["seed"]): run["loss"] for run in runs_of(name)}
+        pairs = [losses[arm, seed] - losses["random", seed] for found, seed in losses if found == arm]
+        sign = "-" if np.mean(pairs) < 0 else "+"
+        assert f"| `{name}` | `{arm}` | {sign}{interval(pairs, level)} |" in page, (name, arm, interval(pairs, level))
 
 
 def test_the_run_that_met_no_target_is_said():
