@@ -302,6 +302,19 @@ def test_the_primary_comparisons_of_what_is_picked_while_it_pays_are_the_runs():
         assert f"| `{name}` | `{arm}` | {sign}{interval(pairs, level)} |" in page, (name, arm, interval(pairs, level))
 
 
+def test_what_is_said_of_the_schedule_is_the_runs():
+    """Fault: an interval of another level than the announced one."""
+    losses = {(run["arm"], run["seed"]): run["loss"] for run in runs_of("schedule")}
+    seeds = sorted({seed for _, seed in losses})
+    for one, other, said in (
+        ("late", "random", "late minus constant -{}"),
+        ("early", "random", "minus constant +{}"),
+        ("late", "early", "late minus early -{}"),
+    ):
+        pairs = [losses[one, seed] - losses[other, seed] for seed in seeds]
+        assert said.format(interval(pairs, 1 - 0.05 / 3)) in prose_of("docs/evidence.md"), interval(pairs, 1 - 0.05 / 3)
+
+
 def test_the_run_that_met_no_target_is_said():
     """Fault: a bad run that the page leaves out, or puts at another seed."""
     runs = {(run["arm"], run["seed"]): run for run in runs_of("picked")}
