@@ -119,6 +119,17 @@ def test_every_protocol_is_complete_and_runs_random_as_its_baseline(path):
             assert len({str(run.config.data.domain_weights) for run in runs}) == 1
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_a_corpus_of_one_domain_has_no_weights(path):
+    """Fault: weights of the recipe's own domains over a corpus of one: `web` and `parts_hidden` were announced and
+    could not start."""
+    found = experiment.read_experiment(path)
+    variants = [found, *([found.on_shared_text()] if found.shared else [])]
+    for run in (run for variant in variants for run in variant.runs(Path("x"), None)):
+        if found.corpus in ("hidden", "web"):
+            assert run.config.data.domain_weights is None, run.arm
+
+
 def test_what_was_announced_stands(tmp_path):
     """Fault: a hypothesis or a setting changed after the runs, under the same name."""
     first = experiment.read_experiment(experiment_file(tmp_path))
