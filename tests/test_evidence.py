@@ -302,6 +302,22 @@ def test_the_primary_comparisons_of_what_is_picked_while_it_pays_are_the_runs():
         assert f"| `{name}` | `{arm}` | {sign}{interval(pairs, level)} |" in page, (name, arm, interval(pairs, level))
 
 
+def test_the_runs_that_hardly_met_the_target_are_counted():
+    """Fault: a mean that hides runs which found nothing, or a count of other runs."""
+    page, runs = prose_of("docs/evidence.md"), {(run["arm"], run["seed"]): run for run in runs_of("gated")}
+    of_prose = {seed: run["selected_share"]["prose"] for (arm, seed), run in runs.items() if arm == "picked"}
+    below = {seed: runs["random", seed]["loss"] - runs["picked", seed]["loss"] for seed in of_prose}
+    bad = [seed for seed, share in of_prose.items() if share < 0.1]
+    few, many = ([f"{of_prose[seed]:.2f}" for seed in of_prose if (seed in bad) == which] for which in (True, False))
+    assert len(bad) == 4
+    assert f"prose {min(few)} to {max(few)} of their updates, the others {min(many)} to {max(many)})" in page
+    assert f"end {min(below[s] for s in bad):.3f} to {max(below[s] for s in bad):.3f} below random" in page
+    before = [run["selected_share"]["prose"] for run in runs_of("explored") if run["arm"] == "explored"]
+    assert f"In the experiment before none had less than {min(before):.2f}" in page
+    prose = [run["selected_share"]["prose"] for run in runs_of("gated_clean") if run["arm"] == "picked"]
+    assert f"single runs {min(prose):.2f} to {max(prose):.2f} of prose" in page
+
+
 def test_what_is_said_of_the_schedule_is_the_runs():
     """Fault: an interval of another level than the announced one."""
     losses = {(run["arm"], run["seed"]): run["loss"] for run in runs_of("schedule")}
