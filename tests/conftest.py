@@ -24,7 +24,9 @@ torch.set_num_threads(1)
 FAST = tuple((ROOT / "tests/fast.txt").read_text(encoding="utf-8").split())
 
 
-@pytest.fixture(scope="session")
+# Ranks that wait cost a fifth of a core for every ten of them, since their gloo threads wake a hundred times a second:
+# none outlives the module that it was made for. To fork them anew is cheap.
+@pytest.fixture(scope="module")
 def world2() -> Iterator[DistributedPool]:
     """Two gloo processes: `world2.run(function, *args)` gives the results in rank order."""
     pool = DistributedPool(2)
@@ -32,7 +34,7 @@ def world2() -> Iterator[DistributedPool]:
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world4() -> Iterator[DistributedPool]:
     pool = DistributedPool(4)
     yield pool

@@ -249,9 +249,10 @@ def test_selecting_nothing_costs_little(runs: LoopRuns) -> None:
     opus = {"selection": {"strategy": "random", "rho": 1.0}}
     length, batch = ("--train-iters", "12"), ("--global-batch-size", "16", "--micro-batch-size", "4")
     outcome = runs.run("nothing", *larger, opus=opus, length=length, batch=batch)
-    steps = [(row["choose_seconds"], row["step_seconds"]) for row in outcome.metrics()]
-    share = np.median([choosing / step for choosing, step in steps])
-    print(f"choosing nothing takes {share:.4f} of a step of {np.median([step for _, step in steps]):.2f} s")
+    # the smallest of each, since whatever else the machine does can only add to them
+    choosing, step = (min(row[name] for row in outcome.metrics()) for name in ("choose_seconds", "step_seconds"))
+    share = choosing / step
+    print(f"choosing nothing takes {share:.4f} of a step of {step:.2f} s")
     assert share < 0.01
 
 
