@@ -57,7 +57,14 @@ class RunRecord:
 
     @property
     def strategy(self) -> str:
-        return str(self.setting("selection.strategy", "unknown"))
+        """The strategy and what chooses beside it, for example "random, domain bandit, prefilter"."""
+        beside = {
+            "domain bandit": self.setting("selection.domain_bandit.enabled", False),
+            "prefilter": self.setting("selection.prefilter.pool_ratio", 1) != 1,
+            "controller": self.setting("selection.controller.enabled", False),
+        }
+        strategy = str(self.setting("selection.strategy", "unknown"))
+        return ", ".join([strategy, *(name for name, on in beside.items() if on)])
 
     def column(self, name: str) -> np.ndarray | None:
         """[steps] float64, or None where no row has a finite number of that name."""

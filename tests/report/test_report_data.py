@@ -164,6 +164,15 @@ def test_columns_are_the_rows(tmp_path: Path) -> None:
     assert any("1 steps between" in note for note in record.notes)
 
 
+def test_what_chooses_beside_the_strategy_is_named(tmp_path: Path) -> None:
+    """Guards against a page that calls a run random whose sequences a prefilter has picked."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 3.0}\n')
+    for prefilter, said in (("{pool_ratio: 8}", "random, domain bandit, prefilter"), ("{}", "random, domain bandit")):
+        selection = f"{{strategy: random, domain_bandit: {{enabled: true}}, prefilter: {prefilter}}}"
+        (tmp_path / "config.yaml").write_text(f"selection: {selection}\n")
+        assert read_records([tmp_path])[0].strategy == said
+
+
 def test_documents_of_many_sequences(run: tuple[Path, Corpus]) -> None:
     """Guards against a fast way to a sequence's documents that disagrees with `describe`."""
     _, corpus = run

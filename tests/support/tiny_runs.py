@@ -43,7 +43,8 @@ def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     from megatron_opus.runs.metrics import read_metrics
     from megatron_opus.training.session import Session
 
-    session = Session(config, resume=resume, versions={}, say=lambda text: None)
+    said: list[str] = []
+    session = Session(config, resume=resume, versions={}, say=said.append)
     session.train()
     rows = read_metrics(session.run_dir)
     ledger = read_ledger(session.run_dir / "ledger")
@@ -57,4 +58,5 @@ def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         "alignment": torch.from_numpy(ledger["alignment"].to_numpy()),
         "weights": weights,
         "driver": session.driver.counters,
+        "said": said,
     }
