@@ -178,13 +178,15 @@ def test_kill_while_workers_run(tmp_path: Path, shared_data: Path) -> None:
     settings = {"workers": 2, "shard_bytes": 50_000, "tokenizer": f"gpt2:{shared_data / 'tokenizer_gpt2'}"}
     wiki = spec("wiki", "candidates", source)
     code = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/support')!r}]\n"
         "from data_helpers import run, spec; from pathlib import Path\n"
         f"run(Path(sys.argv[1]), spec('wiki', 'candidates', {str(source)!r}), **{settings!r})\n"
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "killed")])
     deadline = time.monotonic() + 300
-    while len(list((tmp_path / "killed").glob(".work/tokens/**/*.json"))) < 4 and time.monotonic() < deadline:
+    while len(list((tmp_path / "killed").glob(".work/tokens/**/*.json"))) < 4:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "it tokenizes nothing"
         time.sleep(0.02)
     process.kill()
     process.wait()
