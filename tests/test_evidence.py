@@ -113,6 +113,11 @@ def test_shares_and_entropies_beside_the_tables_are_the_runs():
         ("clean", "opus", "prose", "prose {} (0.20)"),
         ("shift", "opus", "docstrings", "docstrings for {} of its updates"),
         ("shift", "opus", "source", "less source ({},"),
+        ("first_stage", "output_layer", "noise", "corrupted text is {} of its updates, more than random takes"),
+        ("first_stage", "random", "noise", "more than random takes ({}; OPUS by all layers"),
+        ("first_stage", "opus", "noise", "OPUS by all layers {})."),
+        ("first_stage", "opus", "prose", "Prose is {} of them with both"),
+        ("first_stage", "output_layer", "prose", "Prose is {} of them with both"),
     ):
         assert said.format(share_of(name, arm, domain)) in page, (name, arm, domain, share_of(name, arm, domain))
     for name, arm, said in (
@@ -211,6 +216,7 @@ def test_what_is_said_of_the_controller_is_the_runs():
         ("even_proxy", "opus_controlled", "A step takes {:.2f} ± {:.2f} times random's seconds (announced"),
         ("even_proxy", "composition_controlled", "every seed; a step takes {:.2f} ± {:.2f} times random's"),
         ("even_proxy", "opus", "by 0.042 ± 0.029, at {:.2f} times its seconds"),
+        ("gated_long", "controlled", "A step takes {:.2f} ± {:.2f} times random's seconds. The hope of 1.1 is"),
         ("controlled", "opus_controlled", "takes {:.2f} times random's seconds instead of 1.34"),
         ("controlled", "opus", "instead of {:.2f}. To the loss"),
     ):
