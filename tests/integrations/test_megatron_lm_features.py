@@ -247,7 +247,7 @@ def test_selecting_nothing_costs_little(runs: LoopRuns) -> None:
     """Guards against a hook that a run pays for without selecting: less than 1% of a step, reading included."""
     larger = ("--hidden-size", "128", "--seq-length", "256", "--max-position-embeddings", "256")
     opus = {"selection": {"strategy": "random", "rho": 1.0}}
-    length, batch = ("--train-iters", "12"), ("--global-batch-size", "16", "--micro-batch-size", "4")
+    length, batch = ("--train-iters", "24"), ("--global-batch-size", "16", "--micro-batch-size", "4")
     outcome = runs.run("nothing", *larger, opus=opus, length=length, batch=batch)
     # the smallest of each, since whatever else the machine does can only add to them
     choosing, step = (min(row[name] for row in outcome.metrics()) for name in ("choose_seconds", "step_seconds"))
