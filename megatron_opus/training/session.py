@@ -112,7 +112,7 @@ class Session:
         engine = build_engine(model, config, groups)
         say(f"model: {layout.published_size() / 1e6:.1f}M parameters; {engine.description}, on {device}")
         if config.training.precision == "bf16" and device.type == "cpu" and get_cpu_capability() == "AVX2":
-            say("precision: this processor has no bf16; training.precision=fp32 takes about a seventh of the time")
+            say("precision: this processor has no instructions for bf16; training.precision=fp32 is much faster")
         buffer = CandidateBuffer(
             corpus,
             config.pool_size,

@@ -154,7 +154,7 @@ class RealSlurm:
             ended = [name for name, process in self._daemons.items() if process.poll() is not None]
             assert not ended, f"{ended} ended while waiting until {what}: {self._logs()}"
             assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}: {self._logs()}"
-            time.sleep(0.5)  # a condition may be a command of Slurm
+            time.sleep(0.1)
 
     def again(self, job: int | str, restart: int, **changes: str) -> None:
         """Wait until a job has been requeued, and spare it the two minutes that Slurm lets it wait."""
