@@ -147,8 +147,8 @@ class LoopRuns:
             *batch,
             "--save",
             str(folder),
-            "--data-cache-path",
-            str(self.root / "c"),
+            "--data-cache-path",  # of its own: runs side by side read each other's half-written index files
+            str(folder / "index_cache"),
         ]
         if opus is not None:
             path = self.root / f"{name}.yaml"
