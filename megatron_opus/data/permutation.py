@@ -41,8 +41,11 @@ def permute(positions: np.ndarray, size: int, permutation_key: int) -> np.ndarra
     round_keys = [np.uint64(key(permutation_key, turn)) for turn in range(_ROUNDS)]
     values = _feistel(positions.astype(np.uint64), half_bits, round_keys)
     outside = np.flatnonzero(values >= np.uint64(size))
+    # a small range is walked for many turns (8 values: 32 turns on average), so in a table of all of them
+    small = outside.size and half_bits == _MINIMAL_HALF_BITS
+    table = _feistel(np.arange(1 << 2 * half_bits, dtype=np.uint64), half_bits, round_keys) if small else None
     while outside.size:
-        walked = _feistel(values[outside], half_bits, round_keys)
+        walked = _feistel(values[outside], half_bits, round_keys) if table is None else table[values[outside]]
         values[outside] = walked
         outside = outside[walked >= np.uint64(size)]
     return values.astype(np.int64)
