@@ -289,6 +289,10 @@ def test_the_primary_comparisons_of_picked_text_are_the_runs():
         ("explored_hidden", "explored", "prose", "It takes {} of its updates from prose (random"),
         ("explored_hidden", "explored", "docstrings", "{} from docstrings ("),
         ("explored_hidden", "explored", "noise", "and {} from corrupted text ("),
+        ("parts_hidden", "prefilter", "prose", "Prose is {} of its updates and corrupted text"),
+        ("parts_hidden", "prefilter", "noise", "of its updates and corrupted text {}."),
+        ("parts_hidden", "opus", "noise", "and {} from corrupted text (random"),
+        ("parts_hidden", "random", "noise", "from corrupted text (random {})."),
     ):
         shares = [run["source_share"][source] for run in runs_of(name) if run["arm"] == arm]
         assert said.format(f"{np.mean(shares):.2f}") in page, (name, arm, source, f"{np.mean(shares):.2f}")
