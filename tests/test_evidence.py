@@ -298,6 +298,19 @@ def test_the_primary_comparisons_of_picked_text_are_the_runs():
         assert said.format(f"{np.mean(shares):.2f}") in page, (name, arm, source, f"{np.mean(shares):.2f}")
 
 
+def test_what_is_said_of_the_parts_within_one_domain_are_the_runs():
+    """Fault: a difference beside the table that no run gives, and a share rounded to the side that was announced."""
+    page, runs = prose_of("docs/evidence.md"), runs_of("parts_hidden")
+    losses = {(run["arm"], run["seed"]): run["loss"] for run in runs}
+    pairs = [losses["weight_025", seed] - losses["opus", seed] for arm, seed in losses if arm == "opus"]
+    assert f"and {interval(pairs, 0.95)} below OPUS (announced" in page, interval(pairs, 0.95)
+    prose = {
+        name: np.mean([run["source_share"]["prose"] for run in runs if run["arm"] == name])
+        for name in ("opus", "random")
+    }
+    assert f"it took {prose['opus']:.3f} from prose (random {prose['random']:.3f})" in page
+
+
 def test_the_primary_comparisons_of_what_is_picked_while_it_pays_are_the_runs():
     """Fault: an interval of another level or of other runs, beside the tables."""
     page, level = prose_of("docs/evidence.md"), 1 - 0.05 / 4
