@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,9 @@ from launched import Server  # noqa: E402
 from partitions import PartitionTable  # noqa: E402
 
 torch.set_num_threads(1)
+# the same examples in every run: one that fails is found where it was written, not in somebody else's change
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 # Files and folders that start no process, train nothing and build no engine: `./tests/run.sh --fast` runs these.
 FAST = tuple((ROOT / "tests/fast.txt").read_text(encoding="utf-8").split())

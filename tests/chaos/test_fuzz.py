@@ -26,9 +26,7 @@ from megatron_opus.runs.lock import RunLock
 from megatron_opus.runs.metrics import read_metrics
 from megatron_opus.runs.record import compare_record
 
-FUZZ = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LEAF = (
     st.none()
     | st.booleans()

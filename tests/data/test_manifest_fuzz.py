@@ -33,9 +33,7 @@ def whole() -> dict[str, Any]:
     }
 
 
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.sampled_from(["", *whole(), *(f"datasets.{key}" for key in KEYS)]), value=ANY)
 def test_only_our_error_comes_out(tmp_path: Path, where: str, value: Any) -> None:
     """Guards against a traceback, or a number where a path is wanted, from a manifest that was edited or torn."""

@@ -89,7 +89,7 @@ def test_separable_stays_finite_without_moments(zero):
         torch.testing.assert_close(outer, torch.full_like(outer, 1 / HYPER.eps), rtol=1e-5, atol=0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
 def test_fragments_that_cut_rows_add_up(rows, cols, data):
     """Fault: a row-sharded second moment used as if it were the whole matrix (defect 2 of the reference).

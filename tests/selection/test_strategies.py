@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_opus.config import FilterThenWeightConfig, RedundancyConfig, SelectionConfig
@@ -112,14 +112,16 @@ def test_nnls_agrees_with_all_active_sets_tried(seed):
 @given(
     k=st.integers(1, 12), dim=st.integers(1, 16), seed=st.integers(0, 10**6), scale=st.sampled_from([1e-9, 1.0, 1e9])
 )
+@example(k=10, dim=6, seed=10626, scale=1e-9)
 def test_nnls_satisfies_the_conditions_of_the_optimum(k, dim, seed, scale):
     """Fault: an answer that depends on the unit, or that is not optimal where the Gram matrix is singular (dim < k).
 
-    1e-3: coordinate descent converges linearly, slowly for nearly parallel rows; the tolerance stops it there."""
+    1e-3: coordinate descent converges linearly, slowly for nearly parallel rows. The example is at 1.3e-3 after 20,000
+    sweeps, at 4.7e-4 after 60,000."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((k, dim)) * scale
     gram, target = x @ x.T, x @ rng.standard_normal(dim)
-    w, _ = nnls(gram, target, max_sweeps=20000, tolerance=1e-9)
+    w, _ = nnls(gram, target, max_sweeps=60_000, tolerance=1e-9)
     assert (w >= 0).all()
     assert kkt_violation(gram, target, w) < 1e-3
 
